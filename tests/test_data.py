@@ -1,0 +1,501 @@
+"""Problems, prompts, tokenizers and the order in which problems come."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tsopsd_jax.data import SOURCES, TEMPLATES, Tokenizer, countdown, indices, load_problems, render
+from tsopsd_jax.rewards import verify_countdown
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    folder = Path(__file__).resolve().parents[2] / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip("real data sets are not beside the checkout (../shared/data)")
+    return folder
+
+
+# --- the countdown task ---
+
+
+def test_random_derivations_are_right():
+    rng = np.random.default_rng(3)
+    operators = set()
+    for _ in range(2000):
+        prompt, response, answer = countdown.random_derivation(rng)
+        assert verify_countdown(response, answer) == 1.0
+        assert prompt == f"{answer} :"
+        assert len(prompt.split(" ")) == 7 == countdown.MAX_PROMPT_TOKENS
+        assert len(response.split(" ")) + 1 == 18 == countdown.MAX_RESPONSE_TOKENS
+        numbers = [int(word) for word in prompt.split(" ")[:4]]
+        assert all(1 <= number <= 19 for number in numbers)
+        assert not countdown.is_held_out(numbers, int(answer.split(" ")[-1]))
+        operators |= {word for word in response.split(" ") if word in "+-*"}
+    assert operators == {"+", "-", "*"}
+
+
+def test_random_derivation_golden():
+    """Training data must not change unnoticed: a new value here changes every countdown run."""
+    assert countdown.random_derivation(np.random.default_rng(0)) == (
+        "13 6 1 1 -> 0 :",
+        "1 - 1 = 0 ; 0 * 6 = 0 ; 0 * 13 = 0",
+        "13 6 1 1 -> 0",
+    )
+
+
+def test_held_out_ignores_order_and_is_a_small_part():
+    assert countdown.is_held_out([1, 2, 3, 4], 10) == countdown.is_held_out([4, 2, 1, 3], 10)
+    held_out = [
+        countdown.is_held_out([a, b, 3, 4], t) for a in range(20) for b in range(20) for t in range(20)
+    ]
+    assert 1 / 20 < np.mean(held_out) < 1 / 12  # one in 16
+
+
+def test_vocabulary():
+    assert len(countdown.VOCABULARY) == len(set(countdown.VOCABULARY)) == 109
+    assert countdown.VOCABULARY[42] == "42"
+
+
+@pytest.fixture(scope="module")
+def countdown_directory(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("countdown")
+
+
+def test_countdown_splits(countdown_directory, capfd):
+    train = load_problems("countdown", directory=countdown_directory)
+    test = load_problems("countdown", split="test", directory=countdown_directory)
+    out, err = capfd.readouterr()
+    assert out + err == ""  # a build says nothing
+    assert (len(train), len(test)) == (20_000, 1_024)
+    assert len({problem.prompt for problem in train}) == 20_000
+    assert len({problem.id for problem in (*train, *test)}) == 21_024
+    assert train[7].id == "countdown-train-7"
+    assert train[7].prompt == f"{train[7].answer} :"
+
+    def key(problem):
+        *numbers, arrow, target = problem.answer.split(" ")
+        assert arrow == "->"
+        return tuple(sorted(map(int, numbers))), int(target)
+
+    # disjoint even up to the order of the numbers
+    assert not {key(problem) for problem in train} & {key(problem) for problem in test}
+
+
+def test_countdown_first_rows_are_the_same_rows(countdown_directory):
+    few = load_problems("countdown", directory=countdown_directory, first=3)
+    assert [problem.prompt for problem in few] == ["17 4 11 7 -> 39 :", "19 16 1 11 -> 15 :", few[2].prompt]
+    assert list(few) == list(load_problems("countdown", directory=countdown_directory))[:3]
+
+
+def test_interrupted_build_leaves_nothing(tmp_path, monkeypatch):
+    from tsopsd_jax.data import builders
+
+    def stops(self, split, *, count, seed, held_out):  # noqa: ARG001
+        yield 0, {"id": "a", "prompt": "b", "answer": "c"}
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(builders.CountdownSteps, "_generate_examples", stops)
+        with pytest.raises(KeyboardInterrupt):
+            load_problems("countdown", directory=tmp_path)
+    assert not list(tmp_path.rglob("*.json"))
+    assert len(load_problems("countdown", split="test", directory=tmp_path)) == 1_024
+    assert [path.name for path in tmp_path.iterdir()] == ["countdown_steps"]
+
+
+def test_killed_build_does_not_poison_the_next(tmp_path):
+    """What kill -9 leaves: a half-built workplace and an empty parent of the final place."""
+    (tmp_path / ".countdown_steps-building-abc" / "countdown_steps" / "1.0.0").mkdir(parents=True)
+    (tmp_path / "countdown_steps").mkdir()
+    assert len(load_problems("countdown", split="test", directory=tmp_path)) == 1_024
+
+
+def test_damaged_countdown_names_the_remedy(tmp_path):
+    load_problems("countdown", split="test", directory=tmp_path)
+    folder = tmp_path / "countdown_steps" / "1.0.0"
+    next(folder.glob("*test*")).write_bytes(b"junk")
+    with pytest.raises(ValueError, match=r"delete .*1\.0\.0 and run again"):
+        load_problems("countdown", split="test", directory=tmp_path)
+    (folder / "dataset_info.json").unlink()
+    with pytest.raises(ValueError, match=r"delete .*1\.0\.0 and run again"):
+        load_problems("countdown", directory=tmp_path)
+
+
+# --- tokenizers ---
+
+
+@pytest.fixture(scope="module")
+def tokenizer_directory(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer") / "new"
+    countdown.write_tokenizer(folder)
+    return folder
+
+
+def test_countdown_tokenizer(tokenizer_directory):
+    tokenizer = Tokenizer.load(tokenizer_directory)
+    assert tokenizer.vocab_size == 109
+    assert tokenizer.stop_ids == (108,)
+    # an integer is its own id; + is 100, * 102, = 103, ; 104, -> 105, : 106
+    assert tokenizer.encode("3 7 11 2 -> 34 :") == [3, 7, 11, 2, 105, 34, 106]
+    assert tokenizer.encode("3 * 7 = 21 ; 11 + 2 = 13") == [3, 102, 7, 103, 21, 104, 11, 100, 2, 103, 13]
+    assert tokenizer.decode(np.array([3, 102, 7, 103, 21, 108, 107], np.int32)) == "3 * 7 = 21"
+    with pytest.raises(ValueError, match="cannot encode '3 x'"):
+        tokenizer.encode("3 x")
+
+
+def test_check_fits(tokenizer_directory):
+    tokenizer = Tokenizer.load(tokenizer_directory)
+    tokenizer.check_fits(109)
+    tokenizer.check_fits(128)
+    with pytest.raises(ValueError, match=r"108.*109"):
+        tokenizer.check_fits(108)
+
+
+def test_transformers_reads_the_countdown_tokenizer(tokenizer_directory):
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoTokenizer.from_pretrained(str(tokenizer_directory))
+    text = "3 7 11 2 -> 34 :"
+    assert theirs(text)["input_ids"] == Tokenizer.load(tokenizer_directory).encode(text)
+    assert (theirs.eos_token_id, theirs.pad_token_id, len(theirs)) == (108, 107, 109)
+    assert theirs.decode([3, 100, 7, 108], skip_special_tokens=True) == "3 + 7"
+
+
+def write_files(folder: Path, **files) -> Path:
+    countdown.write_tokenizer(folder)
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(content if isinstance(content, str) else json.dumps(content))
+    return folder
+
+
+def test_stop_ids_come_from_the_first_file_that_tells(tmp_path):
+    both = write_files(tmp_path / "a", generation_config={"eos_token_id": [5, 6]}, config={"eos_token_id": 7})
+    assert Tokenizer.load(both).stop_ids == (5, 6)
+    only_config = write_files(
+        tmp_path / "b", generation_config={"eos_token_id": None}, config={"eos_token_id": 7}
+    )
+    assert Tokenizer.load(only_config).stop_ids == (7,)
+    # id 0 is an id, not "nothing"
+    assert Tokenizer.load(write_files(tmp_path / "c", config={"eos_token_id": 0})).stop_ids == (0,)
+    older = write_files(tmp_path / "d", tokenizer_config={"eos_token": {"content": "<pad>", "lstrip": False}})
+    assert Tokenizer.load(older).stop_ids == (107,)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"tokenizer_config": {}}, "stop token"),
+        ({"tokenizer_config": {"eos_token": "<absent>"}}, "stop token.*<absent>"),
+        ({"config": {"eos_token_id": "8"}}, "eos_token_id"),
+        ({"config": {"eos_token_id": [True]}}, "eos_token_id"),
+        ({"config": {"eos_token_id": []}}, "eos_token_id"),
+        ({"config": {"eos_token_id": -1}}, "eos_token_id"),
+        ({"config": "{"}, "config.json: expected JSON"),
+        ({"config": "[]"}, "JSON object"),
+        ({"tokenizer": "{}"}, "cannot read .*tokenizer.json"),
+    ],
+)
+def test_tokenizer_errors(tmp_path, files, message):
+    with pytest.raises(ValueError, match=message):
+        Tokenizer.load(write_files(tmp_path / "x", **files))
+
+
+def test_tokenizer_missing(tmp_path):
+    with pytest.raises(ValueError, match="no such directory"):
+        Tokenizer.load(tmp_path / "absent")
+    with pytest.raises(ValueError, match=r"tokenizer\.json, found none"):
+        Tokenizer.load(tmp_path)
+
+
+@pytest.mark.shared_data
+def test_qwen3_tokenizer(real_data):
+    tokenizer = Tokenizer.load(real_data / "qwen3_tokenizer")
+    assert tokenizer.vocab_size == 151_669
+    assert tokenizer.stop_ids == (151_645,)  # <|im_end|>
+    text = "Let $x = \\frac{1}{2}$.\n\nAnswer: 12"
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode([*ids, 151_645, 151_643]) == text
+    tokenizer.check_fits(151_936)
+    with pytest.raises(ValueError, match=r"109.*151669"):
+        tokenizer.check_fits(109)
+
+
+# --- prompts ---
+
+
+def test_templates():
+    assert render("plain", "1 + 1?") == "1 + 1?"
+    assert render("boxed", "1 + 1?") == (
+        "1 + 1?\nPlease reason step by step, and put your final answer within \\boxed{}."
+    )
+    assert render("dapo_answer", "1 + 1?").endswith(
+        '\n\n1 + 1?\n\nRemember to put your answer on its own line after "Answer:".'
+    )
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_braces_in_problems_survive(template):
+    problem = "Find $\\frac{1}{2}$, {0}, {problem}, {} and }{."
+    assert TEMPLATES[template].count("{problem}") == 1
+    assert problem in render(template, problem)
+    assert render(template, problem).count(problem) == 1
+
+
+def test_unknown_template():
+    with pytest.raises(ValueError, match=r"'boxd'.*did you mean 'boxed'"):
+        render("boxd", "x")
+
+
+# --- sources ---
+
+
+def write_jsonl(path: Path, *rows) -> Path:
+    path.write_text(
+        "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8"
+    )
+    return path
+
+
+def test_jsonl(tmp_path):
+    path = write_jsonl(
+        tmp_path / "mine.jsonl",
+        {"problem": "What is {1+1}?", "answer": "2", "more": 0},
+        "",
+        {"problem": "¿Half?", "answer": 0.5, "id": 7},
+    )
+    problems = load_problems("jsonl", path=path, template="boxed")
+    assert len(problems) == 2
+    assert problems[0] == ("mine-1", render("boxed", "What is {1+1}?"), "2")
+    assert problems[1] == ("7", render("boxed", "¿Half?"), "0.5")
+    assert load_problems("jsonl", path=path, first=1)[-1].prompt == "What is {1+1}?"
+
+
+def test_jsonl_names_every_malformed_row(tmp_path):
+    good = {"problem": "p", "answer": "a"}
+    path = write_jsonl(
+        tmp_path / "bad.jsonl", good, "{", {"problem": "p"}, [1], {"problem": " ", "answer": "a"}, good
+    )
+    with pytest.raises(
+        ValueError, match=r"4 malformed rows \(row 2: not JSON.*row 3: answer.*row 4: not an object"
+    ) as e:
+        load_problems("jsonl", path=path)
+    assert "\n" not in str(e.value)
+    # what lies beyond the rows asked for is not judged
+    assert len(load_problems("jsonl", path=path, first=1)) == 1
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "[" * 100_000,
+        '{"problem": "p", "answer": ' + "9" * 5000 + "}",
+        '{"problem": "p", "answer": true}',
+        "null",
+    ],
+)
+def test_jsonl_hostile_rows(tmp_path, line):
+    with pytest.raises(ValueError, match=r"1 malformed rows.*row 1"):
+        load_problems("jsonl", path=write_jsonl(tmp_path / "x.jsonl", line))
+
+
+def test_jsonl_not_text(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b'{"problem": "\xff", "answer": "1"}\n')
+    with pytest.raises(ValueError, match=r"1 malformed rows.*row 1: not JSON"):
+        load_problems("jsonl", path=path)
+
+
+def test_jsonl_repeated_id(tmp_path):
+    row = {"problem": "p", "answer": "a", "id": "same"}
+    with pytest.raises(ValueError, match="row 2: id 'same' repeats"):
+        load_problems("jsonl", path=write_jsonl(tmp_path / "x.jsonl", row, row))
+
+
+def dapo_row(index="u1", content="Solve it.", truth="34") -> dict:
+    return {
+        "data_source": "math_dapo",
+        "prompt": [{"content": content, "role": "user"}],
+        "ability": "MATH",
+        "reward_model": {"ground_truth": truth, "style": "rule"},
+        "extra_info": {"index": index},
+    }
+
+
+def write_parquet(path: Path, rows: list[dict]) -> Path:
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    return path
+
+
+def test_dapo_layout(tmp_path):
+    # the official file repeats its problems
+    rows = [dapo_row("u1"), dapo_row("u2", "Find $\\frac{1}{2}$.", "7"), dapo_row("u1"), dapo_row("u3")]
+    problems = load_problems("dapo_math_17k", path=write_parquet(tmp_path / "d.parquet", rows))
+    assert [problem.id for problem in problems] == ["u1", "u2", "u3"]
+    assert problems[1] == ("u2", "Find $\\frac{1}{2}$.", "7")
+    assert len(load_problems("dapo_math_17k", path=tmp_path / "d.parquet", first=2)) == 2
+
+
+def test_dapo_malformed_rows(tmp_path):
+    rows = [
+        dapo_row("u1"),
+        dapo_row("u2", truth=None),
+        dapo_row("u3") | {"prompt": []},
+        dapo_row("u1", "Another text."),
+        dapo_row("u5") | {"reward_model": None},
+    ]
+    path = write_parquet(tmp_path / "d.parquet", rows)
+    with pytest.raises(
+        ValueError, match=r"4 malformed rows \(row 2: answer.*row 3: prompt.*row 4: .*'u1' repeats"
+    ):
+        load_problems("dapo_math_17k", path=path)
+
+
+def test_dapo_other_columns_or_no_parquet(tmp_path):
+    path = write_parquet(tmp_path / "d.parquet", [{"prompt": "x"}])
+    with pytest.raises(ValueError, match="expected columns prompt, reward_model, extra_info, got prompt"):
+        load_problems("dapo_math_17k", path=path)
+    (tmp_path / "junk.parquet").write_bytes(b"junk")
+    with pytest.raises(ValueError, match=r"junk\.parquet: expected a readable parquet file"):
+        load_problems("dapo_math_17k", path=tmp_path / "junk.parquet")
+
+
+def test_dapo_first_rows_do_not_read_the_rest(tmp_path, monkeypatch):
+    from tsopsd_jax.data import sources
+
+    handed_out = []
+    read = sources._parquet_rows
+
+    def counting(path, columns):
+        for number, row in read(path, columns):
+            handed_out.append(number)
+            yield number, row
+
+    monkeypatch.setattr(sources, "_parquet_rows", counting)
+    path = write_parquet(tmp_path / "d.parquet", [dapo_row(f"u{i}") for i in range(2000)])
+    assert len(load_problems("dapo_math_17k", path=path, first=5)) == 5
+    assert len(handed_out) == 5
+    assert len(load_problems("dapo_math_17k", path=path)) == 2000
+
+
+@pytest.mark.shared_data
+def test_real_dapo_math_17k(real_data):
+    problems = load_problems("dapo_math_17k", path=real_data / "dapo_math_17k" / "dapo-math-17k.parquet")
+    assert len(problems) == 17_243
+    assert problems[0].answer == "34"
+    before, after = TEMPLATES["dapo_answer"].split("{problem}")
+    assert all(problem.prompt.startswith(before) and problem.prompt.endswith(after) for problem in problems)
+    first = load_problems(
+        "dapo_math_17k", path=real_data / "dapo_math_17k" / "dapo-math-17k.parquet", first=10
+    )
+    assert list(first) == list(problems[:10])
+
+
+@pytest.mark.shared_data
+def test_real_dapo_answers_verify(real_data):
+    from tsopsd_jax.rewards import verify_math
+
+    path = real_data / "dapo_math_17k" / "dapo-math-17k.parquet"
+    for problem in load_problems("dapo_math_17k", path=path, first=500):
+        assert verify_math(f"So.\nAnswer: ${problem.answer}$", problem.answer) == 1.0
+        assert verify_math(f"Answer: {problem.answer}1", problem.answer) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"name": "countdwn"}, "countdown, dapo_math_17k, jsonl, got 'countdwn': did you mean 'countdown'"),
+        ({"name": "countdown"}, "expected a directory"),
+        ({"name": "countdown", "split": "tset"}, "train, test, got 'tset'"),
+        ({"name": "countdown", "path": "x"}, "expected no path"),
+        ({"name": "countdown", "template": "boxed"}, "template"),
+        ({"name": "dapo_math_17k", "path": "x", "template": "boxed"}, "template"),
+        ({"name": "dapo_math_17k"}, "expected the path of a file, got none"),
+        ({"name": "dapo_math_17k", "path": "absent.parquet"}, r"absent\.parquet.*download it"),
+        ({"name": "jsonl", "path": "absent.jsonl"}, r"absent\.jsonl.*found none"),
+        ({"name": "jsonl", "path": "x", "split": "train"}, "got 'train'"),
+        ({"name": "jsonl", "path": "x", "template": "boxd"}, "did you mean 'boxed'"),
+        ({"name": "jsonl", "path": "x", "first": 0}, "first >= 1"),
+    ],
+)
+def test_source_errors(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        load_problems(**arguments)
+
+
+def test_empty_data_sets(tmp_path):
+    with pytest.raises(ValueError, match="at least one row, got none"):
+        load_problems("jsonl", path=write_jsonl(tmp_path / "x.jsonl", "", ""))
+    import pyarrow
+
+    empty = pyarrow.Table.from_pylist([dapo_row()]).slice(0, 0)
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(empty, tmp_path / "x.parquet")
+    with pytest.raises(ValueError, match="at least one row, got none"):
+        load_problems("dapo_math_17k", path=tmp_path / "x.parquet")
+
+
+def test_heavy_libraries_are_imported_late():
+    heavy = "tensorflow_datasets", "pyarrow", "transformers", "tensorflow"
+    code = f"import sys, tsopsd_jax.data, tsopsd_jax.rewards; print([m for m in {heavy} if m in sys.modules])"
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True
+    )
+    assert done.stdout.strip() == "[]"
+
+
+def test_sources_are_listed():
+    assert set(SOURCES) == {"countdown", "dapo_math_17k", "jsonl"}
+
+
+# --- the cursor ---
+
+
+def test_order_golden():
+    """numpy's default_rng([seed, epoch]).permutation(5): if it changed, resumed runs would too."""
+    np.testing.assert_array_equal(indices(5, seed=0, position=0, count=5), [2, 4, 3, 0, 1])
+    np.testing.assert_array_equal(indices(5, seed=0, position=5, count=5), [1, 4, 3, 0, 2])
+    np.testing.assert_array_equal(indices(5, seed=1, position=0, count=5), [4, 0, 1, 2, 3])
+
+
+def test_every_epoch_is_a_permutation_of_its_own():
+    order = indices(100, seed=4, position=0, count=300).reshape(3, 100)
+    np.testing.assert_array_equal(np.sort(order, axis=1), np.tile(np.arange(100), (3, 1)))
+    assert not np.array_equal(order[0], order[1])
+    assert not np.array_equal(order[0], np.arange(100))
+
+
+@pytest.mark.parametrize("step", [1, 3, 7, 20])
+def test_resuming_anywhere_gives_the_same_order(step):
+    whole = indices(7, seed=2, position=3, count=40)
+    pieces = [indices(7, seed=2, position=3 + at, count=min(step, 40 - at)) for at in range(0, 40, step)]
+    np.testing.assert_array_equal(np.concatenate(pieces), whole)
+    assert whole.dtype == np.int64
+
+
+def test_order_of_nothing():
+    assert indices(7, seed=0, position=3, count=0).shape == (0,)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"n": 0, "seed": 0, "position": 0, "count": 1},
+        {"n": 5, "seed": -1, "position": 0, "count": 1},
+        {"n": 5, "seed": 0, "position": -1, "count": 1},
+        {"n": 5, "seed": 0, "position": 0, "count": -1},
+    ],
+)
+def test_order_errors(arguments):
+    n = arguments.pop("n")
+    with pytest.raises(ValueError, match="expects"):
+        indices(n, **arguments)

@@ -1,0 +1,310 @@
+"""What a person sees of a run as it goes: a live table on a terminal, aligned lines in a log; the results."""
+
+import math
+import sys
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
+from typing import Any, NamedTuple, TextIO
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+ROWS = 12
+"""Steps shown at once on a terminal."""
+
+PHASE_STYLES = ("cyan", "yellow", "green", "magenta", "blue")
+"""Given to phases in the order of their appearance; a phase that comes again keeps its colour."""
+
+BARS = "▁▂▃▄▅▆▇█"
+TREND_BUCKETS = 64
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        return value
+    return None
+
+
+def format_duration(seconds: float | None) -> str:
+    """`47s`, `3m 05s`, `2h 07m`, `3d 04h`; `-` for None."""
+    if (seconds := _number(seconds)) is None:
+        return "-"
+    whole = max(0, round(seconds))
+    minutes, hours = whole // 60, whole // 3600
+    if whole < 60:
+        return f"{whole}s"
+    if minutes < 60:
+        return f"{minutes}m {whole % 60:02d}s"
+    if hours < 24:
+        return f"{hours}h {minutes % 60:02d}m"
+    return f"{hours // 24}d {hours % 24:02d}h"
+
+
+def _fixed(decimals: int) -> Callable[[Any], str]:
+    return lambda value: "-" if (number := _number(value)) is None else f"{number:.{decimals}f}"
+
+
+def _percent(value: Any) -> str:
+    return "-" if (number := _number(value)) is None else f"{100 * number:.1f}%"
+
+
+def _count(value: Any) -> str:
+    if (number := _number(value)) is None:
+        return "-"
+    for least, unit, letter in ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
+        if abs(number) >= least:
+            return f"{number / unit:.1f}{letter}"
+    return f"{number:.0f}"
+
+
+class Column(NamedTuple):
+    """One column: its title, its width in a log, the key of the metrics line, and how a value is written."""
+
+    title: str
+    width: int
+    key: str
+    write: Callable[[Any], str]
+
+
+COLUMNS = (
+    Column("step", 7, "step", _fixed(0)),
+    Column("entropy (nats)", 14, "policy/entropy_nats", _fixed(4)),
+    Column("reward", 8, "reward/mean", _fixed(3)),
+    Column("accuracy", 8, "reward/accuracy_fraction", _percent),
+    Column("length", 7, "rollout/length_mean_tokens", _count),
+    Column("grad norm", 9, "optim/grad_norm", lambda v: "-" if _number(v) is None else f"{v:.3g}"),
+    Column("tokens/s", 8, "rollout/tokens_per_s", _count),
+)
+
+
+class Trend:
+    """A value over the whole run in at most `TREND_BUCKETS` means; halves its resolution when full."""
+
+    def __init__(self):
+        self._buckets: list[tuple[float, int, str]] = []  # total, count, style of the last value
+        self._per_bucket = 1
+
+    def add(self, value: float, style: str) -> None:
+        """Append one value of a phase drawn in `style`."""
+        if self._buckets and self._buckets[-1][1] < self._per_bucket:
+            total, count, _ = self._buckets.pop()
+            self._buckets.append((total + value, count + 1, style))
+            return
+        if len(self._buckets) == TREND_BUCKETS:
+            pairs = zip(self._buckets[::2], self._buckets[1::2], strict=True)
+            self._buckets = [(a + b, m + n, style_b) for (a, m, _), (b, n, style_b) in pairs]
+            self._per_bucket *= 2
+        self._buckets.append((value, 1, style))
+
+    def text(self) -> Text:
+        """One block character per bucket, from the lowest mean to the highest, on a logarithmic scale."""
+        means = [total / count for total, count, _ in self._buckets]
+        # A collapse is a matter of factors: on a linear scale its bottom, where reheating happens, is flat.
+        heights = [math.log(max(mean, 1e-6)) for mean in means]
+        text = Text()
+        for height, (_, _, style) in zip(heights, self._buckets, strict=True):
+            part = (height - min(heights)) / ((max(heights) - min(heights)) or 1.0)
+            text.append(BARS[round(part * (len(BARS) - 1))], style=style)
+        if means:
+            text.append(f"  {min(means):.3g} to {max(means):.3g} nats", style="dim")
+        return text
+
+
+class LiveTable:
+    """Shows the steps of a run as they come: a live table on a terminal, else a line every `every` steps.
+
+    Used as a context manager. `stream`: where to write, standard output by default. It is the live table if
+    the stream is a terminal that takes Unicode.
+    """
+
+    def __init__(self, *, stream: TextIO | None = None, every: int = 10):
+        out: TextIO = stream or sys.stdout
+        console = Console(file=out, highlight=False)
+        # A dumb terminal cannot be drawn over, and a screen that is not Unicode has none of the characters.
+        live = console.is_terminal and not console.is_dumb_terminal and console.encoding.startswith("utf")
+        self._view = _Screen(console) if live else _Lines(out, every)
+
+    def phase(self, name: str, until: str) -> None:
+        """Announce a phase and, in words, what ends it."""
+        self._view.phase(name, until)
+
+    def step(self, line: Mapping[str, Any], time_left_s: float | None = None) -> None:
+        """Show a metrics line; values that are absent or null show as `-`."""
+        self._view.step(line, time_left_s)
+
+    def note(self, text: str) -> None:
+        """Write a message that stays: above the live table, or as a line of its own."""
+        self._view.note(text)
+
+    def __enter__(self) -> "LiveTable":
+        self._view.open()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._view.close()
+
+
+class _Screen:
+    """The live table. It redraws when told something, never by itself: no thread beside the training loop."""
+
+    def __init__(self, console: Console):
+        self._console = console
+        self._rows: deque[tuple[str, Mapping[str, Any], float | None]] = deque(maxlen=ROWS)
+        self._trend = Trend()
+        self._styles: dict[str, str] = {}
+        self._now: tuple[str, str] | None = None
+        self._live = Live(console=console, auto_refresh=False, get_renderable=self._render)
+
+    def _style(self, phase: str) -> str:
+        return self._styles.setdefault(phase, PHASE_STYLES[len(self._styles) % len(PHASE_STYLES)])
+
+    def phase(self, name: str, until: str) -> None:
+        self._now = (name, until)
+        self._style(name)
+        self._live.refresh()
+
+    def step(self, line: Mapping[str, Any], time_left_s: float | None) -> None:
+        phase = str(line.get("phase") or (self._now[0] if self._now else "-"))
+        self._rows.append((phase, line, time_left_s))
+        if (entropy := _number(line.get("policy/entropy_nats"))) is not None:
+            self._trend.add(entropy, self._style(phase))
+        self._live.refresh()
+
+    def note(self, text: str) -> None:
+        self._console.print(Text(text))
+
+    def open(self) -> None:
+        self._live.start(refresh=False)
+
+    def close(self) -> None:
+        self._live.refresh()
+        self._live.stop()
+
+    def _render(self) -> Group:
+        head = Text(no_wrap=True, overflow="ellipsis")
+        if self._now is not None:
+            name, until = self._now
+            head = Text.assemble((f"● {name}", f"bold {self._style(name)}"), (f"   until {until}", "dim"))
+        table = Table(box=None, padding=(0, 1), header_style="dim", pad_edge=False)
+        table.add_column("phase", no_wrap=True, max_width=16)
+        for column in COLUMNS:
+            table.add_column(column.title, justify="right", no_wrap=True)
+        table.add_column("time left", justify="right", no_wrap=True)
+        shown = list(self._rows)[-max(1, min(ROWS, self._console.height - 6)) :]
+        for index, (phase, line, time_left_s) in enumerate(shown):
+            last = index == len(shown) - 1
+            table.add_row(
+                Text(phase, style=self._style(phase)),
+                *(column.write(line.get(column.key)) for column in COLUMNS),
+                format_duration(time_left_s) if last else "",
+                style="bold" if last else "",
+            )
+        trend = Text.assemble(("entropy  ", "dim"), self._trend.text(), no_wrap=True, overflow="ellipsis")
+        return Group(head, trend, Text(), table) if shown else Group(head)
+
+
+class _Lines:
+    """Plain aligned lines: every `every` steps, and the first and the last step of each phase."""
+
+    REPEAT_HEADER_LINES = 20
+
+    def __init__(self, stream: TextIO, every: int):
+        self._stream = stream
+        self._every = every
+        self._since_header = self.REPEAT_HEADER_LINES
+        self._phase: str | None = None
+        self._seen = 0  # steps of the phase
+        self._held: str | None = None  # the latest step's line, while it is not written
+
+    def phase(self, name: str, until: str) -> None:
+        self._flush_held()
+        self._phase, self._seen = name, 0
+        self._print(f"== phase {name}: until {until}")
+        self._since_header = self.REPEAT_HEADER_LINES
+
+    def step(self, line: Mapping[str, Any], time_left_s: float | None) -> None:
+        phase = str(line.get("phase") or self._phase or "-")
+        if phase != self._phase:
+            self._flush_held()
+            self._phase, self._seen = phase, 0
+        cells = [column.write(line.get(column.key)).rjust(column.width) for column in COLUMNS]
+        self._held = "  ".join([_cut(phase, 12), *cells, format_duration(time_left_s).rjust(9)])
+        if self._seen % self._every == 0:
+            self._flush_held()
+        self._seen += 1
+
+    def note(self, text: str) -> None:
+        self._flush_held()  # in the order of what happened
+        self._print(text)
+
+    def open(self) -> None:
+        pass
+
+    def close(self) -> None:
+        self._flush_held()
+
+    def _flush_held(self) -> None:
+        if self._held is None:
+            return
+        if self._since_header >= self.REPEAT_HEADER_LINES:
+            titles = [column.title.rjust(column.width) for column in COLUMNS]
+            self._print("  ".join(["phase".ljust(12), *titles, "time left"]))
+            self._since_header = 0
+        self._print(self._held)
+        self._since_header += 1
+        self._held = None
+
+    def _print(self, text: str) -> None:
+        # A log that is not Unicode must not end a run: what it cannot write becomes "?".
+        encoding = self._stream.encoding or "utf-8"
+        self._stream.write(text.encode(encoding, "replace").decode(encoding) + "\n")
+        self._stream.flush()
+
+
+def _cut(text: str, width: int) -> str:
+    return text.ljust(width) if len(text) <= width else text[: width - 1] + "~"
+
+
+def results_table(records: Sequence[Mapping[str, Any]]) -> str:
+    """Evaluations as aligned text: avg@k ± standard error and pass@k in percent, mean length in tokens."""
+    if not records:
+        return "no evaluations"
+    samples = {record.get("samples") for record in records}
+    k = samples.pop() if len(samples) == 1 else None
+    shown_k = "k" if k is None else str(k)
+    rows = [["stage", "step", "benchmark", f"avg@{shown_k} (%)", f"pass@{shown_k} (%)", "length (tokens)"]]
+    for record in records:
+        average, error = _number(record.get("avg_at_k")), _number(record.get("avg_at_k_stderr"))
+        text = "-" if average is None else f"{100 * average:.1f}"
+        if average is not None and error is not None:
+            text += f" ± {100 * error:.1f}"
+        passed, length = _number(record.get("pass_at_k")), _number(record.get("length_mean_tokens"))
+        rows.append(
+            [
+                str(record.get("stage", "-")),
+                _fixed(0)(record.get("step")),
+                str(record.get("benchmark", "-")),
+                text,
+                "-" if passed is None else f"{100 * passed:.1f}",
+                "-" if length is None else f"{length:.1f}",
+            ]
+        )
+        if k is None:
+            rows[-1].append(_fixed(0)(record.get("samples")))
+    if k is None:
+        rows[0].append("k")
+    widths = [max(len(row[at]) for row in rows) for at in range(len(rows[0]))]
+    left = {0, 2}  # text to the left, numbers to the right
+    lines = [
+        "  ".join(
+            cell.ljust(width) if at in left else cell.rjust(width)
+            for at, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+    return "\n".join([lines[0], "─" * max(map(len, lines)), *lines[1:]])

@@ -1,0 +1,15 @@
+"""Verifiers (text -> score) and reward shaping (token lengths -> penalty)."""
+
+from collections.abc import Callable
+
+from tsopsd_jax.rewards.countdown import verify_countdown
+from tsopsd_jax.rewards.math import verify_math
+from tsopsd_jax.rewards.shaping import overlong_penalty
+
+VERIFIERS: dict[str, Callable[[str, str], float]] = {
+    "countdown": verify_countdown,
+    "math": verify_math,
+}
+"""(response text, gold text) -> 1.0 or 0.0. A verifier never raises: model output must not stop a run."""
+
+__all__ = ["VERIFIERS", "overlong_penalty", "verify_countdown", "verify_math"]
