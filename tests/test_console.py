@@ -223,7 +223,6 @@ def test_a_note_follows_the_step_that_it_came_after(log):
 
 def test_the_trend_is_logarithmic():
     trend = Trend()
-    for value in (1.0, 0.1, 0.01):
-        trend.add(value, "cyan")
-    # 0.1 is half way from 0.01 to 1 in factors: 7 * 0.5 = 3.5, rounded half to even: the fifth of eight heights
-    assert trend.text().plain.startswith("█▅▁")
+    for power in range(8):
+        trend.add(0.01 * 2.0**power, "cyan")
+    assert trend.text().plain.startswith("▁▂▃▄▅▆▇█ ")  # equal factors, equal steps

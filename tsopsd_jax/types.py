@@ -131,7 +131,7 @@ class Batch:
         }
         if len(set(shapes.values())) != 1 or len(shapes["tokens"]) != 2:
             raise ValueError(f"Batch.of expects four arrays of one shape [B, L], got {shapes}")
-        mask = jnp.asarray(mask) != 0
+        mask = jnp.asarray(mask).astype(bool)
         # True up to the last response token of the row: a reversed running "or".
         live = jnp.flip(jnp.cumsum(jnp.flip(mask, axis=1), axis=1, dtype=jnp.int32), axis=1) > 0
         return cls(

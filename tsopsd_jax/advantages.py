@@ -1,0 +1,30 @@
+"""Advantages from rewards."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+STD_EPSILON = 1e-6
+
+
+def group_relative(rewards: Float[Array, "P G"], *, normalize_std: bool = True) -> Float[Array, "P G"]:
+    """Group-relative advantages (GRPO / DAPO):  (s - mean) / (std + 1e-6), std with ddof = 1, over each prompt's group.
+
+    Args:
+        rewards: [P, G], one row per prompt, one column per response.
+        normalize_std: False leaves (s - mean).
+
+    Returns:
+        [P, G]. A group of one has nothing to be relative to: its advantage is its reward.
+
+    Raises:
+        ValueError: if `rewards` is not two-dimensional.
+    """
+    if jnp.ndim(rewards) != 2:
+        raise ValueError(f"group_relative expects rewards of shape [P, G], got {jnp.shape(rewards)}")
+    rewards = jnp.asarray(rewards, jnp.float32)
+    if rewards.shape[1] == 1:
+        return rewards
+    centred = rewards - jnp.mean(rewards, axis=1, keepdims=True)
+    if not normalize_std:
+        return centred
+    return centred / (jnp.std(rewards, axis=1, keepdims=True, ddof=1) + STD_EPSILON)

@@ -1,0 +1,179 @@
+"""One update of the policy: micro-batches, one division, clip, AdamW; and the reheater's whole step as one function."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from tsopsd_jax.head import next_token_stats
+from tsopsd_jax.model.qwen3 import Qwen3
+from tsopsd_jax.objectives import Objective
+from tsopsd_jax.types import Batch, LossOutput, Mean, Prompts, PyTree, Rollout, TrainState
+
+
+class UpdateOut(NamedTuple):
+    """What an update reports: scalars named `group/name_unit`; `finite` is False where the update was skipped."""
+
+    metrics: dict[str, Float[Array, ""]]
+    finite: Array
+
+
+Update = Callable[[TrainState, Batch], tuple[TrainState, UpdateOut]]
+
+
+def make_optimizer(
+    *,
+    learning_rate: float,
+    warmup_steps: int = 0,
+    weight_decay: float = 0.0,
+    clip_norm: float = 1.0,
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    epsilon: float = 1e-8,
+) -> optax.GradientTransformation:
+    """AdamW behind a global-norm clip; the rate rises linearly to `learning_rate` over `warmup_steps`, then stays.
+
+    Weight decay spares the norms' scales: decaying a scale towards 0 is not decay towards a simpler function.
+    """
+
+    def rate(count):
+        return learning_rate * jnp.minimum(1.0, (count.astype(jnp.float32) + 1.0) / max(warmup_steps, 1))
+
+    return optax.chain(
+        optax.clip_by_global_norm(clip_norm),
+        optax.adamw(rate, b1=beta1, b2=beta2, eps=epsilon, weight_decay=weight_decay, mask=decay_mask),
+    )
+
+
+def decay_mask(params: PyTree) -> PyTree:
+    """True for the parameters that weight decay applies to: all but the norms."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: "norm" not in jax.tree_util.keystr(path), params)
+
+
+def per_token_stats(
+    model: Qwen3, params: PyTree, tokens: Array, objective: Objective, *, chunk_positions: int
+) -> dict[str, Array]:
+    """The objective's statistics of every token under the learner's own forward pass, {name: [B, L]}."""
+    hidden = model.hidden(params, tokens)
+    return next_token_stats(
+        objective.stats, hidden, model.unembed(params), tokens, chunk_positions=chunk_positions
+    )
+
+
+def make_gradient(model: Qwen3, objective: Objective, *, micro_batches: int = 1, chunk_positions: int = 512):
+    """(params, batch) -> (gradient, LossOutput, largest |sampler's - learner's log-prob|), averaged once.
+
+    gradient = sum over micro-batches of d(total) / sum of count, so that splitting changes nothing but memory.
+    """
+
+    def total(params, piece: Batch):
+        stats = per_token_stats(model, params, piece.tokens, objective, chunk_positions=chunk_positions)
+        out = objective.loss(stats, piece)
+        gap = jnp.zeros((), jnp.float32)
+        if "logp" in stats:
+            gap = jnp.max(jnp.where(piece.mask, jnp.abs(stats["logp"] - piece.old_logp), 0.0))
+            out = LossOutput(out.loss, out.metrics | gap_metric(stats["logp"], piece))
+        return out.loss.total, (out, gap)
+
+    def gradient(params, batch: Batch):
+        one = jax.grad(total, has_aux=True)
+        if micro_batches == 1:
+            grads, (out, gap) = one(params, batch)
+        else:
+            # Strided, not consecutive rows: each piece then lies on all devices.
+            pieces = jax.tree.map(
+                lambda x: x.reshape(-1, micro_batches, *x.shape[1:]).swapaxes(0, 1), batch
+            )
+            first = jax.tree.map(lambda x: x[0], pieces)
+            zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(one, params, first))
+
+            def add(carry, piece):
+                grads, (out, gap) = one(params, piece)
+                grads, out = jax.tree.map(jnp.add, (carry[0], carry[1][0]), (grads, out))
+                return (grads, (out, jnp.maximum(gap, carry[1][1]))), None
+
+            (grads, (out, gap)), _ = jax.lax.scan(add, zero, pieces)
+        count = jnp.maximum(out.loss.count, 1.0)
+        return jax.tree.map(lambda g: g / count.astype(g.dtype), grads), out, gap
+
+    return gradient
+
+
+def gap_metric(logp: Array, piece: Batch):
+    """Mean |sampler's - learner's log-prob|: with one code base this is a test, not a correction."""
+    return {"rollout/logp_gap_mean_nats": Mean.of(jnp.abs(logp - piece.old_logp), piece.mask)}
+
+
+def make_update(
+    model: Qwen3,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    *,
+    micro_batches: int = 1,
+    chunk_positions: int = 512,
+) -> Update:
+    """update(state, batch) -> (state, UpdateOut); pure, to be jitted with a donated state.
+
+    A gradient that is not finite leaves parameters and optimizer as they were and advances only the step.
+
+    Args:
+        micro_batches: number of equal strided pieces of the batch's rows; gradients of the pieces are added.
+        chunk_positions: positions per row whose logits exist at once.
+    """
+    gradient = make_gradient(model, objective, micro_batches=micro_batches, chunk_positions=chunk_positions)
+
+    def update(state: TrainState, batch: Batch) -> tuple[TrainState, UpdateOut]:
+        if batch.tokens.shape[0] % micro_batches:
+            raise ValueError(f"{batch.tokens.shape[0]} rows do not split into {micro_batches} micro-batches")
+        grads, out, gap = gradient(state.params, batch)
+        norm = optax.global_norm(grads)
+        finite = jnp.isfinite(norm) & jnp.isfinite(out.loss.total)
+        with jax.numpy_dtype_promotion("standard"):  # optax relies on implicit promotion
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
+        )
+        metrics = {name: mean.value for name, mean in out.metrics.items()}
+        metrics |= {
+            "loss/total": out.loss.value,
+            "optim/grad_norm": norm,
+            "optim/skipped": 1.0 - finite.astype(jnp.float32),
+            "rollout/logp_gap_max_nats": gap,
+            "loss/tokens": out.loss.count,
+        }
+        return TrainState(state.step + 1, params, opt_state), UpdateOut(metrics, finite)
+
+    return update
+
+
+def distillation_batch(rollout: Rollout) -> Batch:
+    """The batch of an objective without rewards: the responses, with advantage 0."""
+    return Batch.of(
+        tokens=rollout.tokens,
+        mask=rollout.mask,
+        advantage=jnp.zeros_like(rollout.logp),
+        old_logp=rollout.logp,
+    )
+
+
+def make_reheat_step(
+    sample: Callable[[PyTree, Prompts, Array], Rollout], update: Update
+) -> Callable[[TrainState, Prompts, Array], tuple[TrainState, UpdateOut, Rollout]]:
+    """The reheater's whole step as one function of (state, prompts, run key), to be jitted with a donated state:
+    sample on-policy, self-teacher, full-vocabulary KL, update. No host round trip.
+
+    Args:
+        sample: (params, prompts, key) -> Rollout.
+        update: from `make_update`.
+    """
+
+    def reheat_step(state: TrainState, prompts: Prompts, run_key: Array):
+        rollout = sample(state.params, prompts, jax.random.fold_in(run_key, state.step))
+        state, out = update(state, distillation_batch(rollout))
+        return state, out, rollout
+
+    return reheat_step

@@ -1,0 +1,97 @@
+"""The tensors of a Hugging Face Qwen3 checkpoint against our parameter tree: names, axes, dtypes."""
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from tsopsd_jax.model.qwen3 import Qwen3
+
+DTYPES = {
+    "F32": np.dtype(np.float32),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F16": np.dtype(np.float16),
+}
+
+
+class Layout(NamedTuple):
+    """One tensor on disk: axes as `stored`, "NH D" being N heads of H merged, against `ours`, "DNH"."""
+
+    name: str
+    stored: str
+    ours: str
+
+    def sizes(self, shape: tuple[int, ...]) -> dict[str, int]:
+        return dict(zip(self.ours, shape, strict=True))
+
+    def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        sizes = self.sizes(shape)
+        return tuple(math.prod(sizes[a] for a in group) for group in self.stored.split())
+
+    def read(self, tensor, shape: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
+        """Our `index` of a stored tensor, touching only the rows and columns that it needs."""
+        sizes, at = self.sizes(shape), dict(zip(self.ours, index, strict=True))
+        groups = self.stored.split()
+        cut, split, rest = [], [], []
+        for first, *inner in groups:
+            width = math.prod(sizes[a] for a in inner)
+            cut.append(slice(at[first].start * width, at[first].stop * width))
+            split += [at[first].stop - at[first].start, *(sizes[a] for a in inner)]
+            rest += [slice(None), *(at[a] for a in inner)]
+        order = [self.stored.replace(" ", "").index(a) for a in self.ours]
+        return tensor[tuple(cut)].reshape(split)[tuple(rest)].transpose(order)
+
+    def to_stored(self, value: np.ndarray) -> np.ndarray:
+        order = [self.ours.index(a) for a in self.stored.replace(" ", "")]
+        return np.ascontiguousarray(value.transpose(order)).reshape(self.stored_shape(value.shape))
+
+
+EMBED = Layout("model.embed_tokens.weight", "V D", "VD")
+HEAD = Layout("lm_head.weight", "V D", "DV")
+NORM = Layout("model.norm.weight", "D", "D")
+LAYER = {
+    "attention_norm": Layout("input_layernorm.weight", "D", "D"),
+    "q": Layout("self_attn.q_proj.weight", "NH D", "DNH"),
+    "k": Layout("self_attn.k_proj.weight", "KH D", "DKH"),
+    "v": Layout("self_attn.v_proj.weight", "KH D", "DKH"),
+    "q_norm": Layout("self_attn.q_norm.weight", "H", "H"),
+    "k_norm": Layout("self_attn.k_norm.weight", "H", "H"),
+    "o": Layout("self_attn.o_proj.weight", "D NH", "NHD"),
+    "mlp_norm": Layout("post_attention_layernorm.weight", "D", "D"),
+    "gate": Layout("mlp.gate_proj.weight", "F D", "DF"),
+    "up": Layout("mlp.up_proj.weight", "F D", "DF"),
+    "down": Layout("mlp.down_proj.weight", "D F", "FD"),
+}
+
+
+class Stored(NamedTuple):
+    """One tensor on disk: which parameter, which layer of it, and that layer's shape in our axes."""
+
+    layout: Layout
+    path: tuple[str, ...]
+    layer: int | None
+    shape: tuple[int, ...]
+
+
+def stored_tensors(model: Qwen3) -> Iterator[Stored]:
+    """Every stored tensor of a model, in the order of its forward pass."""
+    shapes = model.param_shapes()
+    yield Stored(EMBED, ("embed",), None, shapes["embed"].shape)
+    for i in range(model.config.num_hidden_layers):
+        for key, layout in LAYER.items():
+            full = layout._replace(name=f"model.layers.{i}.{layout.name}")
+            yield Stored(full, ("layers", key), i, shapes["layers"][key].shape[1:])
+    yield Stored(NORM, ("final_norm",), None, shapes["final_norm"].shape)
+    if not model.config.tie_word_embeddings:
+        yield Stored(HEAD, ("head",), None, shapes["head"].shape)
+
+
+def cast(value: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+    """`value` in `dtype`; float16 alone can overflow, and does not in silence."""
+    with np.errstate(over="ignore"):
+        out = value.astype(dtype, copy=False)
+    if dtype == np.float16 and value.dtype != dtype and np.isinf(out).any():
+        raise ValueError(f"{name}: a value exceeds float16's largest, 65504; use bfloat16 or float32")
+    return out

@@ -1,0 +1,270 @@
+"""Qwen3 in Flax NNX, behind plain functions of a parameter tree.
+
+The NNX module declares the parameters (shapes, initialisation, logical axes) and the mathematics of one block;
+the `Qwen3` dataclass is what the rest of the package sees: `hidden`, `logits`, `prefill`, `decode` on a nested dict
+of arrays. Layers are stacked on a leading axis and run under `scan`; decoding unrolls them, so that each layer's
+cache is its own buffer, updated in place.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from tsopsd_jax.types import PyTree
+
+Cache = tuple[tuple[Array, Array], ...]
+"""Per layer the keys and values, each [B, S, K, H]; slot s of row b holds position s of that row."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Qwen3Config:
+    """The shape of a Qwen3 model; names follow the Hugging Face config. `head_dim` is its own field."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rope_theta: float = 1e6
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = False
+    max_position_embeddings: int = 40960
+    initializer_range: float = 0.02
+
+    def __post_init__(self):
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads {self.num_key_value_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim must be even for rotary embeddings, got {self.head_dim}")
+
+
+def rms_norm(x: Float[Array, "*N D"], scale: Float[Array, " D"], eps: float) -> Float[Array, "*N D"]:
+    """x / sqrt(mean(x^2) + eps) * scale, computed in float32."""
+    x32 = x.astype(jnp.float32)
+    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+    return (jax.lax.mul(x32 * inverse, jnp.broadcast_to(scale.astype(jnp.float32), x32.shape))).astype(
+        x.dtype
+    )
+
+
+def rope(x_BTNH: Array, positions_BT: Array, theta: float) -> Array:
+    """Rotary position embedding, half-split layout; angles in float32 whatever the compute dtype."""
+    half = x_BTNH.shape[-1] // 2
+    # A constant from float64: an accelerator's float32 power is off by more, and the position multiplies its error.
+    frequency_H = jnp.asarray(np.power(float(theta), -np.arange(half) / half), jnp.float32)
+    angle_BTH = positions_BT.astype(jnp.float32)[..., None] * frequency_H[None, None, :]
+    cos, sin = jnp.cos(angle_BTH)[:, :, None, :], jnp.sin(angle_BTH)[:, :, None, :]
+    a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTNH.dtype)
+
+
+def attention(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, positions_BT: Array) -> Array:
+    """Grouped-query attention of queries at `positions` over slots 0..position; softmax in float32."""
+    b, t, n, h = q_BTNH.shape
+    s, kv = k_BSKH.shape[1:3]
+    q_BTKGH = q_BTNH.reshape(b, t, kv, n // kv, h)
+    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32)
+    visible_BTS = jnp.arange(s, dtype=positions_BT.dtype)[None, None, :] <= positions_BT[:, :, None]
+    scores = jnp.where(visible_BTS[:, None, None], scores * h**-0.5, -jnp.inf)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v_BSKH.dtype)
+    return jnp.einsum("BKGTS,BSKH->BTKGH", weights, v_BSKH).reshape(b, t, n, h)
+
+
+def _write(cache_BSKH: Array, new_BTKH: Array, start_B: Array) -> Array:
+    """Write T new entries into each row's cache from slot start[b] on."""
+    return jax.vmap(lambda c, u, i: jax.lax.dynamic_update_slice_in_dim(c, u.astype(c.dtype), i, axis=0))(
+        cache_BSKH, new_BTKH, start_B
+    )
+
+
+class Block(nnx.Module):
+    """One decoder layer; parameters are kept in the master dtype and cast where they are used."""
+
+    def __init__(self, config: Qwen3Config, *, rngs: nnx.Rngs):
+        d, f, h = config.hidden_size, config.intermediate_size, config.head_dim
+        n, kv = config.num_attention_heads, config.num_key_value_heads
+        self.config = config
+
+        def weight(shape, axes):
+            value = config.initializer_range * jax.random.normal(rngs.params(), shape, jnp.float32)
+            return nnx.Param(value, axes=axes)
+
+        def ones(size, axis):
+            return nnx.Param(jnp.ones((size,), jnp.float32), axes=(axis,))
+
+        self.attention_norm = ones(d, "norm")
+        self.q = weight((d, n, h), ("embed", "heads", "head_dim"))
+        self.k = weight((d, kv, h), ("embed", "kv_heads", "head_dim"))
+        self.v = weight((d, kv, h), ("embed", "kv_heads", "head_dim"))
+        self.q_norm = ones(h, "norm")
+        self.k_norm = ones(h, "norm")
+        self.o = weight((n, h, d), ("heads", "head_dim", "embed"))
+        self.mlp_norm = ones(d, "norm")
+        self.gate = weight((d, f), ("embed", "mlp"))
+        self.up = weight((d, f), ("embed", "mlp"))
+        self.down = weight((f, d), ("mlp", "embed"))
+
+    def __call__(self, x_BTD: Array, positions_BT: Array, cache: tuple[Array, Array] | None = None):
+        """x -> (x, cache). Without a cache the T positions attend among themselves."""
+        c, dtype = self.config, x_BTD.dtype
+        y_BTD = rms_norm(x_BTD, self.attention_norm[...], c.rms_norm_eps)
+        q_BTNH = jnp.einsum("BTD,DNH->BTNH", y_BTD, self.q[...].astype(dtype))
+        k_BTKH = jnp.einsum("BTD,DKH->BTKH", y_BTD, self.k[...].astype(dtype))
+        v_BTKH = jnp.einsum("BTD,DKH->BTKH", y_BTD, self.v[...].astype(dtype))
+        q_BTNH = rope(rms_norm(q_BTNH, self.q_norm[...], c.rms_norm_eps), positions_BT, c.rope_theta)
+        k_BTKH = rope(rms_norm(k_BTKH, self.k_norm[...], c.rms_norm_eps), positions_BT, c.rope_theta)
+        if cache is not None:
+            k_BTKH, v_BTKH = cache = tuple(
+                _write(old, new, positions_BT[:, 0]) for old, new in zip(cache, (k_BTKH, v_BTKH), strict=True)
+            )
+        out_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, positions_BT)
+        x_BTD = x_BTD + jnp.einsum("BTNH,NHD->BTD", out_BTNH, self.o[...].astype(dtype))
+        y_BTD = rms_norm(x_BTD, self.mlp_norm[...], c.rms_norm_eps)
+        gate_BTF = jax.nn.silu(jnp.einsum("BTD,DF->BTF", y_BTD, self.gate[...].astype(dtype)))
+        up_BTF = jnp.einsum("BTD,DF->BTF", y_BTD, self.up[...].astype(dtype))
+        return x_BTD + jnp.einsum("BTF,FD->BTD", gate_BTF * up_BTF, self.down[...].astype(dtype)), cache
+
+
+class Qwen3Module(nnx.Module):
+    """The whole parameter tree: embedding, stacked blocks, final norm, and a head unless it is tied."""
+
+    def __init__(self, config: Qwen3Config, *, rngs: nnx.Rngs):
+        v, d = config.vocab_size, config.hidden_size
+
+        def weight(shape, axes):
+            value = config.initializer_range * jax.random.normal(rngs.params(), shape, jnp.float32)
+            return nnx.Param(value, axes=axes)
+
+        self.embed = weight((v, d), ("vocab", "embed"))
+
+        @nnx.split_rngs(splits=config.num_hidden_layers)
+        @functools.partial(nnx.vmap, transform_metadata={nnx.PARTITION_NAME: None})
+        def stack(rngs):
+            return Block(config, rngs=rngs)
+
+        self.layers = stack(rngs)
+        self.final_norm = nnx.Param(jnp.ones((d,), jnp.float32), axes=("norm",))
+        if not config.tie_word_embeddings:
+            self.head = weight((d, v), ("embed", "vocab"))
+
+
+@functools.cache
+def _abstract(config: Qwen3Config):
+    """(graph of one block, abstract parameter tree, logical axes of every parameter)."""
+    module = nnx.eval_shape(lambda: Qwen3Module(config, rngs=nnx.Rngs(0)))
+    state = nnx.state(module)
+    shapes = nnx.to_pure_dict(state)
+    is_param = functools.partial(lambda x: isinstance(x, nnx.Variable))
+
+    def axes_of(param: nnx.Variable, shape: jax.ShapeDtypeStruct) -> tuple[str, ...]:
+        names = tuple(param.get_metadata("axes"))
+        return names if len(names) == len(shape.shape) else ("layers", *names)
+
+    flat, treedef = jax.tree.flatten(shapes)
+    names = [axes_of(p, s) for p, s in zip(jax.tree.leaves(state, is_leaf=is_param), flat, strict=True)]
+    block = nnx.graphdef(nnx.eval_shape(lambda: Block(config, rngs=nnx.Rngs(0))))
+    return block, shapes, jax.tree.unflatten(treedef, names)
+
+
+@dataclasses.dataclass(frozen=True)
+class Qwen3:
+    """A Qwen3 model as functions of its parameters (a nested dict of arrays).
+
+    `compute_dtype` is the dtype of activations and matrix products (logits are float32 always); `remat` recomputes
+    each layer's activations in the backward pass instead of keeping them.
+    """
+
+    config: Qwen3Config
+    compute_dtype: jnp.dtype = jnp.float32  # type: ignore[assignment]
+    remat: bool = False
+
+    @property
+    def vocab_size(self) -> int:
+        return self.config.vocab_size
+
+    def param_shapes(self) -> PyTree:
+        """The parameter tree as ShapeDtypeStructs (float32)."""
+        return _abstract(self.config)[1]
+
+    def param_axes(self) -> PyTree:
+        """The logical axis names of every parameter, for `sharding.tree_shardings`."""
+        return _abstract(self.config)[2]
+
+    def init(self, key: Array, *, shardings: PyTree | None = None) -> PyTree:
+        """Random float32 parameters; with `shardings` each device makes its own part."""
+
+        def make(key):
+            return nnx.to_pure_dict(nnx.state(Qwen3Module(self.config, rngs=nnx.Rngs(params=key))))
+
+        return jax.jit(make, out_shardings=shardings)(key)
+
+    def unembed(self, params: PyTree) -> Float[Array, "D V"]:
+        """The output matrix; the transposed embedding when tied."""
+        return params["embed"].T if self.config.tie_word_embeddings else params["head"]
+
+    def _embed(self, params: PyTree, tokens_BT: Array) -> Array:
+        return jnp.take(params["embed"], tokens_BT, axis=0).astype(self.compute_dtype)
+
+    def _block(self, layer: PyTree, x_BTD: Array, positions_BT: Array, cache=None):
+        return nnx.merge(_abstract(self.config)[0], layer)(x_BTD, positions_BT, cache)
+
+    def hidden(self, params: PyTree, tokens: Int[Array, "B L"]) -> Float[Array, "B L D"]:
+        """Final hidden states (after the last norm) of whole rows, every position attending causally."""
+        positions_BL = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :], tokens.shape)
+
+        def body(x_BLD, layer):
+            return self._block(layer, x_BLD, positions_BL)[0], None
+
+        step = jax.checkpoint(body, prevent_cse=False) if self.remat else body
+        x_BLD, _ = jax.lax.scan(step, self._embed(params, tokens), params["layers"])
+        return rms_norm(x_BLD, params["final_norm"], self.config.rms_norm_eps)
+
+    def project(self, params: PyTree, hidden: Float[Array, "*N D"]) -> Float[Array, "*N V"]:
+        """Hidden states to float32 logits."""
+        unembed = self.unembed(params).astype(hidden.dtype)
+        return jnp.einsum("...D,DV->...V", hidden, unembed, preferred_element_type=jnp.float32)
+
+    def logits(self, params: PyTree, tokens: Int[Array, "B L"]) -> Float[Array, "B L V"]:
+        """Float32 logits of every position. Materialises [B, L, V]: for tests and small models."""
+        return self.project(params, self.hidden(params, tokens))
+
+    def prefill(
+        self, params: PyTree, tokens: Int[Array, "B P"], *, slots: int
+    ) -> tuple[Float[Array, "B P D"], Cache]:
+        """Hidden states of right-padded prompts, and a cache of `slots` >= P slots per row that holds them.
+
+        Padding lies after each prompt: no prompt position sees it, and decoding overwrites its slots.
+        """
+        b, p = tokens.shape
+        shape = (b, p, self.config.num_key_value_heads, self.config.head_dim)
+        empty = jnp.zeros(shape, self.compute_dtype)
+        cache = tuple((empty, empty) for _ in range(self.config.num_hidden_layers))
+        hidden, cache = self._extend(params, tokens, jnp.zeros((b,), jnp.int32), cache)
+        pad = ((0, 0), (0, slots - p), (0, 0), (0, 0))
+        return hidden, jax.tree.map(lambda c: jnp.pad(c, pad), cache)
+
+    def decode(
+        self, params: PyTree, tokens: Int[Array, " B"], position: Int[Array, " B"], cache: Cache
+    ) -> tuple[Float[Array, "B D"], Cache]:
+        """One token per row at its own position: hidden state of it, and the cache with its slot written."""
+        hidden, cache = self._extend(params, tokens[:, None], position, cache)
+        return hidden[:, 0], cache
+
+    def _extend(self, params: PyTree, tokens_BT: Array, start_B: Array, cache: Cache):
+        positions_BT = start_B[:, None] + jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None, :]
+        x_BTD, new = self._embed(params, tokens_BT), []
+        for i, layer_cache in enumerate(cache):
+            layer = jax.tree.map(lambda w, i=i: w[i], params["layers"])
+            x_BTD, layer_cache = self._block(layer, x_BTD, positions_BT, layer_cache)
+            new.append(layer_cache)
+        return rms_norm(x_BTD, params["final_norm"], self.config.rms_norm_eps), tuple(new)

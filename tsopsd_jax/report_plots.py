@@ -1,0 +1,287 @@
+"""The report's plots: panels over steps that share their x axis, as one SVG that follows the page's colours."""
+
+import io
+import math
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+COLOURS = {
+    "page": "#ffffff",
+    "ink": "#1c2024",
+    "muted": "#60646c",
+    "line": "#e2e4e8",
+    "grid": "#eceef1",
+    "blue": "#2563b0",
+    "orange": "#c2540a",
+    "teal": "#0d7d6c",
+    "violet": "#6e56c0",
+    "slate": "#64748b",
+}
+"""The names of the page's CSS variables, with their values in the light theme."""
+
+MAX_POINTS = 1000
+"""Of a series: more than the page has pixels to tell apart."""
+
+MAX_SHADED = 400
+WIDTH_IN, LEFT, RIGHT = 10.4, 0.055, 0.895
+LABEL_POINT_PT = 4.9  # width of a character of a phase's label
+
+STYLE = {
+    "svg.fonttype": "none",  # text stays text: the page's font, searchable, small
+    "svg.hashsalt": "tsopsd_jax",  # with no date in it, equal runs give equal pages
+    "font.family": "DejaVu Sans",  # comes with matplotlib, so measures do not depend on the machine
+    "font.size": 8.5,
+    "text.parse_math": False,  # a phase may be called "$x_"
+    "axes.edgecolor": COLOURS["line"],
+    "axes.linewidth": 0.8,
+    "xtick.color": COLOURS["line"],
+    "ytick.color": COLOURS["line"],
+    "xtick.labelcolor": COLOURS["muted"],
+    "ytick.labelcolor": COLOURS["muted"],
+    "ytick.major.size": 0,
+    "ytick.minor.size": 0,
+    "axes.formatter.useoffset": False,
+}
+
+
+class Segment(NamedTuple):
+    """Steps `first <= index < end` of the log, taken in one go of one phase."""
+
+    phase: str
+    first: int
+    end: int
+
+
+class Series(NamedTuple):
+    """One line: its name (empty: the panel says it), a value per step (NaN: none), a name in COLOURS."""
+
+    name: str
+    values: np.ndarray
+    colour: str
+
+
+class Panel(NamedTuple):
+    """One plot: its title, the unit, its lines, dashed horizontal lines (label -> value), the scale."""
+
+    title: str
+    unit: str
+    series: Sequence[Series]
+    lines: Mapping[str, float] = {}
+    logarithmic: bool = False
+
+
+def draw(
+    step: np.ndarray, panels: Sequence[Panel], segments: Sequence[Segment], phase_colours: Mapping[str, str]
+) -> str:
+    """The panels over `step`, phases shaded and named, as an `<svg>` element to be put into a page."""
+    # Lazy: matplotlib takes a second, which only a report should cost.
+    import matplotlib.style
+    from matplotlib.figure import Figure
+
+    with (
+        matplotlib.style.context(["default", STYLE], after_reset=True),
+        # Such as a phase's name with characters that the measuring font lacks; the page's font has its own.
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")
+        figure = Figure(figsize=(WIDTH_IN, 9.6), facecolor="none")
+        axes = figure.subplots(
+            len(panels), 1, sharex=True, gridspec_kw={"height_ratios": [1.5] + [1.0] * (len(panels) - 1)}
+        )
+        figure.subplots_adjust(left=LEFT, right=RIGHT, top=0.935, bottom=0.04, hspace=0.3)
+        for at, (panel, axis) in enumerate(zip(panels, axes, strict=True)):
+            _draw_panel(axis, panel, step, segments, raised=at == 0)
+            _shade(axis, step, segments, phase_colours)
+        # Half a step at both ends, so that the first and the last phase are as wide as they are long.
+        axes[0].set_xlim(step[0] - 0.5, step[-1] + 0.5)
+        axes[-1].xaxis.get_major_locator().set_params(integer=True)
+        axes[-1].xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        axes[-1].set_xlabel("step", color=COLOURS["muted"], labelpad=3)
+        _name_phases(axes[0], step, segments, phase_colours)
+        buffer = io.BytesIO()
+        metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(buffer, format="svg", metadata=metadata, transparent=True)
+    return _for_page(buffer.getvalue().decode("utf-8", "replace"))
+
+
+def _draw_panel(
+    axis: Any, panel: Panel, step: np.ndarray, segments: Sequence[Segment], *, raised: bool
+) -> None:
+    pad = 30 if raised else 7  # the phases' names stand between the first title and its plot
+    axis.set_title(panel.title, loc="left", fontsize=10, fontweight="bold", color=COLOURS["ink"], pad=pad)
+    axis.annotate(
+        panel.unit,
+        (1, 1),
+        (0, pad),
+        xycoords="axes fraction",
+        textcoords="offset points",
+        ha="right",
+        color=COLOURS["muted"],
+    )
+    for side in ("left", "right", "top"):
+        axis.spines[side].set_visible(False)
+    axis.tick_params(axis="x", length=3)
+    axis.grid(axis="y", color=COLOURS["grid"], linewidth=0.8)
+    axis.set_axisbelow(True)
+    drawn = [
+        series for series in panel.series if _draw_series(axis, series, step, segments, panel.logarithmic)
+    ]
+    if not drawn:
+        axis.text(0.5, 0.5, "not recorded", transform=axis.transAxes, ha="center", color=COLOURS["muted"])
+        axis.set_yticks([])
+        return
+    if panel.logarithmic:
+        axis.set_yscale("log")
+        axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axis.yaxis.set_minor_formatter(lambda _value, _position: "")
+    _draw_lines(axis, panel.lines)
+    if not panel.logarithmic and axis.get_ylim()[0] > 0:
+        axis.set_ylim(bottom=0)
+    for row, series in enumerate(drawn):
+        axis.annotate(
+            series.name,
+            (1, 1),
+            (8, -9 - 13 * row),
+            xycoords="axes fraction",
+            textcoords="offset points",
+            color=COLOURS[series.colour],
+            fontweight="bold",
+        )
+
+
+def _draw_series(
+    axis: Any, series: Series, step: np.ndarray, segments: Sequence[Segment], logarithmic: bool
+) -> bool:
+    """Draw single steps faintly and their moving mean strongly; false if there is nothing to draw."""
+    values = np.where(series.values > 0, series.values, np.nan) if logarithmic else series.values
+    if not np.isfinite(values).any():
+        return False
+    raw = thinned(values)
+    colour = COLOURS[series.colour]
+    axis.plot(step[raw], values[raw], ".", markersize=3, markeredgewidth=0, color=colour, alpha=0.35)
+    smooth = smoothed(np.log(values) if logarithmic else values, segments)
+    smooth = np.exp(smooth) if logarithmic else smooth
+    kept = np.unique(np.linspace(0, len(step) - 1, MAX_POINTS).round().astype(int))
+    # A line of one point shows nothing.
+    marker = "o" if np.isfinite(smooth[kept]).sum() < 3 else ""
+    axis.plot(step[kept], smooth[kept], color=colour, linewidth=1.6, marker=marker, markersize=4)
+    return True
+
+
+def _draw_lines(axis: Any, lines: Mapping[str, float]) -> None:
+    ordered = sorted(lines.items(), key=lambda item: item[1])[:4]
+    for at, (label, value) in enumerate(ordered):
+        axis.axhline(value, color=COLOURS["ink"], linewidth=0.9, linestyle=(0, (4, 3)), alpha=0.65)
+        # Labels of close lines stand apart: the lowest under its line, the highest above.
+        anchor = "center" if len(ordered) == 1 else "top" if at == 0 else "bottom"
+        axis.annotate(
+            label,
+            (1, value),
+            (8, 3 if anchor == "top" else -3 if anchor == "bottom" else 0),
+            xycoords=("axes fraction", "data"),
+            textcoords="offset points",
+            va=anchor,
+            color=COLOURS["ink"],
+            fontsize=8,
+        )
+
+
+def _spans(step: np.ndarray, segments: Sequence[Segment]) -> list[tuple[float, float]]:
+    """Begin and end of each segment; neighbours meet half way between their steps."""
+    ends = [(step[segment.end - 1] + step[segment.end]) / 2 for segment in segments[:-1]]
+    edges = [step[0] - 0.5, *ends, step[-1] + 0.5]
+    return list(zip(edges[:-1], edges[1:], strict=True))
+
+
+def _shade(
+    axis: Any, step: np.ndarray, segments: Sequence[Segment], phase_colours: Mapping[str, str]
+) -> None:
+    if len(segments) > MAX_SHADED:
+        return
+    for phase, colour in phase_colours.items():
+        spans = zip(segments, _spans(step, segments), strict=True)
+        ranges = [(begin, end - begin) for segment, (begin, end) in spans if segment.phase == phase]
+        if ranges:
+            alpha = 0.15 if colour == "orange" else 0.055
+            axis.broken_barh(
+                ranges, (0, 1), transform=axis.get_xaxis_transform(), color=COLOURS[colour], alpha=alpha, lw=0
+            )
+
+
+def _name_phases(
+    axis: Any, step: np.ndarray, segments: Sequence[Segment], phase_colours: Mapping[str, str]
+) -> None:
+    """A phase's name over its span, in one of two rows; left out where both are taken."""
+    width_pt = WIDTH_IN * 72 * (RIGHT - LEFT)
+    per_step_pt = width_pt / (step[-1] - step[0] + 1)
+    taken_pt = [-math.inf, -math.inf]
+    for segment, (begin, end) in zip(segments, _spans(step, segments), strict=True):
+        name = segment.phase if len(segment.phase) <= 28 else segment.phase[:27] + "…"
+        half_pt = len(name) * LABEL_POINT_PT / 2 + 3
+        centre_pt = ((begin + end) / 2 - step[0] + 0.5) * per_step_pt
+        centre_pt = min(max(centre_pt, half_pt), width_pt - half_pt)
+        row = next((row for row in (0, 1) if taken_pt[row] <= centre_pt - half_pt), None)
+        if row is None:
+            continue
+        taken_pt[row] = centre_pt + half_pt
+        axis.annotate(
+            name,
+            (centre_pt / width_pt, 1),
+            (0, 4 + 11 * row),
+            xycoords="axes fraction",
+            textcoords="offset points",
+            ha="center",
+            color=COLOURS[phase_colours[segment.phase]],
+            fontweight="bold",
+            fontsize=8,
+        )
+
+
+def smoothed(values: np.ndarray, segments: Sequence[Segment]) -> np.ndarray:
+    """[N] -> [N]: centred moving mean over a 25th of each segment, never across its ends, NaN left out."""
+    result = np.full(len(values), np.nan)
+    for _, first, end in segments:
+        part = values[first:end]
+        half = (end - first) // 50
+        known = np.isfinite(part)
+        total = np.concatenate([[0.0], np.cumsum(np.where(known, part, 0.0))])
+        count = np.concatenate([[0], np.cumsum(known)])
+        at = np.arange(end - first)
+        low, high = np.maximum(at - half, 0), np.minimum(at + half + 1, end - first)
+        found = count[high] - count[low]
+        mean = (total[high] - total[low]) / np.maximum(found, 1)
+        result[first:end] = np.where(found > 0, mean, np.nan)
+    return result
+
+
+def thinned(values: np.ndarray) -> np.ndarray:
+    """Indices of at most `MAX_POINTS` finite values: the lowest and the highest of each stretch of steps."""
+    finite = np.flatnonzero(np.isfinite(values))
+    if finite.size <= MAX_POINTS:
+        return finite
+    stretches = np.array_split(finite, MAX_POINTS // 2)
+    extremes = [at[pick(values[at])] for at in stretches for pick in (np.argmin, np.argmax)]
+    return np.unique(extremes)
+
+
+def _for_page(svg: str) -> str:
+    """The bare element, sized by the page, its colours the page's variables (so it follows a dark theme)."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    head, rest = svg.split(">", 1)
+    head = re.sub(r'\s(?:width|height|version|xmlns(?::xlink)?)="[^"]*"', "", head)
+    names = {value: name for name, value in COLOURS.items()}
+
+    def variables(style: re.Match[str]) -> str:
+        return re.sub(
+            r"#[0-9a-f]{6}",
+            lambda colour: f"var(--{names[colour[0]]})" if colour[0] in names else colour[0],
+            style[0],
+        )
+
+    # Only inside style attributes: a phase may be called "#2563b0".
+    return re.sub(r'style="[^"]*"', variables, f"{head}>{rest}")

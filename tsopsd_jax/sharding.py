@@ -1,0 +1,108 @@
+"""Mesh and logical axes: which dimension of which array lies on which devices.
+
+Every parameter dimension has a logical name (`embed`, `heads`, ...). A rules table maps names to mesh axes; changing
+the layout means changing the table, nothing else.
+"""
+
+import math
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from tsopsd_jax.types import PyTree
+
+MESH_AXES = ("data", "fsdp", "tensor")
+"""`data`: replicas. `fsdp`: batch rows and parameter shards. `tensor`: heads, feed-forward and vocabulary."""
+
+Rules = Mapping[str, str | tuple[str, ...] | None]
+
+TRAIN_RULES: Rules = {
+    "rows": ("data", "fsdp"),
+    "layers": None,
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "head_dim": None,
+    "mlp": "tensor",
+    "vocab": "tensor",
+    "norm": None,
+}
+
+
+def make_mesh(*, data: int = 1, fsdp: int = -1, tensor: int = 1, devices=None) -> Mesh:
+    """A mesh with the axes (data, fsdp, tensor); one size may be -1: all devices that are left.
+
+    Raises:
+        ValueError: if the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [data, fsdp, tensor]
+    if sizes.count(-1) > 1:
+        raise ValueError(f"mesh: at most one size may be -1, got data={data}, fsdp={fsdp}, tensor={tensor}")
+    known = math.prod(s for s in sizes if s != -1)
+    if known <= 0 or len(devices) % known or (-1 not in sizes and known != len(devices)):
+        raise ValueError(
+            f"mesh: data={data} x fsdp={fsdp} x tensor={tensor} does not fit {len(devices)} devices; "
+            f"the product must be {len(devices)} (one size may be -1)"
+        )
+    sizes = [len(devices) // known if s == -1 else s for s in sizes]
+    return Mesh(np.asarray(devices).reshape(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def spec_of(axes: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh, rules: Rules, *, name: str) -> P:
+    """The PartitionSpec of one array.
+
+    Raises:
+        ValueError: two dimensions on one mesh axis, a dimension that the mesh axis does not divide, an unknown name.
+    """
+    if len(axes) != len(shape):
+        raise ValueError(f"{name}: {len(axes)} logical axes {axes} for shape {shape}")
+    used: dict[str, str] = {}
+    entries = []
+    for axis, size in zip(axes, shape, strict=True):
+        if axis not in rules:
+            raise ValueError(f"{name}: no sharding rule for logical axis {axis!r}; known: {sorted(rules)}")
+        target = rules[axis]
+        for mesh_axis in (target,) if isinstance(target, str) else target or ():
+            if mesh_axis in used:
+                raise ValueError(
+                    f"{name}: logical axes {used[mesh_axis]!r} and {axis!r} both lie on mesh axis {mesh_axis!r}; "
+                    "give one of them another rule"
+                )
+            used[mesh_axis] = axis
+        parts = math.prod(mesh.shape[a] for a in ((target,) if isinstance(target, str) else target or ()))
+        if size % parts:
+            raise ValueError(
+                f"{name}: {axis!r} has size {size}, which mesh axis {target!r} of size {parts} does not divide; "
+                "choose a size that divides it"
+            )
+        entries.append(target)
+    return P(*entries)
+
+
+def tree_shardings(axes: PyTree, shapes: PyTree, mesh: Mesh, rules: Rules = TRAIN_RULES) -> PyTree:
+    """NamedShardings for a tree of arrays; `axes` mirrors it with tuples of logical names at the leaves."""
+
+    def one(path, leaf, names):
+        spec = spec_of(names, leaf.shape, mesh, rules, name=jax.tree_util.keystr(path))
+        return NamedSharding(mesh, spec)
+
+    return jax.tree_util.tree_map_with_path(one, shapes, axes)
+
+
+def row_sharding(mesh: Mesh) -> NamedSharding:
+    """For arrays whose first dimension is rows, such as every field of a Batch."""
+    return NamedSharding(mesh, P(TRAIN_RULES["rows"]))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The same value on every device."""
+    return NamedSharding(mesh, P())
+
+
+def row_multiple(mesh: Mesh) -> int:
+    """Rows of a batch must be a multiple of this."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
