@@ -1,11 +1,12 @@
 """Hugging Face model directories (config.json + safetensors) in and out of the Qwen3 parameter tree.
 
-Tensors move one at a time: loading fills one device's part of one parameter on the host, reading only the bytes that
-it needs; saving fetches one tensor, writes it, and forgets it.
+Tensors move one at a time: loading fills one device's part of one parameter on the host, reading only the
+bytes that it needs; saving fetches one tensor, writes it, and forgets it.
 """
 
 import contextlib
 import functools
+import gc
 import json
 import math
 import shutil
@@ -18,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from safetensors import SafetensorError, safe_open
 
 from tsopsd_jax.model.hf_config import config_json, read_config, read_json
@@ -98,9 +99,10 @@ def _check_tensors(model: Qwen3, stored: dict[str, Any], folder: Path) -> None:
         if (kind := stored[name].get_dtype()) not in DTYPES:
             raise ValueError(f"{folder}: tensor {name}: expected a dtype among {list(DTYPES)}, got {kind}")
     if model.config.tie_word_embeddings and HEAD.name in stored:
-        rows = max(1, 2**24 // model.config.hidden_size)
-        for at in range(0, model.config.vocab_size, rows):
-            if not np.array_equal(stored[EMBED.name][at : at + rows], stored[HEAD.name][at : at + rows]):
+        vocab, rows = model.config.vocab_size, max(1, 2**24 // model.config.hidden_size)
+        for at in range(0, vocab, rows):
+            part = slice(at, min(at + rows, vocab))
+            if not np.array_equal(stored[EMBED.name][part], stored[HEAD.name][part]):
                 raise ValueError(
                     f"{folder}: {HEAD.name} differs from {EMBED.name}, but config.json ties them; "
                     "set tie_word_embeddings to false"
@@ -124,21 +126,29 @@ def _read(
     return out
 
 
+def _to_devices(part: np.ndarray, devices: list) -> list[jax.Array]:
+    arrays = jax.block_until_ready([jax.device_put(part, device) for device in devices])
+    del part
+    # JAX lets go of a transferred buffer in its garbage collection hook; without this the next part would lie
+    # beside the last one.
+    gc.collect(0)
+    return arrays
+
+
 def _place(
     read: Callable[[tuple[slice, ...]], np.ndarray], shape: tuple[int, ...], sharding: Sharding | None
 ) -> jax.Array:
     """An array from this process's parts: each distinct part is read once and leaves before the next."""
     if sharding is None:
-        return jax.block_until_ready(jax.device_put(read(tuple(slice(0, n) for n in shape))))
+        return _to_devices(read(tuple(slice(0, n) for n in shape)), [None])[0]
     holders = defaultdict(list)
     for device, index in sharding.addressable_devices_indices_map(shape).items():
         assert index is not None
-        holders[tuple(slice(*i.indices(n)[:2]) for i, n in zip(index, shape, strict=True))].append(device)
+        # Bounds rather than slices, which Python 3.11 cannot hash.
+        holders[tuple(i.indices(n)[:2] for i, n in zip(index, shape, strict=True))].append(device)
     parts = []
-    for index, devices in holders.items():
-        part = read(index)
-        parts += jax.block_until_ready([jax.device_put(part, device) for device in devices])
-        del part
+    for bounds, devices in holders.items():
+        parts += _to_devices(read(tuple(slice(*b) for b in bounds)), devices)
     return jax.make_array_from_single_device_arrays(shape, sharding, parts)
 
 

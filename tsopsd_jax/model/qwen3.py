@@ -1,9 +1,9 @@
 """Qwen3 in Flax NNX, behind plain functions of a parameter tree.
 
-The NNX module declares the parameters (shapes, initialisation, logical axes) and the mathematics of one block;
-the `Qwen3` dataclass is what the rest of the package sees: `hidden`, `logits`, `prefill`, `decode` on a nested dict
-of arrays. Layers are stacked on a leading axis and run under `scan`; decoding unrolls them, so that each layer's
-cache is its own buffer, updated in place.
+The NNX module declares the parameters (shapes, initialisation, logical axes) and one block's mathematics; the
+`Qwen3` dataclass is what the rest of the package sees: `hidden`, `logits`, `prefill`, `decode` on a nested
+dict of arrays. Layers are stacked on a leading axis and run under `scan`; decoding unrolls them, so that each
+layer's cache is its own buffer, updated in place.
 """
 
 import dataclasses
@@ -52,15 +52,14 @@ def rms_norm(x: Float[Array, "*N D"], scale: Float[Array, " D"], eps: float) -> 
     """x / sqrt(mean(x^2) + eps) * scale, computed in float32."""
     x32 = x.astype(jnp.float32)
     inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
-    return (jax.lax.mul(x32 * inverse, jnp.broadcast_to(scale.astype(jnp.float32), x32.shape))).astype(
-        x.dtype
-    )
+    scale32 = jnp.broadcast_to(scale.astype(jnp.float32), x32.shape)
+    return (x32 * inverse * scale32).astype(x.dtype)
 
 
 def rope(x_BTNH: Array, positions_BT: Array, theta: float) -> Array:
     """Rotary position embedding, half-split layout; angles in float32 whatever the compute dtype."""
     half = x_BTNH.shape[-1] // 2
-    # A constant from float64: an accelerator's float32 power is off by more, and the position multiplies its error.
+    # A constant made in float64: the position multiplies the error of an accelerator's float32 power.
     frequency_H = jnp.asarray(np.power(float(theta), -np.arange(half) / half), jnp.float32)
     angle_BTH = positions_BT.astype(jnp.float32)[..., None] * frequency_H[None, None, :]
     cos, sin = jnp.cos(angle_BTH)[:, :, None, :], jnp.sin(angle_BTH)[:, :, None, :]
@@ -124,9 +123,8 @@ class Block(nnx.Module):
         q_BTNH = rope(rms_norm(q_BTNH, self.q_norm[...], c.rms_norm_eps), positions_BT, c.rope_theta)
         k_BTKH = rope(rms_norm(k_BTKH, self.k_norm[...], c.rms_norm_eps), positions_BT, c.rope_theta)
         if cache is not None:
-            k_BTKH, v_BTKH = cache = tuple(
-                _write(old, new, positions_BT[:, 0]) for old, new in zip(cache, (k_BTKH, v_BTKH), strict=True)
-            )
+            start_B = positions_BT[:, 0]
+            k_BTKH, v_BTKH = cache = (_write(cache[0], k_BTKH, start_B), _write(cache[1], v_BTKH, start_B))
         out_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, positions_BT)
         x_BTD = x_BTD + jnp.einsum("BTNH,NHD->BTD", out_BTNH, self.o[...].astype(dtype))
         y_BTD = rms_norm(x_BTD, self.mlp_norm[...], c.rms_norm_eps)
@@ -180,8 +178,8 @@ def _abstract(config: Qwen3Config):
 class Qwen3:
     """A Qwen3 model as functions of its parameters (a nested dict of arrays).
 
-    `compute_dtype` is the dtype of activations and matrix products (logits are float32 always); `remat` recomputes
-    each layer's activations in the backward pass instead of keeping them.
+    `compute_dtype` is the dtype of activations and matrix products (logits are float32 always); `remat`
+    recomputes each layer's activations in the backward pass instead of keeping them.
     """
 
     config: Qwen3Config

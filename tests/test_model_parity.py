@@ -1,0 +1,162 @@
+"""Our Qwen3 against transformers' (random weights, float32), and our directories read by transformers."""
+
+import json
+import shutil
+import warnings
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tsopsd_jax.model import load_pretrained, save_pretrained
+
+torch = pytest.importorskip("torch", reason="torch (the `parity` extra) is the oracle of these tests")
+pytestmark = pytest.mark.parity
+
+TOKENS = np.random.default_rng(0).integers(0, 61, (2, 40)).astype(np.int32)
+
+
+def quietly(function, *args, **options):
+    """Call into transformers with its own deprecation and resource warnings, and only those, silenced."""
+    with warnings.catch_warnings():
+        for category in (DeprecationWarning, FutureWarning, ResourceWarning, PendingDeprecationWarning):
+            warnings.filterwarnings("ignore", category=category)
+        return function(*args, **options)
+
+
+def make_reference(folder: Path, *, dtype=torch.float32, max_shard_size="5GB", **shape):
+    """A random Qwen3 by transformers, saved to `folder`; norm scales are far from their default, 1."""
+
+    def build():
+        from transformers import Qwen3Config, Qwen3ForCausalLM
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        sizes = {
+            "vocab_size": 61,
+            "hidden_size": 24,
+            "intermediate_size": 40,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 10,
+            "rope_theta": 1e6,
+            "tie_word_embeddings": False,
+        }
+        torch.manual_seed(0)
+        model = Qwen3ForCausalLM(Qwen3Config(**(sizes | shape))).eval()
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                p.copy_(1 + 0.3 * torch.randn_like(p) if "norm" in name else 0.2 * torch.randn_like(p))
+        model.to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
+        return model
+
+    return quietly(build)
+
+
+def their_logits(model) -> np.ndarray:
+    with torch.no_grad():
+        return quietly(model, torch.from_numpy(TOKENS).long()).logits.numpy()
+
+
+def load_theirs(folder: Path):
+    def load():
+        from transformers import AutoModelForCausalLM
+
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+    return quietly(load)
+
+
+def assert_close(ours, theirs, tolerance: float = 1e-5) -> None:
+    """Largest difference, relative to the largest |logit|."""
+    assert np.abs(theirs).max() > 1, "the reference's logits are too small to tell anything"
+    assert np.abs(np.asarray(ours) - theirs).max() <= tolerance * np.abs(theirs).max()
+
+
+CASES = {
+    "gqa2": {},
+    "gqa1_theta1e4": {"num_key_value_heads": 4, "rope_theta": 1e4},
+    "gqa4_theta5e6_tied": {"num_key_value_heads": 1, "rope_theta": 5e6, "tie_word_embeddings": True},
+    "head_dim_is_hidden_over_heads": {"head_dim": 6, "rms_norm_eps": 1e-3},
+}
+
+
+@pytest.fixture(scope="module", params=CASES)
+def reference(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    return folder, make_reference(folder, **CASES[request.param]), CASES[request.param]
+
+
+def test_logits_agree_and_our_directory_is_theirs(reference, tmp_path):
+    folder, theirs, shape = reference
+    model, params = load_pretrained(folder)
+    expected = their_logits(theirs)
+    assert_close(model.logits(params, jnp.asarray(TOKENS)), expected)
+    assert ("head" in params) != shape.get("tie_word_embeddings", False)
+
+    save_pretrained(tmp_path / "ours", model, params)
+    assert_close(their_logits(load_theirs(tmp_path / "ours")), expected)
+    again, same = load_pretrained(tmp_path / "ours")
+    assert again.config == model.config
+    jax.tree.map(np.testing.assert_array_equal, same, params)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_files_in_shards(dtype, tmp_path):
+    make_reference(tmp_path / "theirs", dtype=dtype, max_shard_size="8KB")
+    # Read back as float32: converting the model itself would leave its rotary frequencies rounded to 16 bits.
+    theirs = load_theirs(tmp_path / "theirs")
+    assert len(list((tmp_path / "theirs").glob("model-*.safetensors"))) > 2
+    model, params = load_pretrained(tmp_path / "theirs")
+    assert_close(model.logits(params, jnp.asarray(TOKENS)), their_logits(theirs))
+    # Back in the stored dtype, in our own shards: nothing is lost, so transformers sees the same model.
+    ours = tmp_path / "ours"
+    save_pretrained(ours, model, params, dtype=str(dtype).removeprefix("torch."), max_shard_bytes=8000)
+    assert len(list(ours.glob("model-*.safetensors"))) > 2
+    for name, value in load_theirs(ours).state_dict().items():
+        assert torch.equal(value, theirs.state_dict()[name]), name
+
+
+def test_older_config_spelling(reference, tmp_path):
+    """transformers 4 wrote rope_theta at the top level and rope_scaling null."""
+    folder, theirs, _ = reference
+    old = tmp_path / "old"
+    shutil.copytree(folder, old)
+    raw = json.loads((old / "config.json").read_text())
+    raw |= {"rope_theta": raw.pop("rope_parameters")["rope_theta"], "rope_scaling": None}
+    (old / "config.json").write_text(json.dumps(raw))
+    model, _ = load_pretrained(old)
+    assert model.config.rope_theta == theirs.config.rope_parameters["rope_theta"]
+
+
+def test_tokenizer_and_generation_config_come_along(tmp_path):
+    def make_tokenizer(folder: Path):
+        from tokenizers import Tokenizer, models, pre_tokenizers
+        from transformers import PreTrainedTokenizerFast
+
+        inner = Tokenizer(models.WordLevel({"<eos>": 0, "one": 1, "two": 2}, unk_token="<eos>"))
+        inner.pre_tokenizer = pre_tokenizers.Whitespace()
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>")
+        tokenizer.chat_template = "{{ messages[0]['content'] }}"
+        tokenizer.save_pretrained(folder)
+
+    make_reference(tmp_path / "theirs", eos_token_id=7, bos_token_id=5)
+    quietly(make_tokenizer, tmp_path / "theirs")
+    model, params = load_pretrained(tmp_path / "theirs")
+    save_pretrained(tmp_path / "ours", model, params, tokenizer_from=tmp_path / "theirs")
+
+    def load():
+        from transformers import AutoTokenizer, GenerationConfig
+
+        return AutoTokenizer.from_pretrained(tmp_path / "ours"), GenerationConfig.from_pretrained(
+            tmp_path / "ours"
+        )
+
+    tokenizer, generation = quietly(load)
+    assert tokenizer("two one")["input_ids"] == [2, 1]
+    assert tokenizer.chat_template == "{{ messages[0]['content'] }}"
+    assert generation.eos_token_id == 7
+    assert load_theirs(tmp_path / "ours").config.bos_token_id == 5

@@ -1,0 +1,111 @@
+"""Checkpoints of a run with Orbax: asynchronous, atomic, the last N kept.
+
+A checkpoint holds the train state, the run's progress (phase, steps, data position, windows of the stop rules) and the
+groups that dynamic sampling left over. It stores no random key: keys follow from the seed and the step.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from tsopsd_jax.judge import Groups
+from tsopsd_jax.types import Rollout, TrainState
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Progress:
+    """Where a run stands, apart from the train state. All of it is plain JSON."""
+
+    phase: int = 0
+    """Index of the current phase; the number of phases when the run is done."""
+    phase_step: int = 0
+    """Steps taken in the current phase."""
+    position: int = 0
+    """Prompts consumed since the run began: the data cursor."""
+    phase_position: int = 0
+    """`position` when the current phase began."""
+    entropies_nats: tuple[float, ...] = ()
+    """Mean token entropy of the last steps of the phase, for the stop rules."""
+    skipped_in_row: int = 0
+    """Consecutive updates skipped because they were not finite."""
+    elapsed_s: float = 0.0
+    """Wall time of the run, interruptions left out."""
+
+
+class Checkpoints:
+    """The checkpoints of one run directory.
+
+    Args:
+        directory: made on the first save.
+        keep: how many of the latest to keep.
+    """
+
+    def __init__(self, directory: Path, *, keep: int):
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True, create=True)
+        self._manager = ocp.CheckpointManager(Path(directory).resolve(), options=options)
+
+    def latest(self) -> int | None:
+        """Step of the newest complete checkpoint, or None."""
+        return self._manager.latest_step()
+
+    def save(self, state: TrainState, progress: Progress, leftover: Groups | None) -> None:
+        """Start saving at the state's step (replacing nothing: a step is saved once); returns before it is written."""
+        step = int(state.step)
+        if step in self._manager.all_steps():
+            # The same step with another progress: a phase began without a step between.
+            self._manager.wait_until_finished()
+            self._manager.delete(step)
+        items: dict[str, Any] = {
+            "state": ocp.args.StandardSave(_fields(state)),
+            "progress": ocp.args.JsonSave(dataclasses.asdict(progress)),
+        }
+        if leftover is not None:
+            items["leftover"] = ocp.args.PyTreeSave(_flat(leftover))
+        self._manager.save(step, args=ocp.args.Composite(**items))
+
+    def restore(self, like: TrainState, step: int | None = None) -> tuple[TrainState, Progress, Groups | None]:
+        """The checkpoint at `step` (default: the latest), placed like `like` (arrays or ShapeDtypeStructs).
+
+        Raises:
+            ValueError: if there is none, or its arrays are not those of `like`.
+        """
+        step = self.latest() if step is None else step
+        if step is None or step not in self._manager.all_steps():
+            have = ", ".join(map(str, self._manager.all_steps())) or "none"
+            raise ValueError(f"{self._manager.directory} has no checkpoint of step {step}; it has: {have}")
+        has_leftover = (self._manager.directory / str(step) / "leftover").exists()
+        items: dict[str, Any] = {
+            "state": ocp.args.StandardRestore(_fields(like)),
+            "progress": ocp.args.JsonRestore(),
+        }
+        if has_leftover:
+            items["leftover"] = ocp.args.PyTreeRestore()
+        got = self._manager.restore(step, args=ocp.args.Composite(**items))
+        progress = dict(got["progress"])
+        progress["entropies_nats"] = tuple(progress["entropies_nats"])
+        state = TrainState(**got["state"])
+        return state, Progress(**progress), _groups(got["leftover"]) if has_leftover else None
+
+    def close(self) -> None:
+        """Wait for what is being written."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def _fields(state: TrainState) -> dict[str, Any]:
+    return {f.name: vars(state)[f.name] for f in dataclasses.fields(TrainState)}
+
+
+def _flat(groups: Groups) -> dict[str, np.ndarray]:
+    fields = {f.name: np.asarray(vars(groups.rollout)[f.name]) for f in dataclasses.fields(Rollout)}
+    return fields | {"accuracy": groups.accuracy, "reward": groups.reward}
+
+
+def _groups(flat: dict[str, Any]) -> Groups:
+    arrays = jax.tree.map(np.asarray, dict(flat))
+    accuracy, reward = arrays.pop("accuracy"), arrays.pop("reward")
+    return Groups(Rollout(**arrays), accuracy, reward)
