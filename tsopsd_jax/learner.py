@@ -13,6 +13,9 @@ from tsopsd_jax.model.qwen3 import Qwen3
 from tsopsd_jax.objectives import Objective
 from tsopsd_jax.types import Batch, LossOutput, Mean, Prompts, PyTree, Rollout, TrainState
 
+ENTROPY = "policy/entropy_nats"
+"""The metric that stop rules and guards look at."""
+
 
 class UpdateOut(NamedTuple):
     """What an update reports: scalars named `group/name_unit`; `finite` is False where the update was skipped."""
@@ -21,7 +24,7 @@ class UpdateOut(NamedTuple):
     finite: Array
 
 
-Update = Callable[[TrainState, Batch], tuple[TrainState, UpdateOut]]
+Update = Callable[..., tuple[TrainState, UpdateOut]]
 
 
 def make_optimizer(
@@ -115,9 +118,11 @@ def make_update(
     micro_batches: int = 1,
     chunk_positions: int = 512,
 ) -> Update:
-    """update(state, batch) -> (state, UpdateOut); pure, to be jitted with a donated state.
+    """update(state, batch, hold_above_nats=inf) -> (state, UpdateOut); pure, to be jitted with a donated state.
 
-    A gradient that is not finite leaves parameters and optimizer as they were and advances only the step.
+    A gradient that is not finite leaves parameters and optimizer as they were and advances only the step; so does a
+    policy whose mean token entropy has reached `hold_above_nats`. A stop rule on entropy then keeps the policy that it
+    measured, not one that is an update further.
 
     Args:
         micro_batches: number of equal strided pieces of the batch's rows; gradients of the pieces are added.
@@ -125,7 +130,9 @@ def make_update(
     """
     gradient = make_gradient(model, objective, micro_batches=micro_batches, chunk_positions=chunk_positions)
 
-    def update(state: TrainState, batch: Batch) -> tuple[TrainState, UpdateOut]:
+    def update(
+        state: TrainState, batch: Batch, hold_above_nats: Array | float = float("inf")
+    ) -> tuple[TrainState, UpdateOut]:
         if batch.tokens.shape[0] % micro_batches:
             raise ValueError(f"{batch.tokens.shape[0]} rows do not split into {micro_batches} micro-batches")
         grads, out, gap = gradient(state.params, batch)
@@ -134,14 +141,18 @@ def make_update(
         with jax.numpy_dtype_promotion("standard"):  # optax relies on implicit promotion
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
+        held = jnp.zeros((), bool)
+        if ENTROPY in out.metrics:
+            held = out.metrics[ENTROPY].value >= hold_above_nats
         params, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
+            lambda new, old: jnp.where(finite & ~held, new, old), (params, opt_state), (state.params, state.opt_state)
         )
         metrics = {name: mean.value for name, mean in out.metrics.items()}
         metrics |= {
             "loss/total": out.loss.value,
             "optim/grad_norm": norm,
             "optim/skipped": 1.0 - finite.astype(jnp.float32),
+            "optim/held": held.astype(jnp.float32),
             "rollout/logp_gap_max_nats": gap,
             "loss/tokens": out.loss.count,
         }
@@ -162,8 +173,8 @@ def distillation_batch(rollout: Rollout) -> Batch:
 
 def make_reheat_step(
     sample: Callable[[PyTree, Prompts, Array], Rollout], update: Update
-) -> Callable[[TrainState, Prompts, Array], tuple[TrainState, UpdateOut, Rollout]]:
-    """The reheater's whole step as one function of (state, prompts, run key), to be jitted with a donated state:
+) -> Callable[..., tuple[TrainState, UpdateOut, Rollout]]:
+    """The reheater's whole step as one function of (state, prompts, run key, hold_above_nats), to be jitted with a donated state:
     sample on-policy, self-teacher, full-vocabulary KL, update. No host round trip.
 
     Args:
@@ -171,9 +182,9 @@ def make_reheat_step(
         update: from `make_update`.
     """
 
-    def reheat_step(state: TrainState, prompts: Prompts, run_key: Array):
+    def reheat_step(state: TrainState, prompts: Prompts, run_key: Array, hold_above_nats: Array | float):
         rollout = sample(state.params, prompts, jax.random.fold_in(run_key, state.step))
-        state, out = update(state, distillation_batch(rollout))
+        state, out = update(state, distillation_batch(rollout), hold_above_nats)
         return state, out, rollout
 
     return reheat_step

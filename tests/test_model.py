@@ -1,0 +1,209 @@
+"""The Qwen3 mathematics: by hand, causality, decoding against the full forward, sharded initialisation."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tsopsd_jax.model import Qwen3, Qwen3Config
+from tsopsd_jax.model.qwen3 import attention, rms_norm, rope
+from tsopsd_jax.sharding import make_mesh, tree_shardings
+
+CONFIG = Qwen3Config(
+    vocab_size=32,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    initializer_range=0.3,
+)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return Qwen3(CONFIG)
+
+
+@pytest.fixture(scope="module")
+def params(model):
+    """Random, norm scales included: at their initial value, 1, a forgotten scale would not show."""
+    params = model.init(jax.random.key(0))
+    leaves, treedef = jax.tree.flatten(params)
+    rng = np.random.default_rng(0)
+    return treedef.unflatten([x + jnp.asarray(0.2 * rng.normal(size=x.shape), x.dtype) for x in leaves])
+
+
+def tokens_of(shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).integers(0, CONFIG.vocab_size, shape), jnp.int32)
+
+
+# -------------------------------------------------------------------------------- by hand
+
+
+def test_rms_norm_by_hand():
+    # mean([9, 16]) = 12.5, plus eps 3.5 = 16, root 4: [3/4, 4/4] * [2, -1] = [1.5, -1].
+    out = rms_norm(jnp.asarray([[3.0, 4.0]]), jnp.asarray([2.0, -1.0]), 3.5)
+    np.testing.assert_allclose(out, [[1.5, -1.0]], rtol=1e-6)
+    # 300^2 overflows float16 (65504): the mean must be taken in float32. 300 / sqrt(90000) = 1.
+    half = rms_norm(jnp.full((1, 2), 300.0, jnp.float16), jnp.ones(2), 0.0)
+    assert half.dtype == jnp.float16
+    np.testing.assert_array_equal(half, np.ones((1, 2), np.float16))
+
+
+def test_rope_by_hand():
+    # head_dim 4, theta 100: frequencies 100^0 = 1 and 100^(-1/2) = 0.1; pairs are (x0, x2) and (x1, x3).
+    # At position 3 the pairs turn by 3 and 0.3: (1, 0) -> (cos 3, sin 3), (0, 2) -> (-2 sin 0.3, 2 cos 0.3).
+    x = jnp.asarray([1.0, 0.0, 0.0, 2.0]).reshape(1, 1, 1, 4)
+    out = rope(x, jnp.asarray([[3]], jnp.int32), 100.0).reshape(4)
+    expected = [-0.9899925, -0.5910404, 0.1411200, 1.9106730]
+    np.testing.assert_allclose(out, expected, rtol=1e-6)
+    np.testing.assert_array_equal(rope(x, jnp.asarray([[0]], jnp.int32), 100.0), x)
+
+
+def test_rope_at_far_positions():
+    """Angles stay those of float64 frequencies, to the rounding of one float32 product: 32767 * 6e-8 * 2."""
+    position, theta, half = 32767, 1e6, 32
+    x = jnp.concatenate([jnp.ones((1, 1, 1, half)), jnp.zeros((1, 1, 1, half))], axis=-1)
+    out = rope(x, jnp.asarray([[position]], jnp.int32), theta).reshape(2, half)
+    angle = position * theta ** (-np.arange(half) / half)
+    np.testing.assert_allclose(out, [np.cos(angle), np.sin(angle)], atol=4e-3)
+
+
+def test_attention_by_hand():
+    # One KV head shared by two query heads, head_dim 4 (scale 1/2), two slots; the query sits at position 1.
+    # Head 0: scores [2 ln 3, 0] / 2 = [ln 3, 0] -> weights [3/4, 1/4]; head 1: zero query -> [1/2, 1/2].
+    q = jnp.zeros((1, 1, 2, 4)).at[0, 0, 0, 0].set(2 * np.log(3.0))
+    k = jnp.zeros((1, 3, 1, 4)).at[0, 0, 0, 0].set(1.0)
+    v = jnp.zeros((1, 3, 1, 4)).at[0, 0, 0, 0].set(4.0).at[0, 1, 0, 1].set(8.0).at[0, 2].set(1e9)
+    out = attention(q, k, v, jnp.asarray([[1]], jnp.int32))
+    # The third slot, 1e9, lies after the query and is not seen.
+    np.testing.assert_allclose(out[0, 0], [[3.0, 2.0, 0.0, 0.0], [2.0, 4.0, 0.0, 0.0]], rtol=1e-6)
+
+
+def test_query_heads_share_the_kv_head_of_their_group():
+    # 4 query heads over 2 KV heads: heads 0, 1 read KV head 0 and heads 2, 3 read KV head 1.
+    v = jnp.asarray([10.0, 20.0]).reshape(1, 1, 2, 1)
+    out = attention(jnp.ones((1, 1, 4, 1)), jnp.ones((1, 1, 2, 1)), v, jnp.zeros((1, 1), jnp.int32))
+    np.testing.assert_array_equal(out.reshape(4), [10.0, 10.0, 20.0, 20.0])
+
+
+def test_config_errors():
+    with pytest.raises(ValueError, match="num_attention_heads 4 is not a multiple of num_key_value_heads 3"):
+        dataclasses.replace(CONFIG, num_key_value_heads=3)
+    with pytest.raises(ValueError, match="head_dim must be even.*7"):
+        dataclasses.replace(CONFIG, head_dim=7)
+
+
+# -------------------------------------------------------------------------------- the whole model
+
+
+def test_logical_axes(model):
+    layers = {
+        "attention_norm": ("layers", "norm"),
+        "q": ("layers", "embed", "heads", "head_dim"),
+        "k": ("layers", "embed", "kv_heads", "head_dim"),
+        "v": ("layers", "embed", "kv_heads", "head_dim"),
+        "q_norm": ("layers", "norm"),
+        "k_norm": ("layers", "norm"),
+        "o": ("layers", "heads", "head_dim", "embed"),
+        "mlp_norm": ("layers", "norm"),
+        "gate": ("layers", "embed", "mlp"),
+        "up": ("layers", "embed", "mlp"),
+        "down": ("layers", "mlp", "embed"),
+    }
+    expected = {"embed": ("vocab", "embed"), "final_norm": ("norm",), "layers": layers}
+    assert model.param_axes() == expected | {"head": ("embed", "vocab")}
+    assert Qwen3(dataclasses.replace(CONFIG, tie_word_embeddings=True)).param_axes() == expected
+    sizes = {"vocab": 32, "embed": 16, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 8, "mlp": 24}
+
+    def check(shape, axes):
+        assert shape.dtype == jnp.float32
+        known = [size for size, axis in zip(shape.shape, axes, strict=True) if axis != "norm"]
+        assert known == [sizes[axis] for axis in axes if axis != "norm"]
+
+    jax.tree.map(check, model.param_shapes(), model.param_axes())
+
+
+def test_layers_are_initialised_apart(model):
+    params = model.init(jax.random.key(1))
+    leaves = [params["layers"][name] for name in ("q", "k", "v", "o", "gate", "up", "down")]
+    for leaf in [*leaves, params["embed"][None], params["head"][None]]:
+        assert abs(float(jnp.std(leaf)) - CONFIG.initializer_range) < 0.05
+        assert len(leaf) == 1 or not np.array_equal(leaf[0], leaf[1])
+    assert not np.array_equal(params["layers"]["k"], params["layers"]["v"])
+
+
+def test_a_later_token_changes_no_earlier_logit(model, params):
+    tokens = tokens_of((2, 9))
+    changed = tokens.at[:, 5].set((tokens[:, 5] + 1) % CONFIG.vocab_size)
+    before, after = model.logits(params, tokens), model.logits(params, changed)
+    np.testing.assert_array_equal(before[:, :5], after[:, :5])
+    assert (np.abs(before[:, 5:] - after[:, 5:]).max(axis=-1) > 1e-3).all()
+
+
+def test_tied_logits_use_the_embedding(params):
+    model = Qwen3(dataclasses.replace(CONFIG, tie_word_embeddings=True))
+    tied = {k: v for k, v in params.items() if k != "head"}
+    hidden = model.hidden(tied, tokens_of((1, 4)))
+    expected = np.asarray(hidden) @ np.asarray(params["embed"]).T
+    np.testing.assert_allclose(model.logits(tied, tokens_of((1, 4))), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("length", [[1, 4, 6], [6, 6, 6]], ids=["ragged", "full"])
+def test_prefill_and_decode_equal_the_full_forward(model, params, length):
+    """Rows decode from their own position on, over whatever lay in the padding of the prompts."""
+    tokens, steps = tokens_of((3, 10)), 4
+    full = model.logits(params, tokens)
+    junk = tokens_of((3, 6), seed=9)
+    inside = jnp.arange(6)[None, :] < jnp.asarray(length)[:, None]
+    hidden, cache = model.prefill(params, jnp.where(inside, tokens[:, :6], junk), slots=10)
+    prefilled = model.project(params, hidden)
+    for row, n in enumerate(length):
+        np.testing.assert_allclose(prefilled[row, :n], full[row, :n], rtol=1e-4, atol=1e-5)
+    assert jax.tree.leaves(cache)[0].shape == (3, 10, 2, 8)
+    decode = jax.jit(model.decode)
+    rows = jnp.arange(3)
+    for step in range(steps):
+        position = jnp.asarray(length, jnp.int32) + step
+        hidden, cache = decode(params, tokens[rows, position], position, cache)
+        expected = full[rows, position]
+        np.testing.assert_allclose(model.project(params, hidden), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_remat_changes_no_gradient(model, params):
+    def gradient(model):
+        weight = jnp.asarray(np.random.default_rng(1).normal(size=(2, 5, CONFIG.vocab_size)), jnp.float32)
+        return jax.jit(jax.grad(lambda p: jnp.sum(weight * model.logits(p, tokens_of((2, 5))))))(params)
+
+    plain, recomputed = gradient(model), gradient(dataclasses.replace(model, remat=True))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), plain, recomputed)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(plain):
+        assert float(jnp.abs(leaf).max()) > 1e-3, f"no gradient reaches {jax.tree_util.keystr(path)}"
+
+
+def test_bfloat16_compute(model, params):
+    low = dataclasses.replace(model, compute_dtype=jnp.bfloat16)
+    tokens = tokens_of((2, 6))
+    assert low.hidden(params, tokens).dtype == jnp.bfloat16
+    logits, exact = low.logits(params, tokens), model.logits(params, tokens)
+    assert logits.dtype == jnp.float32
+    # bfloat16 keeps 8 bits: a few times 2^-8 of the largest logit, and not the same numbers.
+    assert 0 < float(jnp.abs(logits - exact).max()) < 0.06 * float(jnp.abs(exact).max())
+    cache = low.prefill(params, tokens, slots=7)[1]
+    assert {leaf.dtype for leaf in jax.tree.leaves(cache)} == {jnp.dtype(jnp.bfloat16)}
+
+
+def test_sharded_model_equals_one_device(model):
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    shardings = tree_shardings(model.param_axes(), model.param_shapes(), mesh)
+    single, sharded = model.init(jax.random.key(3)), model.init(jax.random.key(3), shardings=shardings)
+    jax.tree.map(np.testing.assert_array_equal, single, sharded)
+    assert {len(x.sharding.device_set) for x in jax.tree.leaves(sharded)} == {8}
+    assert sharded["layers"]["q"].addressable_shards[0].data.shape == (2, 8, 2, 8)
+    tokens = tokens_of((4, 5))
+    ours = jax.jit(model.logits)(sharded, tokens)
+    np.testing.assert_allclose(ours, model.logits(single, tokens), rtol=1e-4, atol=1e-5)

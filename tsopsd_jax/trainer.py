@@ -1,0 +1,438 @@
+"""The loop: phases on one train state, stop rules, guards, checkpoints, evaluation between phases.
+
+    for phase in schedule:
+        while not over:  rollout = sample(...);  batch = judge(rollout);  state = update(state, batch);  log
+"""
+
+import dataclasses
+import functools
+import signal
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tsopsd_jax.checkpoint import Checkpoints, Progress
+from tsopsd_jax.console import LiveTable
+from tsopsd_jax.data import Problem, Tokenizer, indices
+from tsopsd_jax.evaluate import evaluate
+from tsopsd_jax.judge import Collected, Groups, Verifier, accuracies, collect, judge, to_batch
+from tsopsd_jax.learner import ENTROPY, UpdateOut, make_reheat_step, make_update
+from tsopsd_jax.model import Qwen3
+from tsopsd_jax.phases import Phase
+from tsopsd_jax.rollout import Sampling, sample
+from tsopsd_jax.runlog import RunLog, append_evaluation, read_evaluations
+from tsopsd_jax.sharding import replicated, row_sharding, tree_shardings
+from tsopsd_jax.types import Prompts, PyTree, Rollout, TrainState
+
+
+class Interrupted(Exception):
+    """A signal asked the run to stop; the step was finished and saved."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluationPlan:
+    """What is evaluated before the first phase and after each."""
+
+    benchmark: str
+    problems: Sequence[Problem]
+    samples: int
+    sampling: Sampling
+    max_response_tokens: int
+    rows_at_once: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Task:
+    """The problems of a run, how they become tokens, and how responses are scored."""
+
+    problems: Sequence[Problem]
+    tokenizer: Tokenizer
+    verify: Verifier
+    max_prompt_tokens: int
+    seed: int
+
+    @functools.cached_property
+    def encoded(self) -> tuple[np.ndarray, np.ndarray]:
+        """(tokens [problems, max_prompt_tokens], lengths)."""
+        return encode_prompts(self.problems, self.tokenizer, max_prompt_tokens=self.max_prompt_tokens)
+
+
+def encode_prompts(problems: Sequence[Problem], tokenizer: Tokenizer, *, max_prompt_tokens: int):
+    """Right-padded prompt tokens [N, max_prompt_tokens] and their lengths [N].
+
+    Raises:
+        ValueError: for a prompt that is empty or longer than the limit, naming it.
+    """
+    tokens = np.zeros((len(problems), max_prompt_tokens), np.int32)
+    lengths = np.zeros(len(problems), np.int32)
+    for row, problem in enumerate(problems):
+        ids = tokenizer.encode(problem.prompt)
+        if not 0 < len(ids) <= max_prompt_tokens:
+            raise ValueError(
+                f"prompt {problem.id!r} has {len(ids)} tokens, expected 1 to {max_prompt_tokens}; "
+                "raise data.max_prompt_tokens or leave the problem out"
+            )
+        tokens[row, : len(ids)], lengths[row] = ids, len(ids)
+    return tokens, lengths
+
+
+class Trainer:
+    """Runs a schedule in a run directory, from wherever its checkpoints stand.
+
+    Args:
+        model: the policy's functions.
+        load_params: called once if there is no checkpoint: float32 parameters on the mesh.
+        phases: the schedule.
+        task: problems, tokenizer, verifier.
+        evaluation: None for no evaluation.
+        mesh: where everything lies.
+        seed: of sampling; data order uses `task.seed`.
+        run_dir: see DESIGN of a run directory in docs/architecture.md.
+        checkpoint_every_steps, keep_checkpoints: periodic saves and how many stay.
+        wandb_project: optional mirror of the log.
+        table: where progress is shown.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: Qwen3,
+        load_params: Callable[[], PyTree],
+        phases: Sequence[Phase],
+        task: Task,
+        evaluation: EvaluationPlan | None,
+        mesh: jax.sharding.Mesh,
+        seed: int,
+        run_dir: Path,
+        checkpoint_every_steps: int,
+        keep_checkpoints: int,
+        wandb_project: str | None,
+        table: LiveTable,
+    ):
+        self.model, self.phases, self.task, self.evaluation = model, phases, task, evaluation
+        self.mesh, self.run_dir, self.table = mesh, run_dir, table
+        self.seed, self.every = seed, checkpoint_every_steps
+        self.rows = row_sharding(mesh)
+        self.key = jax.device_put(jax.random.key(seed), replicated(mesh))
+        self.checkpoints = Checkpoints(run_dir / "checkpoints", keep=keep_checkpoints)
+        self.leftover: Groups | None = None
+        self.progress = Progress()
+        self.state = self._start(load_params)
+        self.began = time.monotonic() - self.progress.elapsed_s
+        self.log = RunLog(run_dir, last_step=int(self.state.step), wandb_project=wandb_project)
+        self.stop_signal: int | None = None
+
+    # ------------------------------------------------------------------ state
+
+    def _start(self, load_params: Callable[[], PyTree]) -> TrainState:
+        """The latest checkpoint's state, or step 0 from the pretrained weights."""
+        shapes = self.model.param_shapes()
+        param_shardings = tree_shardings(self.model.param_axes(), shapes, self.mesh)
+        phase = self.phases[0]
+        opt_shapes = jax.eval_shape(phase.optimizer.init, shapes)
+        # Optimizer moments mirror the parameters: same path suffix, same shape, same place.
+        by_shape = {
+            jax.tree_util.keystr(path): s for path, s in jax.tree_util.tree_leaves_with_path(param_shardings)
+        }
+
+        def place(path, _leaf):
+            name = jax.tree_util.keystr(path)
+            return next((s for key, s in by_shape.items() if name.endswith(key)), replicated(self.mesh))
+
+        self.opt_shardings = jax.tree_util.tree_map_with_path(place, opt_shapes)
+        if self.checkpoints.latest() is None:
+            params = load_params()
+            opt_state = self._fresh_optimizer(phase, params)
+            step = jax.device_put(np.zeros((), np.int32), replicated(self.mesh))
+            return TrainState(step, params, opt_state)
+
+        def abstract(shape, sharding):
+            return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
+
+        like = TrainState(
+            jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(self.mesh)),
+            jax.tree.map(abstract, shapes, param_shardings),
+            jax.tree.map(abstract, opt_shapes, self.opt_shardings),
+        )
+        state, self.progress, self.leftover = self.checkpoints.restore(like)
+        return state
+
+    def _fresh_optimizer(self, phase: Phase, params: PyTree) -> PyTree:
+        return jax.jit(phase.optimizer.init, out_shardings=self.opt_shardings)(params)
+
+    def _save(self) -> None:
+        self.progress = dataclasses.replace(self.progress, elapsed_s=time.monotonic() - self.began)
+        self.checkpoints.save(self.state, self.progress, self.leftover)
+
+    # ------------------------------------------------------------------- loop
+
+    def run(self) -> None:
+        """Run what is left of the schedule.
+
+        Raises:
+            Interrupted: SIGTERM or SIGINT arrived; the step was finished and saved.
+            GuardError: a guard of a phase stopped the run; nothing was saved after the last checkpoint.
+        """
+        previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            self._evaluate_stage()
+            while self.progress.phase < len(self.phases):
+                self._run_phase(self.phases[self.progress.phase])
+                self._evaluate_stage()
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+            self.checkpoints.close()
+            self.log.close()
+
+    def _on_signal(self, number: int, _frame: Any) -> None:
+        if self.stop_signal is not None:
+            raise KeyboardInterrupt  # asked twice: do not wait for the step
+        self.stop_signal = number
+
+    def _run_phase(self, phase: Phase) -> None:
+        """Take steps until the phase is over, then advance to the next and save."""
+        self.table.phase(phase.name, phase.stop.words())
+        if self.progress.phase_step == 0 and phase.reset_optimizer and int(self.state.step):
+            self.state = dataclasses.replace(
+                self.state, opt_state=self._fresh_optimizer(phase, self.state.params)
+            )
+        take_step = self._compile(phase)
+        while True:
+            line, entropy = take_step()
+            reason = self._after_step(phase, line, entropy)
+            if reason is not None:
+                self.table.note(f"phase {phase.name!r} ends at step {int(self.state.step)}: {reason}")
+                self.progress = Progress(
+                    phase=self.progress.phase + 1,
+                    position=self.progress.position,
+                    phase_position=self.progress.position,
+                )
+                self.leftover = None
+            due = int(self.state.step) % self.every == 0
+            if reason is not None or due or self.stop_signal is not None:
+                self._save()
+            if self.stop_signal is not None:
+                raise Interrupted(f"{signal.Signals(self.stop_signal).name}: saved step {int(self.state.step)}")
+            if reason is not None:
+                return
+
+    def _after_step(self, phase: Phase, line: dict[str, Any], entropy: float) -> str | None:
+        """Book-keeping of one step: progress, log, guards. Returns why the phase is over, or None."""
+        skipped = self.progress.skipped_in_row + 1 if line["optim/skipped"] else 0
+        window = (*self.progress.entropies_nats, entropy)[-phase.stop.window_steps :]
+        self.progress = dataclasses.replace(
+            self.progress,
+            phase_step=self.progress.phase_step + 1,
+            entropies_nats=window,
+            skipped_in_row=skipped,
+        )
+        step = self.progress.phase_step
+        head = {
+            "step": int(self.state.step),
+            "phase": phase.name,
+            "phase_step": step,
+            "time_s": time.monotonic() - self.began,
+        }
+        self.log.write(head | line)
+        left = None
+        if phase.stop.steps is not None:
+            left = (phase.stop.steps - step) * (line["time/step_s"])
+        self.table.step(head | line, left)
+        phase.guard.check(phase=phase.name, phase_step=step, entropy_nats=entropy, skipped_in_row=skipped)
+        epochs = (self.progress.position - self.progress.phase_position) / len(self.task.problems)
+        return phase.stop.reason(phase_step=step, epochs=epochs, entropies_nats=window)
+
+    # ------------------------------------------------------------------- step
+
+    def _compile(self, phase: Phase) -> Callable[[], tuple[dict[str, Any], float]]:
+        """The phase's step: () -> (metrics of the step, entropy). Compiled once per phase."""
+        update = make_update(
+            self.model,
+            phase.objective,
+            phase.optimizer,
+            micro_batches=phase.micro_batches,
+            chunk_positions=phase.chunk_positions,
+        )
+        draw = self._sampler(phase.sampling, phase.max_response_tokens, phase.rows_at_once)
+        # The state keeps its layout from step to step: a drifting one would be compiled for again.
+        layout = jax.tree.map(lambda x: x.sharding, self.state)
+        if phase.reward is None:
+            step = jax.jit(
+                make_reheat_step(draw, update), donate_argnums=0, out_shardings=(layout, None, None)
+            )
+            return functools.partial(self._reheat, phase, step)
+        jitted_update = jax.jit(update, donate_argnums=0, out_shardings=(layout, None))
+        return functools.partial(self._learn, phase, jax.jit(draw), jitted_update)
+
+    def _sampler(self, sampling: Sampling, max_response_tokens: int, rows_at_once: int | None):
+        return functools.partial(
+            _sample_on_mesh,
+            self.model,
+            sampling=sampling,
+            max_response_tokens=max_response_tokens,
+            stop_ids=self.task.tokenizer.stop_ids,
+            rows_at_once=rows_at_once,
+        )
+
+    def _next_prompts(self, phase: Phase) -> tuple[Prompts, list[str]]:
+        """The next prompts of the data order, each repeated for its group; advances the cursor."""
+        count, group, start = phase.prompts_per_step, phase.responses_per_prompt, self.progress.position
+        tokens, lengths = self.task.encoded
+        chosen = indices(len(lengths), seed=self.task.seed, position=start, count=count)
+        rows = np.repeat(chosen, group)
+        row_id = (np.arange(count * group) + start * group).astype(np.uint32)
+        self.progress = dataclasses.replace(self.progress, position=start + count)
+        prompts = jax.device_put(Prompts(tokens[rows], lengths[rows], row_id), self.rows)
+        return prompts, [self.task.problems[int(i)].answer for i in rows]
+
+    def _reheat(self, phase: Phase, step: Callable[..., Any]) -> tuple[dict[str, Any], float]:
+        """One step without rewards, one call of a jitted function; responses are scored only to be logged."""
+        began = time.monotonic()
+        prompts, answers = self._next_prompts(phase)
+        hold = jax.device_put(
+            np.float32(phase.hold_above_nats(self.progress.phase_step + 1)), replicated(self.mesh)
+        )
+        self.state, out, rollout = step(self.state, prompts, self.key, hold)
+        host: Rollout = jax.device_get(rollout)
+        stepped = time.monotonic()
+        score = accuracies(host, answers, self.task.tokenizer.decode, self.task.verify)
+        judged = time.monotonic()
+        line = _rollout_metrics([host], stepped - began)
+        line |= {"reward/accuracy_fraction": float(score.mean()), "reward/mean": float(score.mean())}
+        line |= {"time/rollout_s": None, "time/update_s": stepped - began, "time/judge_s": judged - stepped}
+        return _finish(line, out, began)
+
+    def _learn(self, phase: Phase, draw: Callable, update: Callable) -> tuple[dict[str, Any], float]:
+        """One RL step: generation batches until the batch is full, then one update."""
+        assert phase.reward is not None
+        began = time.monotonic()
+        key = jax.random.fold_in(self.key, self.state.step)
+        rollouts: list[Rollout] = []
+        judged: list[Groups] = []
+        seconds = {"rollout": 0.0, "judge": 0.0}
+
+        def generate() -> Groups:
+            start = time.monotonic()
+            prompts, answers = self._next_prompts(phase)
+            rollout = jax.device_get(draw(self.state.params, prompts, key))
+            sampled = time.monotonic()
+            score = accuracies(rollout, answers, self.task.tokenizer.decode, self.task.verify)
+            groups = judge(rollout, score, group=phase.responses_per_prompt, rule=phase.reward)
+            rollouts.append(rollout)
+            judged.append(groups)
+            seconds["rollout"] += sampled - start
+            seconds["judge"] += time.monotonic() - sampled
+            return groups
+
+        got = collect(generate, prompts=phase.prompts_per_step, leftover=self.leftover, rule=phase.reward)
+        self.leftover = got.leftover
+        batch = jax.device_put(to_batch(got.groups, normalize_std=phase.reward.normalize_std), self.rows)
+        updating = time.monotonic()
+        hold = jax.device_put(
+            np.float32(phase.hold_above_nats(self.progress.phase_step + 1)), replicated(self.mesh)
+        )
+        self.state, out = update(self.state, batch, hold)
+        jax.block_until_ready(out)
+        line = _rollout_metrics(rollouts, seconds["rollout"]) | _reward_metrics(got, judged)
+        line |= {
+            "time/rollout_s": seconds["rollout"],
+            "time/judge_s": seconds["judge"],
+            "time/update_s": time.monotonic() - updating,
+        }
+        return _finish(line, out, began)
+
+    # ------------------------------------------------------------- evaluation
+
+    def _evaluate_stage(self) -> None:
+        """Evaluate the policy between phases, unless that stage stands in the log already."""
+        plan, at = self.evaluation, self.progress.phase
+        if plan is None or self.progress.phase_step:
+            return
+        stage = "base" if at == 0 else self.phases[at - 1].outcome
+        step = int(self.state.step)
+        if any(r["stage"] == stage and r["step"] == step for r in read_evaluations(self.run_dir)):
+            return
+        draw = self._evaluation_sampler
+        tokens, lengths = encode_prompts(
+            plan.problems, self.task.tokenizer, max_prompt_tokens=self.task.max_prompt_tokens
+        )
+        key = jax.random.fold_in(self.key, np.uint32(0xE7A1))
+        record = evaluate(
+            lambda params, prompts: draw(params, jax.device_put(prompts, self.rows), key),
+            self.state.params,
+            prompts=Prompts(tokens, lengths, np.zeros(len(lengths), np.int32)),
+            answers=[p.answer for p in plan.problems],
+            samples=plan.samples,
+            rows_at_once=plan.rows_at_once,
+            decode=self.task.tokenizer.decode,
+            verify=self.task.verify,
+        )
+        sampling = {
+            "temperature": plan.sampling.sampling_temperature,
+            "top_p": plan.sampling.top_p,
+            "top_k": plan.sampling.top_k,
+        }
+        where = {"stage": stage, "step": step, "benchmark": plan.benchmark, "sampling": sampling}
+        append_evaluation(self.run_dir, where | record)
+        self.table.note(
+            f"{stage}: avg@{plan.samples} {100 * record['avg_at_k']:.1f} %, "
+            f"pass@{plan.samples} {100 * record['pass_at_k']:.1f} %"
+        )
+
+    @functools.cached_property
+    def _evaluation_sampler(self) -> Callable[..., Rollout]:
+        """Compiled once: every stage is evaluated by the same program."""
+        assert self.evaluation is not None
+        return jax.jit(self._sampler(self.evaluation.sampling, self.evaluation.max_response_tokens, None))
+
+
+def _sample_on_mesh(model, params, prompts, key, *, sampling, max_response_tokens, stop_ids, rows_at_once):
+    """`sample` with the positional arguments that a jitted step passes."""
+    return sample(
+        model,
+        params,
+        prompts,
+        key,
+        sampling=sampling,
+        max_response_tokens=max_response_tokens,
+        stop_ids=stop_ids,
+        rows_at_once=rows_at_once,
+    )
+
+
+def _rollout_metrics(rollouts: Sequence[Rollout], seconds: float) -> dict[str, Any]:
+    """Facts of everything sampled in a step, kept or not."""
+    lengths = np.concatenate([r.response_length for r in rollouts])
+    stopped = np.concatenate([r.stopped for r in rollouts])
+    return {
+        "rollout/length_mean_tokens": float(lengths.mean()),
+        "rollout/truncated_fraction": float(1.0 - stopped.mean()),
+        "rollout/tokens": int(lengths.sum()),
+        "rollout/tokens_per_s": float(lengths.sum() / max(seconds, 1e-9)),
+    }
+
+
+def _reward_metrics(got: Collected, judged: Sequence[Groups]) -> dict[str, Any]:
+    """Rewards over everything sampled in a step (a mean over the kept groups alone would be near one half always)."""
+    return {
+        "reward/mean": float(np.concatenate([g.reward for g in judged]).mean()) if judged else None,
+        "reward/accuracy_fraction": float(np.concatenate([g.accuracy for g in judged]).mean()) if judged else None,
+        "rollout/groups_kept_fraction": got.informative_groups / got.sampled_groups if got.sampled_groups else None,
+        "rollout/generation_batches": got.generation_batches,
+        "rollout/groups_filled": got.filled_groups,
+        "rollout/groups_left_over": 0 if got.leftover is None else len(got.leftover),
+    }
+
+
+def _finish(line: dict[str, Any], out: UpdateOut, began: float) -> tuple[dict[str, Any], float]:
+    """Fetch the update's scalars in one transfer. They are fetched before the next step starts: a stop rule that looks
+    a step late would reheat a step too far."""
+    metrics = {name: float(value) for name, value in jax.device_get(out.metrics).items()}
+    line = metrics | line | {"time/step_s": time.monotonic() - began}
+    return line, metrics.get(ENTROPY, float("nan"))
