@@ -133,6 +133,7 @@ def test_mesh_placement(saved, model, params, sizes, tmp_path):
 
 def test_host_memory_is_bounded(tmp_path):
     """Loading holds one stacked parameter (one shard of it on a mesh) on the host, saving one tensor."""
+    sizes = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8}
     config = Qwen3Config(**(vars(CONFIG) | sizes))
     model = Qwen3(config)
     params = jax.tree.map(lambda s: jnp.ones(s.shape, s.dtype), model.param_shapes())

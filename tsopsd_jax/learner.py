@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 from tsopsd_jax.head import next_token_stats
 from tsopsd_jax.model.qwen3 import Qwen3
 from tsopsd_jax.objectives import Objective
+from tsopsd_jax.sharding import replicated, tree_shardings
 from tsopsd_jax.types import Batch, LossOutput, Mean, Prompts, PyTree, Rollout, TrainState
 
 ENTROPY = "policy/entropy_nats"
@@ -54,6 +55,34 @@ def make_optimizer(
 def decay_mask(params: PyTree) -> PyTree:
     """True for the parameters that weight decay applies to: all but the norms."""
     return jax.tree_util.tree_map_with_path(lambda path, _: "norm" not in jax.tree_util.keystr(path), params)
+
+
+def abstract_state(model: Qwen3, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh) -> TrainState:
+    """The train state as ShapeDtypeStructs with their shardings; the optimizer's moments lie where their parameters do."""
+    shapes = model.param_shapes()
+    shardings = tree_shardings(model.param_axes(), shapes, mesh)
+    by_path = {jax.tree_util.keystr(path): s for path, s in jax.tree_util.tree_leaves_with_path(shardings)}
+
+    def struct(leaf, sharding):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    def moment(path, leaf):
+        name = jax.tree_util.keystr(path)
+        return struct(leaf, next((s for key, s in by_path.items() if name.endswith(key)), replicated(mesh)))
+
+    with jax.numpy_dtype_promotion("standard"):
+        moments = jax.eval_shape(optimizer.init, shapes)
+    return TrainState(
+        step=jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh)),
+        params=jax.tree.map(struct, shapes, shardings),
+        opt_state=jax.tree_util.tree_map_with_path(moment, moments),
+    )
+
+
+def fresh_optimizer_state(optimizer: optax.GradientTransformation, like: TrainState, params: PyTree) -> PyTree:
+    """The optimizer's initial state, laid out as in `like` (from `abstract_state`)."""
+    layout = jax.tree.map(lambda x: x.sharding, like.opt_state)
+    return jax.jit(optimizer.init, out_shardings=layout)(params)
 
 
 def per_token_stats(

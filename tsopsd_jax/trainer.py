@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from tsopsd_jax.checkpoint import Checkpoints, Progress
@@ -21,12 +20,19 @@ from tsopsd_jax.console import LiveTable
 from tsopsd_jax.data import Problem, Tokenizer, indices
 from tsopsd_jax.evaluate import evaluate
 from tsopsd_jax.judge import Collected, Groups, Verifier, accuracies, collect, judge, to_batch
-from tsopsd_jax.learner import ENTROPY, UpdateOut, make_reheat_step, make_update
+from tsopsd_jax.learner import (
+    ENTROPY,
+    UpdateOut,
+    abstract_state,
+    fresh_optimizer_state,
+    make_reheat_step,
+    make_update,
+)
 from tsopsd_jax.model import Qwen3
 from tsopsd_jax.phases import Phase
 from tsopsd_jax.rollout import Sampling, sample
 from tsopsd_jax.runlog import RunLog, append_evaluation, read_evaluations
-from tsopsd_jax.sharding import replicated, row_sharding, tree_shardings
+from tsopsd_jax.sharding import replicated, row_sharding
 from tsopsd_jax.types import Prompts, PyTree, Rollout, TrainState
 
 
@@ -131,39 +137,14 @@ class Trainer:
 
     def _start(self, load_params: Callable[[], PyTree]) -> TrainState:
         """The latest checkpoint's state, or step 0 from the pretrained weights."""
-        shapes = self.model.param_shapes()
-        param_shardings = tree_shardings(self.model.param_axes(), shapes, self.mesh)
-        phase = self.phases[0]
-        opt_shapes = jax.eval_shape(phase.optimizer.init, shapes)
-        # Optimizer moments mirror the parameters: same path suffix, same shape, same place.
-        by_shape = {
-            jax.tree_util.keystr(path): s for path, s in jax.tree_util.tree_leaves_with_path(param_shardings)
-        }
-
-        def place(path, _leaf):
-            name = jax.tree_util.keystr(path)
-            return next((s for key, s in by_shape.items() if name.endswith(key)), replicated(self.mesh))
-
-        self.opt_shardings = jax.tree_util.tree_map_with_path(place, opt_shapes)
+        phase = self.phases[0]  # every phase's optimizer state has the same structure
+        like = abstract_state(self.model, phase.optimizer, self.mesh)
         if self.checkpoints.latest() is None:
             params = load_params()
-            opt_state = self._fresh_optimizer(phase, params)
             step = jax.device_put(np.zeros((), np.int32), replicated(self.mesh))
-            return TrainState(step, params, opt_state)
-
-        def abstract(shape, sharding):
-            return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
-
-        like = TrainState(
-            jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(self.mesh)),
-            jax.tree.map(abstract, shapes, param_shardings),
-            jax.tree.map(abstract, opt_shapes, self.opt_shardings),
-        )
+            return TrainState(step, params, fresh_optimizer_state(phase.optimizer, like, params))
         state, self.progress, self.leftover = self.checkpoints.restore(like)
         return state
-
-    def _fresh_optimizer(self, phase: Phase, params: PyTree) -> PyTree:
-        return jax.jit(phase.optimizer.init, out_shardings=self.opt_shardings)(params)
 
     def _save(self) -> None:
         self.progress = dataclasses.replace(self.progress, elapsed_s=time.monotonic() - self.began)
@@ -199,9 +180,9 @@ class Trainer:
         """Take steps until the phase is over, then advance to the next and save."""
         self.table.phase(phase.name, phase.stop.words())
         if self.progress.phase_step == 0 and phase.reset_optimizer and int(self.state.step):
-            self.state = dataclasses.replace(
-                self.state, opt_state=self._fresh_optimizer(phase, self.state.params)
-            )
+            like = abstract_state(self.model, phase.optimizer, self.mesh)
+            opt_state = fresh_optimizer_state(phase.optimizer, like, self.state.params)
+            self.state = dataclasses.replace(self.state, opt_state=opt_state)
         take_step = self._compile(phase)
         while True:
             line, entropy = take_step()
@@ -421,9 +402,9 @@ def _rollout_metrics(rollouts: Sequence[Rollout], seconds: float) -> dict[str, A
 def _reward_metrics(got: Collected, judged: Sequence[Groups]) -> dict[str, Any]:
     """Rewards over everything sampled in a step (a mean over the kept groups alone would be near one half always)."""
     return {
-        "reward/mean": float(np.concatenate([g.reward for g in judged]).mean()) if judged else None,
-        "reward/accuracy_fraction": float(np.concatenate([g.accuracy for g in judged]).mean()) if judged else None,
-        "rollout/groups_kept_fraction": got.informative_groups / got.sampled_groups if got.sampled_groups else None,
+        "reward/mean": float(np.concatenate([g.reward for g in judged]).mean()),
+        "reward/accuracy_fraction": float(np.concatenate([g.accuracy for g in judged]).mean()),
+        "rollout/groups_kept_fraction": got.informative_groups / got.sampled_groups,
         "rollout/generation_batches": got.generation_batches,
         "rollout/groups_filled": got.filled_groups,
         "rollout/groups_left_over": 0 if got.leftover is None else len(got.leftover),

@@ -1,0 +1,7 @@
+"""`python -m tsopsd_jax`."""
+
+import sys
+
+from tsopsd_jax.cli import main
+
+sys.exit(main())

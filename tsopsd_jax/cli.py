@@ -1,0 +1,126 @@
+"""`tsopsd`: demo, train, check, report, convert.
+
+Exit codes: 0 done; 2 bad input (one line says what); 3 a guard stopped the run to protect the policy; 4 a signal stopped
+the run, its step was finished and saved: the same command goes on.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+EXIT_DONE, EXIT_BAD_INPUT, EXIT_GUARD, EXIT_INTERRUPTED = 0, 2, 3, 4
+DEMO_CONFIG = Path(__file__).parent / "assets" / "demo.yaml"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="tsopsd", description="RL of reasoning models with policy reheating, in JAX.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, help: str) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=help, description=help)
+
+    demo = add("demo", "collapse a tiny Qwen3 by RL, reheat it, go on: minutes on a CPU")
+    train = add("train", "run a configuration; the same command again resumes")
+    train.add_argument("config", metavar="CONFIG")
+    for command in (demo, train):
+        command.add_argument("--run-dir", type=Path, help="default: runs/NAME of the configuration's file")
+        command.add_argument("--set", action="append", default=[], metavar="a.b=VALUE", help="override one setting")
+    check = add("check", "read configurations and check all that can be checked without training")
+    check.add_argument("configs", nargs="+", metavar="CONFIG")
+    check.add_argument("--set", action="append", default=[], metavar="a.b=VALUE", help="override one setting")
+    check.add_argument("--syntax-only", action="store_true", help="do not look for the model and the data")
+    report = add("report", "write report.html of a run directory")
+    report.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    convert = add("convert", "export a run's policy as a Hugging Face directory")
+    convert.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    convert.add_argument("--out", type=Path, required=True, help="directory to write; must not hold anything else")
+    convert.add_argument("--step", type=int, help="checkpoint to export; default: the latest")
+    convert.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of the stored tensors")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    args = _parser().parse_args(argv)
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's chatter about machine features
+    try:
+        return _COMMANDS[args.command](args)
+    except ValueError as error:
+        if os.environ.get("TSOPSD_TRACEBACK"):
+            raise
+        print(f"tsopsd {args.command}: {' '.join(str(error).split())}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+
+
+def _train(args: argparse.Namespace) -> int:
+    return _run(Path(args.config), args.run_dir or Path("runs") / Path(args.config).stem, args.set, args.command)
+
+
+def _demo(args: argparse.Namespace) -> int:
+    return _run(DEMO_CONFIG, args.run_dir or Path("runs") / "demo", args.set, args.command)
+
+
+def _run(path: Path, run_dir: Path, overrides: list[str], command: str) -> int:
+    from tsopsd_jax.config import load_config
+    from tsopsd_jax.console import LiveTable, results_table
+    from tsopsd_jax.phases import GuardError
+    from tsopsd_jax.report import write_report
+    from tsopsd_jax.run import open_trainer
+    from tsopsd_jax.runlog import read_evaluations, read_metrics
+    from tsopsd_jax.trainer import Interrupted
+
+    config = load_config(path, overrides)
+    code = EXIT_DONE
+    try:
+        with open_trainer(config, run_dir, LiveTable()) as trainer:
+            if trainer.progress.phase == len(config.phases):
+                print(f"{run_dir} is done: {int(trainer.state.step)} steps")
+            trainer.run()
+    except Interrupted as reason:
+        print(f"{reason}; the same command goes on", file=sys.stderr)
+        code = EXIT_INTERRUPTED
+    except GuardError as reason:
+        print(f"tsopsd {command}: {reason}", file=sys.stderr)
+        code = EXIT_GUARD
+    if evaluations := read_evaluations(run_dir):
+        print(results_table(evaluations))
+    if read_metrics(run_dir):
+        print(f"report: {write_report(run_dir)}")
+    return code
+
+
+def _check(args: argparse.Namespace) -> int:
+    from tsopsd_jax.config import load_config, make_phase
+    from tsopsd_jax.run import prepare
+
+    for path in args.configs:
+        config = load_config(path, args.set)
+        for phase in config.phases:
+            make_phase(phase)
+        if args.syntax_only:
+            print(f"{path}: settings are valid")
+            continue
+        parts = prepare(config)
+        print(f"{path}: valid; {len(parts.task.problems)} problems, {len(config.phases)} phases, mesh {dict(parts.mesh.shape)}")
+    return EXIT_DONE
+
+
+def _report(args: argparse.Namespace) -> int:
+    from tsopsd_jax.report import write_report
+
+    print(write_report(args.run_dir))
+    return EXIT_DONE
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from tsopsd_jax.run import export
+
+    print(export(args.run_dir, args.out, step=args.step, dtype=args.dtype))
+    return EXIT_DONE
+
+
+_COMMANDS = {"demo": _demo, "train": _train, "check": _check, "report": _report, "convert": _convert}
+
+if __name__ == "__main__":
+    sys.exit(main())

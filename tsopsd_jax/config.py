@@ -1,0 +1,286 @@
+"""The configuration: one frozen dataclass per concern, defaults only here, each with its unit and source.
+
+Sources: [P] the TS-OPSD paper (arXiv 2606.00755), appendix A; [D] DAPO (arXiv 2503.14476); [V] verl's DAPO recipe, which
+the paper builds on. This is the only place where a configuration is taken apart: `make_*` turn it into the arguments
+that the layers below take.
+"""
+
+import dataclasses
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import yaml
+
+from tsopsd_jax import settings
+from tsopsd_jax.data import SOURCES, TEMPLATES
+from tsopsd_jax.judge import RewardRule
+from tsopsd_jax.learner import make_optimizer
+from tsopsd_jax.objectives import Objective, make_objective
+from tsopsd_jax.phases import Guard, Phase, StopRule
+from tsopsd_jax.rewards import VERIFIERS
+from tsopsd_jax.rollout import Sampling
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+PACKAGED_MODEL = "countdown-tiny"
+"""`model.path` of the pretrained model that the package carries."""
+
+
+def _known(name: str, value: str, known: Any) -> None:
+    if value not in known:
+        raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """`path`: a Hugging Face directory, or `countdown-tiny`."""
+
+    path: str
+    random_init: bool = False
+    """Start from random weights of the directory's config.json (trials and tests); needs no weight files."""
+    compute_dtype: str = "float32"
+    """float32 or bfloat16 [P: bfloat16]; master weights are float32 always."""
+    remat: bool = False
+    """Recompute each layer in the backward pass instead of keeping its activations."""
+
+    def __post_init__(self):
+        _known("compute_dtype", self.compute_dtype, DTYPES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshSettings:
+    """Devices per mesh axis; one may be -1: all that are left."""
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    """Where problems come from and how they are scored."""
+
+    name: str
+    verifier: str
+    split: str | None = None
+    path: str | None = None
+    """The file of a file source."""
+    template: str = "plain"
+    first: int | None = None
+    """Use the first N problems only."""
+    max_prompt_tokens: int = 2048
+    """Longer prompts are an error [V: 2048]."""
+
+    def __post_init__(self):
+        _known("name", self.name, SOURCES)
+        _known("verifier", self.verifier, VERIFIERS)
+        _known("template", self.template, TEMPLATES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSettings:
+    """Evaluation before the first phase and after each; `data` None: none."""
+
+    data: DataSettings | None = None
+    samples: int = 8
+    """Responses per problem [P: 8]."""
+    sampling: Sampling = field(default_factory=lambda: Sampling(sampling_temperature=1.0, top_p=0.7))
+    """[P: temperature 1.0, top-p 0.7, top-k off]"""
+    max_response_tokens: int = 8192
+    """[P: 8192]"""
+    rows_at_once: int = 512
+    """Responses decoded together."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerSettings:
+    """AdamW; see learner.make_optimizer."""
+
+    learning_rate: float
+    """[P: 2e-6 RL, 1e-6 OPSD]"""
+    warmup_steps: int = 0
+    """[P: 10 in RL; constant in OPSD]"""
+    weight_decay: float = 0.0
+    """[P: 0.1 in RL]"""
+    clip_norm: float = 1.0
+    """[P: 1.0]"""
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-8
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveSettings:
+    """An entry of OBJECTIVES or `path/to/file.py:function`, and its hyperparameters."""
+
+    name: str
+    hyperparameters: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardSettings:
+    """See judge.RewardRule."""
+
+    overlong_buffer_tokens: int = 0
+    """[P: 1024]; 0: no penalty"""
+    overlong_factor: float = 1.0
+    """[V: 1.0]"""
+    normalize_std: bool = True
+    max_generation_batches: int = 0
+    """Dynamic sampling draws at most this many batches a step [V: 10]; 0: no dynamic sampling."""
+    surplus: str = "drop"
+    """Informative groups beyond a full batch: drop [V], or keep for the next step."""
+    on_shortage: str = "error"
+    """When the limit is reached: error [V], or fill with uninformative groups (advantage 0)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhaseSettings:
+    """One stretch of the schedule."""
+
+    name: str
+    objective: ObjectiveSettings
+    optimizer: OptimizerSettings
+    stop: StopRule
+    prompts_per_step: int
+    """[P: 64 RL; 1024 sequences OPSD]"""
+    responses_per_prompt: int
+    """[P: 8 RL]"""
+    max_response_tokens: int
+    """[P: 8192 RL, 4096 OPSD]"""
+    outcome: str | None = None
+    """Label of the policy after the phase, in evaluations."""
+    sampling: Sampling = field(default_factory=Sampling)
+    """[P: temperature 1.0, top-p 1.0]"""
+    reward: RewardSettings | None = None
+    """None: the objective needs no reward, and its step is one jitted function."""
+    optimizer_state: str = "reset"
+    """reset or keep, at the phase's start"""
+    rows_at_once: int | None = None
+    """Responses decoded together; null: all of the step's."""
+    micro_batches: int = 1
+    """Pieces of the update; changes memory, not the result."""
+    chunk_positions: int = 512
+    """Positions per row whose logits exist at once."""
+    guard: Guard = field(default_factory=Guard)
+
+    def __post_init__(self):
+        _known("optimizer_state", self.optimizer_state, ("reset", "keep"))
+        for name in ("prompts_per_step", "responses_per_prompt", "max_response_tokens", "micro_batches", "chunk_positions"):
+            if vars(self)[name] < 1:
+                raise ValueError(f"{name} must be at least 1, got {vars(self)[name]}")
+        rows = self.prompts_per_step * self.responses_per_prompt
+        for name, parts in (("micro_batches", self.micro_batches), ("rows_at_once", self.rows_at_once or rows)):
+            if parts < 1 or rows % parts:
+                raise ValueError(
+                    f"{name} {parts} does not divide the step's {rows} rows "
+                    f"({self.prompts_per_step} prompts x {self.responses_per_prompt} responses); choose a divisor"
+                )
+        on_policy = self.sampling == Sampling()
+        if self.objective.name == "dapo" and not on_policy:
+            raise ValueError(
+                "sampling: dapo's ratio compares the policy at temperature 1 with the policy that sampled; expected "
+                f"sampling_temperature 1, top_p 1, top_k 0, got {self.sampling}"
+            )
+        if self.objective.name == "dapo" and self.reward is None:
+            raise ValueError("reward: dapo needs rewards; add a reward section ({} for the defaults)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A whole run."""
+
+    model: ModelSettings
+    data: DataSettings
+    phases: tuple[PhaseSettings, ...]
+    seed: int = 0
+    """Of sampling and of the data order."""
+    mesh: MeshSettings = field(default_factory=MeshSettings)
+    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+    checkpoint_every_steps: int = 20
+    keep_checkpoints: int = 2
+    wandb_project: str | None = None
+    """Mirror the log to this Weights & Biases project."""
+    cache_dir: str | None = None
+    """Prepared data sets and compiled programs; null: $TSOPSD_CACHE_DIR, else ~/.cache/tsopsd_jax."""
+
+    def __post_init__(self):
+        if not self.phases:
+            raise ValueError("phases: expected at least one, got none")
+        names = [p.name for p in self.phases]
+        if len(set(names)) != len(names):
+            raise ValueError(f"phases: expected different names, got {names}")
+        if self.seed < 0 or self.checkpoint_every_steps < 1 or self.keep_checkpoints < 1:
+            raise ValueError("seed must be >= 0, checkpoint_every_steps and keep_checkpoints >= 1")
+
+
+def load_config(path: str | Path, overrides: list[str]) -> Config:
+    """Read a YAML file and apply `a.b=value` overrides.
+
+    Raises:
+        ValueError: missing file, invalid YAML, or anything that `settings.build` rejects.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"configuration {path}: no such file")
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"configuration {path}: not valid YAML: {' '.join(str(error).split())}") from error
+    try:
+        for assignment in overrides:
+            settings.override(data, assignment)
+        return settings.build(Config, data)
+    except ValueError as error:
+        raise ValueError(f"configuration {path}: {error}") from error
+
+
+def cache_folder(config: Config) -> Path:
+    """Where prepared data sets and compiled programs live."""
+    named = config.cache_dir or os.environ.get("TSOPSD_CACHE_DIR")
+    return Path(named) if named else Path.home() / ".cache" / "tsopsd_jax"
+
+
+def model_folder(config: Config) -> Path:
+    """The model's directory; the packaged one by its name."""
+    if config.model.path == PACKAGED_MODEL:
+        return Path(__file__).parent / "assets" / PACKAGED_MODEL
+    return Path(config.model.path)
+
+
+def make_phase_objective(phase: PhaseSettings) -> Objective:
+    """The phase's objective; errors name the phase."""
+    try:
+        return make_objective(phase.objective.name, phase.objective.hyperparameters)
+    except ValueError as error:
+        raise ValueError(f"phase {phase.name!r}: {error}") from error
+
+
+def make_phase(phase: PhaseSettings) -> Phase:
+    """The trainer's phase."""
+    reward = None
+    if phase.reward is not None:
+        reward = RewardRule(max_response_tokens=phase.max_response_tokens, **_fields(phase.reward))
+    return Phase(
+        name=phase.name,
+        outcome=phase.outcome or f"after {phase.name}",
+        objective=make_phase_objective(phase),
+        optimizer=make_optimizer(**_fields(phase.optimizer)),
+        reset_optimizer=phase.optimizer_state == "reset",
+        sampling=phase.sampling,
+        max_response_tokens=phase.max_response_tokens,
+        prompts_per_step=phase.prompts_per_step,
+        responses_per_prompt=phase.responses_per_prompt,
+        rows_at_once=phase.rows_at_once,
+        micro_batches=phase.micro_batches,
+        chunk_positions=phase.chunk_positions,
+        reward=reward,
+        stop=phase.stop,
+        guard=phase.guard,
+    )
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    return {f.name: vars(value)[f.name] for f in dataclasses.fields(value)}

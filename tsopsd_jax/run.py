@@ -1,0 +1,225 @@
+"""From a configuration to a running trainer: checks everything that can be checked before anything is written."""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import yaml
+
+from tsopsd_jax import settings
+from tsopsd_jax.checkpoint import Checkpoints
+from tsopsd_jax.config import (
+    DTYPES,
+    Config,
+    DataSettings,
+    cache_folder,
+    make_phase,
+    make_phase_objective,
+    model_folder,
+)
+from tsopsd_jax.console import LiveTable
+from tsopsd_jax.data import Problem, Tokenizer, load_problems
+from tsopsd_jax.learner import abstract_state
+from tsopsd_jax.model import Qwen3, load_pretrained, save_pretrained
+from tsopsd_jax.model.hf_config import read_config
+from tsopsd_jax.rewards import VERIFIERS
+from tsopsd_jax.sharding import make_mesh, row_multiple, tree_shardings
+from tsopsd_jax.trainer import EvaluationPlan, Task, Trainer
+from tsopsd_jax.types import PyTree
+
+RUNTIME_KEYS = ("checkpoint_every_steps", "keep_checkpoints", "wandb_project", "cache_dir")
+"""Settings that may change between two starts of the same run."""
+
+
+class Parts(NamedTuple):
+    """What a run is made of, built and checked."""
+
+    model: Qwen3
+    mesh: jax.sharding.Mesh
+    task: Task
+    evaluation: EvaluationPlan | None
+    load_params: Callable[[], PyTree]
+
+
+def use_compilation_cache(folder: Path) -> None:
+    """Keep compiled programs between runs, unless the environment names another cache."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(folder / "xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def check_batches(config: Config, mesh: jax.sharding.Mesh) -> None:
+    """Rows must split over the mesh.
+
+    Raises:
+        ValueError: naming the phase, the rows and the multiple.
+    """
+    multiple = row_multiple(mesh)
+    for phase in config.phases:
+        rows = phase.prompts_per_step * phase.responses_per_prompt
+        for what, count in (
+            ("rows of a step", rows),
+            ("rows_at_once", phase.rows_at_once or rows),
+            ("rows of a micro-batch", rows // phase.micro_batches),
+        ):
+            if count % multiple:
+                raise ValueError(
+                    f"phase {phase.name!r}: {count} {what} do not split over {multiple} devices (mesh data x fsdp); "
+                    f"choose a multiple of {multiple}"
+                )
+    if config.evaluation.data is not None and config.evaluation.rows_at_once % multiple:
+        raise ValueError(
+            f"evaluation.rows_at_once {config.evaluation.rows_at_once} does not split over {multiple} devices; choose a "
+            f"multiple of {multiple}"
+        )
+
+
+def _problems(data: DataSettings, config: Config) -> list[Problem] | Any:
+    return load_problems(
+        data.name,
+        split=data.split,
+        path=data.path,
+        directory=cache_folder(config) / "datasets",
+        first=data.first,
+        template=data.template,
+    )
+
+
+def prepare(config: Config) -> Parts:
+    """Build and check everything but the parameters. Writes only prepared data sets, to the cache.
+
+    Raises:
+        ValueError: one line naming what is wrong and the remedy.
+    """
+    for phase in config.phases:
+        make_phase_objective(phase)
+    folder = model_folder(config)
+    if not folder.is_dir():
+        raise ValueError(f"model.path: expected a Hugging Face model directory, got {folder}: no such directory")
+    shape = read_config(folder)
+    dtype = DTYPES[config.model.compute_dtype]
+    model = Qwen3(shape, compute_dtype=dtype, remat=config.model.remat)
+    tokenizer = Tokenizer.load(folder)
+    tokenizer.check_fits(model.vocab_size)
+    longest = max(p.max_response_tokens for p in config.phases) + config.data.max_prompt_tokens
+    if longest > shape.max_position_embeddings:
+        raise ValueError(
+            f"prompt and response may take {longest} tokens, more than the model's {shape.max_position_embeddings} "
+            "positions; lower max_prompt_tokens or max_response_tokens"
+        )
+    mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor)
+    check_batches(config, mesh)
+    shardings = tree_shardings(model.param_axes(), model.param_shapes(), mesh)
+    task = Task(
+        problems=_problems(config.data, config),
+        tokenizer=tokenizer,
+        verify=VERIFIERS[config.data.verifier],
+        max_prompt_tokens=config.data.max_prompt_tokens,
+        seed=config.seed,
+    )
+    _ = task.encoded  # a prompt that is too long is found here, not in the middle of a run
+    evaluation, asked = None, config.evaluation
+    if asked.data is not None:
+        evaluation = EvaluationPlan(
+            benchmark=f"{asked.data.name} {asked.data.split or ''}".strip(),
+            problems=_problems(asked.data, config),
+            samples=asked.samples,
+            sampling=asked.sampling,
+            max_response_tokens=asked.max_response_tokens,
+            rows_at_once=asked.rows_at_once,
+        )
+
+    def load_params() -> PyTree:
+        if config.model.random_init:
+            return model.init(jax.random.key(config.seed), shardings=shardings)
+        return load_pretrained(folder, mesh=mesh)[1]
+
+    return Parts(model, mesh, task, evaluation, load_params)
+
+
+def claim_run_dir(run_dir: Path, config: Config) -> None:
+    """Write config.yaml into a new run directory, or check that the one there is the same run's.
+
+    Raises:
+        ValueError: the directory holds something else, or a run of another configuration; nothing is changed then.
+    """
+    file, resolved = run_dir / "config.yaml", settings.plain(config)
+    if file.is_file():
+        before = yaml.safe_load(file.read_text(encoding="utf-8"))
+        if not isinstance(before, dict):
+            raise ValueError(f"{file} is not a configuration; choose another --run-dir")
+        differs = settings.first_difference(
+            {k: v for k, v in before.items() if k not in RUNTIME_KEYS},
+            {k: v for k, v in resolved.items() if k not in RUNTIME_KEYS},
+        )
+        if differs:
+            raise ValueError(
+                f"{run_dir} holds a run of another configuration ({differs}); choose another --run-dir, or the old settings"
+            )
+    elif run_dir.exists() and any(run_dir.iterdir()):
+        raise ValueError(f"{run_dir} is not empty and holds no run; choose another --run-dir")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(yaml.safe_dump(resolved, sort_keys=False), encoding="utf-8")
+    temporary.replace(file)
+
+
+@contextlib.contextmanager
+def open_trainer(config: Config, run_dir: Path, table: LiveTable) -> Iterator[Trainer]:
+    """A trainer in `run_dir`, resuming what stands there."""
+    use_compilation_cache(cache_folder(config))
+    parts = prepare(config)
+    claim_run_dir(run_dir, config)
+    trainer = Trainer(
+        model=parts.model,
+        load_params=parts.load_params,
+        phases=[make_phase(p) for p in config.phases],
+        task=parts.task,
+        evaluation=parts.evaluation,
+        mesh=parts.mesh,
+        seed=config.seed,
+        run_dir=run_dir,
+        checkpoint_every_steps=config.checkpoint_every_steps,
+        keep_checkpoints=config.keep_checkpoints,
+        wandb_project=config.wandb_project,
+        table=table,
+    )
+    with table:
+        yield trainer
+
+
+def resolved_config(run_dir: Path) -> Config:
+    """The configuration that a run directory was made with.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    file = run_dir / "config.yaml"
+    if not file.is_file():
+        raise ValueError(f"{run_dir} is not a run directory: it has no config.yaml")
+    return settings.build(Config, yaml.safe_load(file.read_text(encoding="utf-8")))
+
+
+def export(run_dir: Path, out: Path, *, step: int | None, dtype: str) -> Path:
+    """Write the policy of a checkpoint (default: the latest) as a Hugging Face directory; returns it.
+
+    Raises:
+        ValueError: no run, no such checkpoint, or a directory that holds something else.
+    """
+    config = resolved_config(run_dir)
+    if not (run_dir / "checkpoints").is_dir():
+        raise ValueError(f"{run_dir} has no checkpoints")
+    folder = model_folder(config)
+    model = Qwen3(read_config(folder))
+    mesh = make_mesh()
+    like = abstract_state(model, make_phase(config.phases[0]).optimizer, mesh)
+    checkpoints = Checkpoints(run_dir / "checkpoints", keep=config.keep_checkpoints)
+    try:
+        state, _, _ = checkpoints.restore(like, step)
+    finally:
+        checkpoints.close()
+    save_pretrained(out, model, state.params, dtype=DTYPES[dtype], tokenizer_from=folder)
+    return out
