@@ -1,0 +1,57 @@
+"""Strict numerics for every test, eight virtual CPU devices, a persistent compilation cache, shared tiny models."""
+
+import os
+from pathlib import Path
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+ROOT = Path(__file__).resolve().parents[1]
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "xla"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+
+from jaxtyping import install_import_hook  # noqa: E402  (the environment comes first)
+
+# Shapes and types of every annotated function are checked while testing, and only then.
+_hook = install_import_hook("tsopsd_jax", "beartype.beartype")
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+from tsopsd_jax.model import Qwen3, Qwen3Config  # noqa: E402
+
+TINY = Qwen3Config(
+    vocab_size=37,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=6,
+    rope_theta=1e4,
+)
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """(model, params): a two-layer Qwen3 with weights large enough that its distributions are not uniform."""
+    model = Qwen3(TINY)
+    keys = iter(jax.random.split(jax.random.key(7), 100))
+
+    def weight(path, shape):
+        noise = jax.random.normal(next(keys), shape.shape)
+        return 1.0 + 0.1 * noise if "norm" in jax.tree_util.keystr(path) else 0.4 * noise
+
+    return model, jax.tree_util.tree_map_with_path(weight, model.param_shapes())
+
+
+@pytest.fixture(scope="session")
+def shared_data():
+    """The folder of real data sets beside the checkout; the test is skipped where it is absent."""
+    folder = ROOT.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"real data sets are not at {folder.relative_to(ROOT.parent)} beside the checkout")
+    return folder
