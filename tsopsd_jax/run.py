@@ -99,7 +99,7 @@ def prepare(config: Config) -> Parts:
     folder = model_folder(config)
     if not folder.is_dir():
         raise ValueError(f"model.path: expected a Hugging Face model directory, got {folder}: no such directory")
-    shape = read_config(folder)
+    shape = read_config(folder / "config.json")
     dtype = DTYPES[config.model.compute_dtype]
     model = Qwen3(shape, compute_dtype=dtype, remat=config.model.remat)
     tokenizer = Tokenizer.load(folder)
@@ -213,7 +213,7 @@ def export(run_dir: Path, out: Path, *, step: int | None, dtype: str) -> Path:
     if not (run_dir / "checkpoints").is_dir():
         raise ValueError(f"{run_dir} has no checkpoints")
     folder = model_folder(config)
-    model = Qwen3(read_config(folder))
+    model = Qwen3(read_config(folder / "config.json"))
     mesh = make_mesh()
     like = abstract_state(model, make_phase(config.phases[0]).optimizer, mesh)
     checkpoints = Checkpoints(run_dir / "checkpoints", keep=config.keep_checkpoints)
