@@ -12,8 +12,10 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 from jaxtyping import install_import_hook  # noqa: E402  (the environment comes first)
 
-# Shapes and types of every annotated function are checked while testing, and only then.
-_hook = install_import_hook("tsopsd_jax", "beartype.beartype")
+# Shapes and types of the functions that handle arrays are checked while testing, and only then. (Not types.py: its
+# containers also hold shardings and abstract arrays, as every pytree does.)
+CHECKED = "sharding losses advantages rewards model head objectives rollout judge learner evaluate".split()
+_hook = install_import_hook([f"tsopsd_jax.{name}" for name in CHECKED], "beartype.beartype")
 
 import jax  # noqa: E402
 import pytest  # noqa: E402

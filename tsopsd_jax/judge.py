@@ -5,8 +5,9 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Bool, Float
 
 from tsopsd_jax.advantages import group_relative
 from tsopsd_jax.rewards import overlong_penalty
@@ -157,6 +158,6 @@ def collect(
 def to_batch(groups: Groups, *, normalize_std: bool = True) -> Batch:
     """Group-relative advantages, one per response, spread over its tokens."""
     rollout = groups.rollout
-    advantage: Array = group_relative(groups.reward, normalize_std=normalize_std)
+    advantage = group_relative(jnp.asarray(groups.reward), normalize_std=normalize_std)
     spread = np.broadcast_to(np.asarray(advantage).reshape(-1, 1), rollout.tokens.shape)
     return Batch.of(tokens=rollout.tokens, mask=rollout.mask, advantage=spread, old_logp=rollout.logp)

@@ -165,7 +165,7 @@ def make_update(
         if batch.tokens.shape[0] % micro_batches:
             raise ValueError(f"{batch.tokens.shape[0]} rows do not split into {micro_batches} micro-batches")
         grads, out, gap = gradient(state.params, batch)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         finite = jnp.isfinite(norm) & jnp.isfinite(out.loss.total)
         with jax.numpy_dtype_promotion("standard"):  # optax relies on implicit promotion
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)

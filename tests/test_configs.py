@@ -1,0 +1,411 @@
+"""Settings are strict, the shipped configurations are valid, and the paper's numbers are in them."""
+
+import dataclasses
+import json
+import re
+import shutil
+import typing
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tsopsd_jax import settings
+from tsopsd_jax.cli import EXIT_BAD_INPUT, main
+from tsopsd_jax.config import Config, DataSettings, PhaseSettings, load_config, make_phase
+from tsopsd_jax.run import check_batches
+from tsopsd_jax.runlog import read_metrics
+from tsopsd_jax.sharding import make_mesh
+
+ROOT = Path(__file__).resolve().parents[1]
+
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+PAPER = [ROOT / "configs" / "paper" / f"qwen3_{size}.yaml" for size in ("4b", "8b")]
+
+
+def minimal() -> dict:
+    """The least that makes a run: everything else has a default."""
+    phase = {
+        "name": "rl",
+        "objective": {"name": "dapo"},
+        "optimizer": {"learning_rate": 1e-6},
+        "stop": {"steps": 3},
+        "prompts_per_step": 4,
+        "responses_per_prompt": 2,
+        "max_response_tokens": 8,
+        "reward": {},
+    }
+    return {
+        "model": {"path": "somewhere"},
+        "data": {"name": "countdown", "verifier": "countdown"},
+        "phases": [phase],
+    }
+
+
+def build(**overrides) -> Config:
+    """`minimal` with `a__0__b=value` set."""
+    data = minimal()
+    for path, value in overrides.items():
+        settings.override(data, f"{path.replace('__', '.')}={json.dumps(value)}")
+    return settings.build(Config, data)
+
+
+# ------------------------------------------------------------------ shipped files
+
+
+def test_there_are_configurations():
+    assert {p.name for p in CONFIGS} >= {"demo.yaml", "qwen3_4b.yaml", "qwen3_8b.yaml", "qwen3_tiny_dapo_math.yaml"}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.name)
+def test_shipped_configuration_is_valid(path):
+    config = load_config(path, [])
+    for phase in config.phases:
+        make_phase(phase)
+    head = path.read_text(encoding="utf-8").split("\nseed:")[0]
+    assert all(word in head for word in ("Claims:", "Hardware:", "Command:")), "say what the file claims, and how to run it"
+
+
+RL = {
+    "objective.name": "dapo",
+    "objective.hyperparameters": {"clip_low": 0.2, "clip_high": 0.28, "clip_ratio_c": 10.0},
+    "optimizer.learning_rate": 2e-6,
+    "optimizer.warmup_steps": 10,
+    "optimizer.weight_decay": 0.1,
+    "optimizer.clip_norm": 1.0,
+    "prompts_per_step": 64,
+    "responses_per_prompt": 8,
+    "max_response_tokens": 8192,
+    "sampling.sampling_temperature": 1.0,
+    "sampling.top_p": 1.0,
+    "sampling.top_k": 0,
+    "reward.overlong_buffer_tokens": 1024,
+    "reward.overlong_factor": 1.0,
+    "reward.max_generation_batches": 10,
+    "reward.surplus": "drop",
+    "reward.normalize_std": True,
+    "stop.epochs": 2.0,
+    "stop.steps": 500,
+}
+REHEAT = {
+    "objective.name": "ts_opsd",
+    "objective.hyperparameters": {"direction": "forward", "teacher_temperature": 1.2},
+    "optimizer.learning_rate": 1e-6,
+    "optimizer.warmup_steps": 0,
+    "max_response_tokens": 4096,
+    "sampling.sampling_temperature": 1.0,
+    "sampling.top_p": 1.0,
+    "sampling.top_k": 0,
+    "reward": None,
+    "stop.recovered_above_nats": 0.12,
+    "stop.window_steps": 1,
+    "guard.max_start_entropy_nats": 0.12,
+    "guard.runaway_entropy_nats": 0.5,
+}
+RUN = {
+    "model.compute_dtype": "bfloat16",
+    "data.name": "dapo_math_17k",
+    "data.max_prompt_tokens": 2048,
+    "evaluation.samples": 8,
+    "evaluation.sampling.sampling_temperature": 1.0,
+    "evaluation.sampling.top_p": 0.7,
+    "evaluation.sampling.top_k": 0,
+    "evaluation.max_response_tokens": 8192,
+}
+
+
+def at(tree, path: str):
+    for key in path.split("."):
+        tree = tree[key]
+    return tree
+
+
+def pinned(tree, expected: dict) -> dict:
+    return {path: at(tree, path) for path in expected}
+
+
+@pytest.mark.parametrize("path", PAPER, ids=lambda p: p.stem)
+def test_paper_numbers(path):
+    config = settings.plain(load_config(path, []))
+    rl, reheat, again = config["phases"]
+    assert pinned(config, RUN) == RUN
+    assert pinned(rl, RL) == RL
+    assert pinned(again, RL) == RL
+    assert pinned(reheat, REHEAT) == REHEAT
+    assert rl["stop"]["collapsed_below_nats"] == 0.08
+    assert reheat["prompts_per_step"] * reheat["responses_per_prompt"] == 1024  # sequences a step
+    # "resumed with identical hyperparameters" (section 4.1): only the name and what ends the phase may differ
+    for key in ("name", "outcome", "stop"):
+        rl.pop(key), again.pop(key)
+    assert settings.first_difference(rl, again) is None
+
+
+def test_the_two_papers_differ_in_the_model_alone():
+    small, large = (settings.plain(load_config(p, [])) for p in PAPER)
+    assert small["model"].pop("path") == "models/Qwen3-4B-Base"
+    assert large["model"].pop("path") == "models/Qwen3-8B-Base"
+    assert settings.first_difference(small, large) is None
+
+
+@pytest.mark.parametrize("path", PAPER, ids=lambda p: p.stem)
+def test_every_setting_of_the_paper_files_names_its_source(path):
+    body = path.read_text(encoding="utf-8").split("\nseed:")[1].splitlines()[1:]
+    for line in body:
+        if re.search(r":\s+[^\s#]", line) and not re.match(r"\s*(- name|outcome):", line):
+            assert re.search(r"#.*\[(A\.\d|\d\.\d|table 6|verl|ours)\]", line), line
+
+
+# ------------------------------------------------------------------ strict settings
+
+
+def test_the_minimum_and_the_defaults():
+    config = build()
+    assert config.seed == 0
+    assert config.phases[0].micro_batches == 1
+    assert config.phases[0].guard.max_skipped_in_row == 3
+    assert (config.evaluation.sampling.top_p, config.phases[0].sampling.top_p) == (0.7, 1.0)
+
+
+def test_plain_is_the_reverse_of_build():
+    config = load_config(PAPER[0], [])
+    assert settings.build(Config, yaml.safe_load(yaml.safe_dump(settings.plain(config)))) == config
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ({"sead": 1}, ["sead", "unknown key", "did you mean 'seed'"]),
+        ({"phases__0__optimizer__learning_rat": 1}, ["phases.0.optimizer.learning_rat", "did you mean 'learning_rate'"]),
+        ({"model__zzzzz": 1}, ["model.zzzzz", "known: path"]),
+        ({"seed": "one"}, ["seed", "expected int", "'one'", "str"]),
+        ({"seed": 1.5}, ["seed", "expected int", "1.5"]),
+        ({"seed": True}, ["seed", "expected int", "True"]),
+        ({"seed": None}, ["seed", "expected int", "None"]),
+        ({"model__remat": 1}, ["model.remat", "expected bool"]),
+        ({"phases__0__optimizer__learning_rate": "fast"}, ["phases.0.optimizer.learning_rate", "expected float"]),
+        ({"phases__0__optimizer__learning_rate": True}, ["phases.0.optimizer.learning_rate", "expected float"]),
+        ({"phases": "rl"}, ["phases", "expected a list"]),
+        ({"phases": []}, ["phases", "at least one"]),
+        ({"model": "path"}, ["model", "expected a mapping"]),
+        ({"phases__0__objective__hyperparameters": [1]}, ["hyperparameters", "expected a mapping"]),
+        ({"phases__0__stop": {}}, ["phases.0.stop", "at least one of steps, epochs"]),
+        ({"phases__0__stop__steps": 0}, ["phases.0.stop", "positive"]),
+        ({"phases__0__micro_batches": 3}, ["phases.0", "micro_batches 3 does not divide", "8 rows", "choose a divisor"]),
+        ({"phases__0__rows_at_once": 5}, ["phases.0", "rows_at_once 5 does not divide"]),
+        ({"phases__0__prompts_per_step": 0}, ["prompts_per_step must be at least 1"]),
+        ({"phases__0__optimizer_state": "forget"}, ["optimizer_state", "reset, keep", "'forget'"]),
+        ({"phases__0__sampling__top_p": 0.9}, ["phases.0", "dapo", "top_p"]),
+        ({"phases__0__reward": None}, ["phases.0", "dapo needs rewards"]),
+        ({"model__compute_dtype": "float16"}, ["compute_dtype", "float32, bfloat16", "'float16'"]),
+        ({"data__name": "gsm"}, ["data", "name", "countdown"]),
+        ({"data__verifier": "judge"}, ["data", "verifier", "math"]),
+        ({"seed": -1}, ["seed must be >= 0"]),
+    ],
+)
+def test_bad_settings_are_one_line_that_names_the_place(overrides, words):
+    with pytest.raises(ValueError) as error:
+        build(**overrides)
+    message = str(error.value)
+    assert "\n" not in message
+    assert all(word in message for word in words), message
+
+
+def test_a_missing_key_is_named():
+    data = minimal()
+    del data["phases"][0]["optimizer"]["learning_rate"]
+    with pytest.raises(ValueError, match=r"^phases\.0\.optimizer\.learning_rate: expected a value, got none"):
+        settings.build(Config, data)
+
+
+def test_phase_names_differ():
+    data = minimal()
+    data["phases"] *= 2
+    with pytest.raises(ValueError, match="different names, got \\['rl', 'rl'\\]"):
+        settings.build(Config, data)
+
+
+def test_yaml_reads_1e_6_as_text_and_people_mean_the_number():
+    text = "{learning_rate: 1e-6}"
+    assert yaml.safe_load(text) == {"learning_rate": "1e-6"}  # YAML 1.1 wants a point before the e
+    data = minimal()
+    data["phases"][0]["optimizer"] = yaml.safe_load(text)
+    data["phases"][0]["objective"] = {"name": "mine.py:f", "hyperparameters": {"coefficient": "1e-3", "kind": "soft"}}
+    phase = settings.build(Config, data).phases[0]
+    assert phase.optimizer.learning_rate == 1e-6
+    assert phase.objective.hyperparameters == {"coefficient": 1e-3, "kind": "soft"}
+
+
+def test_an_integer_is_a_float_but_not_the_reverse():
+    assert type(build(phases__0__optimizer__learning_rate=1).phases[0].optimizer.learning_rate) is float
+    with pytest.raises(ValueError, match="expected int, got 2.0"):
+        build(phases__0__micro_batches=2.0)
+
+
+def test_override_sets_and_makes_what_is_missing():
+    data = minimal()
+    for assignment in ("phases.0.stop.steps=7", "mesh.fsdp=2", "evaluation.sampling={top_p: 0.5}", "cache_dir=null"):
+        settings.override(data, assignment)
+    config = settings.build(Config, data)
+    assert (config.phases[0].stop.steps, config.mesh.fsdp, config.evaluation.sampling.top_p) == (7, 2, 0.5)
+    settings.override(data, "data.path=a=b")  # only the first = separates
+    assert data["data"]["path"] == "a=b"
+
+
+@pytest.mark.parametrize(
+    ("assignment", "words"),
+    [
+        ("seed", "expects a.b=value"),
+        ("=1", "expects a.b=value"),
+        ("seed=[1", "is not a YAML value"),
+        ("phases.1.name=x", "expected an index 0 to 0, got '1'"),
+        ("phases.rl.name=x", "expected an index 0 to 0, got 'rl'"),
+        ("model.path.deeper=1", "'path' is a value"),
+    ],
+)
+def test_override_errors(assignment, words):
+    with pytest.raises(ValueError) as error:
+        settings.override(minimal(), assignment)
+    assert words in str(error.value)
+
+
+def test_first_difference():
+    a = {"x": 1, "y": [{"z": 2}, 3]}
+    assert settings.first_difference(a, {"x": 1, "y": [{"z": 2}, 3]}) is None
+    assert settings.first_difference(a, {"x": 1, "y": [{"z": 5}, 3]}) == "y.0.z: 2 != 5"
+    assert settings.first_difference(a, {"x": 1, "y": [{"z": 2}]}) == "y: [{'z': 2}, 3] != [{'z': 2}]"
+    assert settings.first_difference(a, {**a, "new": 4}) == "new: None != 4"
+    assert settings.first_difference({**a, "old": 4}, a) == "old: 4 != None"
+
+
+def test_rows_must_split_over_the_mesh():
+    mesh = make_mesh()  # fsdp 8 under test
+    check_batches(build(), mesh)  # 4 x 2 = 8 rows
+    with pytest.raises(ValueError, match=r"phase 'rl': 12 rows of a step do not split over 8 devices"):
+        check_batches(build(phases__0__prompts_per_step=6), mesh)
+    with pytest.raises(ValueError, match=r"phase 'rl': 4 rows of a micro-batch do not split over 8 devices"):
+        check_batches(build(phases__0__micro_batches=2), mesh)
+    with pytest.raises(ValueError, match=r"phase 'rl': 4 rows_at_once do not split over 8 devices"):
+        check_batches(build(phases__0__rows_at_once=4), mesh)
+
+
+# ------------------------------------------------------------------ command line
+
+
+def test_check_reports_bad_input_with_exit_code_2(tmp_path, capsys):
+    file = tmp_path / "bad.yaml"
+    file.write_text(yaml.safe_dump(minimal() | {"sead": 3}), encoding="utf-8")
+    assert main(["check", "--syntax-only", str(file)]) == EXIT_BAD_INPUT == 2
+    line = capsys.readouterr().err.strip()
+    assert "\n" not in line
+    assert "bad.yaml" in line
+    assert "did you mean 'seed'" in line
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(None, "no such file"), ("a: [1", "not valid YAML"), ("- 1", "expected a mapping"), ("", "expected a mapping")],
+)
+def test_unreadable_files(tmp_path, capsys, content, words):
+    file = tmp_path / "c.yaml"
+    if content is not None:
+        file.write_text(content, encoding="utf-8")
+    assert main(["check", "--syntax-only", str(file)]) == EXIT_BAD_INPUT
+    assert words in capsys.readouterr().err
+
+
+def test_check_names_objectives_and_hyperparameters_that_do_not_exist(tmp_path, capsys):
+    file = tmp_path / "c.yaml"
+    file.write_text(yaml.safe_dump(minimal()), encoding="utf-8")
+    assert main(["check", "--syntax-only", str(file), "--set", "phases.0.objective.name=dappo"]) == EXIT_BAD_INPUT
+    assert "phase 'rl': objective 'dappo' is unknown" in capsys.readouterr().err
+    wrong = "phases.0.objective.hyperparameters={clip_lo: 0.2}"
+    assert main(["check", "--syntax-only", str(file), "--set", wrong]) == EXIT_BAD_INPUT
+    assert "clip_lo" in capsys.readouterr().err
+
+
+def test_a_missing_model_directory_is_found_before_anything_is_written(tmp_path, capsys):
+    file, run_dir = tmp_path / "c.yaml", tmp_path / "run"
+    content = minimal() | {"cache_dir": str(tmp_path / "cache")}
+    content["model"] = {"path": str(tmp_path / "no-model")}
+    file.write_text(yaml.safe_dump(content), encoding="utf-8")
+    assert main(["check", str(file)]) == EXIT_BAD_INPUT
+    assert "model.path" in capsys.readouterr().err
+    assert not run_dir.exists()
+
+
+# ------------------------------------------------------------------ documentation
+
+
+def _documented(cls: type, prefix: str):
+    """(key, type, default) of every setting, as docs/configuration.md writes them."""
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        hint = hints[field.name]
+        options = [a for a in typing.get_args(hint) if a is not type(None)] if type(None) in typing.get_args(hint) else [hint]
+        inner, key = options[0], f"{prefix}{field.name}"
+        if typing.get_origin(inner) is tuple:
+            yield from _documented(typing.get_args(inner)[0], f"{key}[].")
+            continue
+        if dataclasses.is_dataclass(inner):
+            if len(options) != len(typing.get_args(hint) or options):
+                yield key, "group", "null"
+            if inner is not DataSettings or key == "data":
+                yield from _documented(typing.cast(type, inner), f"{key}.")
+            continue
+        default = field.default
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        if key.startswith("evaluation.sampling."):
+            default = vars(build().evaluation.sampling)[field.name]
+        shown = "required" if default is dataclasses.MISSING else json.dumps(default).strip('"')
+        yield key, (typing.get_origin(inner) or inner).__name__, shown
+
+
+def test_every_setting_is_documented():
+    text = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([^`]+)` \| ([^|]+) \| ([^|]+) \|", text, flags=re.MULTILINE)
+    documented = {key: (kind.strip(), default.strip(" `")) for key, kind, default in rows}
+    expected = {key: (kind, default) for key, kind, default in _documented(Config, "")}
+    assert len(expected) > 50
+    assert settings.first_difference(expected, documented) is None
+
+
+def test_the_source_of_phase_limits_is_a_phase():
+    """PhaseSettings and the trainer's Phase may not drift apart: every setting is read."""
+    ours = {f.name for f in dataclasses.fields(PhaseSettings)}
+    theirs = {f.name for f in dataclasses.fields(make_phase(build().phases[0]))}
+    assert ours - theirs == {"optimizer_state"}
+    assert theirs - ours == {"reset_optimizer"}
+
+
+# ------------------------------------------------------------------ real vocabulary, real prompts
+
+
+@pytest.mark.shared_data
+def test_one_step_of_each_phase_with_the_real_tokenizer_and_prompts(shared_data, tmp_path, capsys):
+    folder = tmp_path / "model"
+    shutil.copytree(ROOT / "configs" / "models" / "qwen3-tiny", folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(shared_data / "qwen3_tokenizer" / name, folder)
+    run_dir = tmp_path / "run"
+    overrides = {
+        "model.path": folder,
+        "data.path": shared_data / "dapo_math_17k" / "dapo-math-17k.parquet",
+        "cache_dir": tmp_path / "cache",
+    }
+    sets = [word for key, value in overrides.items() for word in ("--set", f"{key}={value}")]
+    file = ROOT / "configs" / "qwen3_tiny_dapo_math.yaml"
+    assert main(["train", str(file), "--run-dir", str(run_dir), *sets]) == 0, capsys.readouterr().err
+    rl, reheat = read_metrics(run_dir)
+    assert [(line["step"], line["phase"], line["phase_step"]) for line in (rl, reheat)] == [(1, "rl", 1), (2, "reheat", 1)]
+    # Random weights of standard deviation 0.02 are nearly uniform: ln 151,936 = 11.931 nats.
+    assert rl["policy/entropy_nats"] == pytest.approx(11.93, abs=0.02)
+    assert reheat["policy/entropy_nats"] == pytest.approx(11.93, abs=0.02)
+    # No group is informative: two generation batches, then four filled groups whose advantage is 0.
+    assert rl["rollout/generation_batches"] == 2
+    assert rl["rollout/groups_filled"] == 4
+    assert rl["optim/skipped"] == reheat["optim/skipped"] == 0
+    assert reheat["distil/forward_kl_nats"] > 0
+    assert reheat["optim/grad_norm"] > 0
+    assert max(rl["rollout/logp_gap_max_nats"], reheat["rollout/logp_gap_max_nats"]) < 1e-3
+    assert (run_dir / "report.html").is_file()

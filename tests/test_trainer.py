@@ -1,0 +1,323 @@
+"""The loop: resume equals uninterrupted, signals, guards, skipped updates, evaluation between phases."""
+
+import io
+import json
+import os
+import signal
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from tsopsd_jax.console import LiveTable
+from tsopsd_jax.data import Problem, Tokenizer
+from tsopsd_jax.data.countdown import write_tokenizer
+from tsopsd_jax.judge import RewardRule
+from tsopsd_jax.learner import make_optimizer
+from tsopsd_jax.model import Qwen3, Qwen3Config
+from tsopsd_jax.objectives import dapo, ts_opsd
+from tsopsd_jax.phases import Guard, GuardError, Phase, StopRule
+from tsopsd_jax.rollout import Sampling
+from tsopsd_jax.runlog import read_evaluations, read_metrics
+from tsopsd_jax.sharding import make_mesh, tree_shardings
+from tsopsd_jax.trainer import EvaluationPlan, Interrupted, Task, Trainer, encode_prompts
+
+MODEL = Qwen3(
+    Qwen3Config(
+        vocab_size=112,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        tie_word_embeddings=True,
+    )
+)
+PROBLEMS = [Problem(f"p{i}", f"{i} {i + 1} -> {i + 2} :", str(i)) for i in range(1, 12)]
+
+
+def even(response: str, _gold: str) -> float:
+    """A reward with a signal for random weights: the first word is an even number."""
+    first = (response.split() or ["x"])[0]
+    return float(first.isdigit() and int(first) % 2 == 0)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    write_tokenizer(folder)
+    return Tokenizer.load(folder)
+
+
+def rl_phase(name="rl", **changes) -> Phase:
+    settings = {
+        "name": name,
+        "outcome": f"after {name}",
+        "objective": dapo(),
+        "optimizer": make_optimizer(learning_rate=1e-2),
+        "reset_optimizer": False,
+        "sampling": Sampling(),
+        "max_response_tokens": 5,
+        "prompts_per_step": 4,
+        "responses_per_prompt": 4,
+        "rows_at_once": 8,
+        "micro_batches": 1,
+        "chunk_positions": 4,
+        # Keeps surplus groups: the checkpoint must carry them.
+        "reward": RewardRule(
+            max_response_tokens=5, overlong_buffer_tokens=2, max_generation_batches=4, surplus="keep", on_shortage="fill"
+        ),
+        "stop": StopRule(steps=3),
+        "guard": Guard(),
+    }
+    return Phase(**(settings | changes))
+
+
+def reheat_phase(**changes) -> Phase:
+    settings = {"objective": ts_opsd(), "reward": None, "reset_optimizer": True, "stop": StopRule(steps=2)}
+    return rl_phase("reheat", **(settings | changes))
+
+
+SCHEDULE = (rl_phase(), reheat_phase(), rl_phase("again", stop=StopRule(steps=2), reset_optimizer=True))
+
+
+@pytest.fixture
+def trainer_in(tokenizer):
+    """trainer_in(run_dir, phases=..., verify=..., evaluate=...) -> Trainer on one device; closed at the end."""
+
+    def make(run_dir, *, phases=SCHEDULE, verify=even, evaluate=False, every=100, data=1):
+        mesh = make_mesh(data=data, devices=jax.devices()[:data])
+        layout = tree_shardings(MODEL.param_axes(), MODEL.param_shapes(), mesh)
+        plan = None
+        if evaluate:
+            plan = EvaluationPlan(
+                benchmark="toy",
+                problems=PROBLEMS[:3],
+                samples=4,
+                sampling=Sampling(top_p=0.7),
+                max_response_tokens=5,
+                rows_at_once=8,
+            )
+        return Trainer(
+            model=MODEL,
+            load_params=lambda: MODEL.init(jax.random.key(3), shardings=layout),
+            phases=phases,
+            task=Task(problems=PROBLEMS, tokenizer=tokenizer, verify=verify, max_prompt_tokens=6, seed=0),
+            evaluation=plan,
+            mesh=mesh,
+            seed=0,
+            run_dir=run_dir,
+            checkpoint_every_steps=every,
+            keep_checkpoints=2,
+            wandb_project=None,
+            table=LiveTable(stream=io.StringIO()),
+        )
+
+    return make
+
+
+def facts(run_dir):
+    """The metrics without what the clock says."""
+    return [
+        {k: v for k, v in line.items() if "time" not in k and "per_s" not in k} for line in read_metrics(run_dir)
+    ]
+
+
+def finish(trainer):
+    trainer.run()
+    return jax.device_get(trainer.state)
+
+
+def same(a, b) -> bool:
+    return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+def interrupting(at_call: int):
+    """A verifier that gets the process a SIGTERM in the middle of a step."""
+    calls = iter(range(10**9))
+
+    def verify(response: str, gold: str) -> float:
+        if next(calls) == at_call:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return even(response, gold)
+
+    return verify
+
+
+def test_resume_equals_uninterrupted_bit_for_bit(trainer_in, tmp_path):
+    whole = finish(trainer_in(tmp_path / "whole", evaluate=True))
+    assert int(whole.step) == 7
+    # Interrupt in the first phase, then again in the third; the surplus groups of dynamic sampling are then alive.
+    run = tmp_path / "broken"
+    first = trainer_in(run, evaluate=True, verify=interrupting(40))
+    with pytest.raises(Interrupted, match="SIGTERM: saved step"):
+        first.run()
+    taken = int(first.state.step)
+    assert 0 < taken < 3
+    assert first.leftover is not None, "the interruption should find groups left over, or it tests too little"
+    second = trainer_in(run, evaluate=True)
+    assert int(second.state.step) == taken
+    assert same(first.leftover, second.leftover)
+    broken = finish(second)
+    assert same(whole, broken)
+    assert facts(tmp_path / "whole") == facts(run)
+    assert [r["stage"] for r in read_evaluations(run)] == ["base", "after rl", "after reheat", "after again"]
+    assert read_evaluations(tmp_path / "whole") == read_evaluations(run)
+
+
+def test_killed_run_takes_the_lost_steps_again(trainer_in, tmp_path):
+    whole = finish(trainer_in(tmp_path / "whole"))
+    run = tmp_path / "killed"
+
+    class Killed(Exception):
+        pass
+
+    calls = iter(range(10**9))
+
+    def dies(response, gold):
+        if next(calls) == 150:
+            raise Killed
+        return even(response, gold)
+
+    first = trainer_in(run, verify=dies, every=2)
+    with pytest.raises(Killed):
+        first.run()
+    lost = len(read_metrics(run))
+    second = trainer_in(run, every=2)
+    assert int(second.state.step) < lost or lost % 2 == 0
+    assert same(whole, finish(second))
+    assert facts(tmp_path / "whole") == facts(run)
+
+
+def test_a_finished_run_stays_as_it_is(trainer_in, tmp_path):
+    state = finish(trainer_in(tmp_path))
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    again = trainer_in(tmp_path)
+    assert again.progress.phase == len(SCHEDULE)
+    assert same(state, finish(again))
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+def test_metrics_have_the_contracts_keys(trainer_in, tmp_path):
+    trainer_in(tmp_path, phases=SCHEDULE[:2]).run()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    keys = {
+        "step", "phase", "phase_step", "time_s", "policy/entropy_nats", "reward/mean", "loss/total", "optim/grad_norm",
+        "rollout/length_mean_tokens", "rollout/truncated_fraction", "rollout/logp_gap_mean_nats",
+        "rollout/logp_gap_max_nats", "rollout/tokens_per_s", "time/rollout_s", "time/judge_s", "time/update_s",
+    }  # fmt: skip
+    assert keys | {"rollout/groups_kept_fraction"} <= set(lines[0])
+    assert keys <= set(lines[-1])
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
+    assert [line["phase_step"] for line in lines] == [1, 2, 3, 1, 2]
+    # On-policy rows only in the reheating phase: there the gap is rounding alone.
+    assert lines[-1]["rollout/logp_gap_max_nats"] < 1e-4
+
+
+def test_the_data_cursor_goes_through_epochs(trainer_in, tmp_path):
+    trainer = trainer_in(tmp_path, phases=(reheat_phase(stop=StopRule(epochs=1.0)),))
+    trainer.run()
+    # 4 prompts a step, 11 problems, one per group: 3 steps pass one epoch.
+    assert int(trainer.state.step) == 3
+    assert trainer.progress.position == 12
+
+
+def test_eight_devices_train_like_one(trainer_in, tmp_path):
+    one = finish(trainer_in(tmp_path / "one", phases=SCHEDULE[:2]))
+    eight = finish(trainer_in(tmp_path / "eight", phases=SCHEDULE[:2], data=8))
+    for a, b in zip(jax.tree.leaves(one.params), jax.tree.leaves(eight.params), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-4)
+    names = ("policy/entropy_nats", "reward/mean", "rollout/length_mean_tokens")
+    for a, b in zip(read_metrics(tmp_path / "one"), read_metrics(tmp_path / "eight"), strict=True):
+        np.testing.assert_allclose([a[n] for n in names], [b[n] for n in names], rtol=1e-3)
+
+
+def test_the_reheater_refuses_a_policy_that_is_not_collapsed(trainer_in, tmp_path):
+    phase = reheat_phase(guard=Guard(max_start_entropy_nats=0.12))
+    trainer = trainer_in(tmp_path, phases=(phase,))
+    before = jax.device_get(trainer.state.params)
+    with pytest.raises(GuardError, match=r"refuses to start: entropy \d+\.\d+ nats"):
+        trainer.run()
+    assert same(before, jax.device_get(trainer.state.params)), "a refused policy must not be touched"
+    assert trainer.checkpoints.latest() is None
+
+
+def test_recovery_keeps_the_policy_that_was_measured(trainer_in, tmp_path):
+    phase = reheat_phase(stop=StopRule(recovered_above_nats=0.12))
+    trainer = trainer_in(tmp_path, phases=(phase,))
+    before = jax.device_get(trainer.state.params)
+    trainer.run()  # a random policy is above the threshold at once
+    assert int(trainer.state.step) == 1
+    assert read_metrics(tmp_path)[0]["optim/held"] == 1.0
+    assert same(before, jax.device_get(trainer.state.params))
+
+
+def test_a_runaway_stops(trainer_in, tmp_path):
+    trainer = trainer_in(tmp_path, phases=(reheat_phase(guard=Guard(runaway_entropy_nats=1.0)),))
+    with pytest.raises(GuardError, match="ran over 1.0 nats"):
+        trainer.run()
+
+
+def test_updates_that_are_not_finite_are_skipped_and_end_the_run(trainer_in, tmp_path):
+    broken = optax.chain(make_optimizer(learning_rate=1e-2))
+    objective = dapo()
+
+    def loss(stats, batch):
+        out = objective.loss(stats, batch)
+        return type(out)(type(out.loss)(out.loss.total * np.float32("nan"), out.loss.count), out.metrics)
+
+    phase = rl_phase(objective=objective._replace(loss=loss), optimizer=broken, guard=Guard(max_skipped_in_row=2))
+    trainer = trainer_in(tmp_path, phases=(phase,))
+    before = jax.device_get(trainer.state.params)
+    with pytest.raises(GuardError, match="2 updates in a row were not finite"):
+        trainer.run()
+    assert [line["optim/skipped"] for line in read_metrics(tmp_path)] == [1.0, 1.0]
+    assert same(before, jax.device_get(trainer.state.params))
+
+
+def test_no_step_is_compiled_twice(trainer_in, tmp_path):
+    trainer = trainer_in(tmp_path, phases=(rl_phase(stop=StopRule(steps=5)), reheat_phase(stop=StopRule(steps=4))))
+    compiled = []
+    original = trainer._compile
+
+    def watched(phase):
+        step = original(phase)
+        compiled.extend(part for part in step.args if hasattr(part, "_cache_size"))
+        return step
+
+    trainer._compile = watched
+    trainer.run()
+    assert len(compiled) == 3, "two functions for the RL phase, one for the reheater"
+    assert [part._cache_size() for part in compiled] == [1, 1, 1]
+
+
+def test_prompts_that_are_too_long_are_named(tokenizer):
+    with pytest.raises(ValueError, match="prompt 'p3' has 6 tokens, expected 1 to 5"):
+        encode_prompts([Problem("p3", "1 2 3 -> 4 :", "")], tokenizer, max_prompt_tokens=5)
+
+
+@pytest.mark.parametrize(
+    ("rule", "facts_", "over"),
+    [
+        (StopRule(steps=3), (3, 0.0, ()), True),
+        (StopRule(steps=3), (2, 0.0, ()), False),
+        (StopRule(epochs=2.0), (9, 2.0, ()), True),
+        (StopRule(epochs=2.0), (9, 1.99, ()), False),
+        (StopRule(collapsed_below_nats=0.08, window_steps=2), (9, 0.0, (0.5, 0.09, 0.069)), True),  # mean 0.0795
+        (StopRule(collapsed_below_nats=0.08, window_steps=2), (9, 0.0, (0.01, 0.09, 0.08)), False),  # mean 0.085
+        (StopRule(collapsed_below_nats=0.08, window_steps=2), (1, 0.0, (0.01,)), False),  # the window is not full
+        (StopRule(collapsed_below_nats=0.08), (9, 0.0, (0.08,)), False),  # under, not at
+        (StopRule(recovered_above_nats=0.12), (9, 0.0, (0.12,)), True),  # "0.12 nats or more"
+        (StopRule(recovered_above_nats=0.12), (9, 0.0, (0.119,)), False),
+    ],
+)
+def test_stop_rules(rule, facts_, over):
+    step, epochs, entropies = facts_
+    assert (rule.reason(phase_step=step, epochs=epochs, entropies_nats=entropies) is not None) == over
+
+
+def test_stop_rules_must_end_sometime():
+    with pytest.raises(ValueError, match="at least one of"):
+        StopRule()
