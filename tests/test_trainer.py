@@ -39,9 +39,8 @@ PROBLEMS = [Problem(f"p{i}", f"{i} {i + 1} -> {i + 2} :", str(i)) for i in range
 
 
 def even(response: str, _gold: str) -> float:
-    """A reward with a signal for random weights: the first word is an even number."""
-    first = (response.split() or ["x"])[0]
-    return float(first.isdigit() and int(first) % 2 == 0)
+    """A reward with a signal for random weights: right about half the time, so that most groups are informative."""
+    return float(sum(map(ord, response)) % 2 == 0)
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +176,7 @@ def test_killed_run_takes_the_lost_steps_again(trainer_in, tmp_path):
     calls = iter(range(10**9))
 
     def dies(response, gold):
-        if next(calls) == 150:
+        if next(calls) == 70:
             raise Killed
         return even(response, gold)
 

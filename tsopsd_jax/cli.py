@@ -102,7 +102,9 @@ def _check(args: argparse.Namespace) -> int:
             print(f"{path}: settings are valid")
             continue
         parts = prepare(config)
-        print(f"{path}: valid; {len(parts.task.problems)} problems, {len(config.phases)} phases, mesh {dict(parts.mesh.shape)}")
+        print(
+            f"{path}: valid; {len(parts.task.problems)} problems, {len(config.phases)} phases, mesh {dict(parts.mesh.shape)}"
+        )
     return EXIT_DONE
 
 

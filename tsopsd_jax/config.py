@@ -168,7 +168,13 @@ class PhaseSettings:
 
     def __post_init__(self):
         _known("optimizer_state", self.optimizer_state, ("reset", "keep"))
-        for name in ("prompts_per_step", "responses_per_prompt", "max_response_tokens", "micro_batches", "chunk_positions"):
+        for name in (
+            "prompts_per_step",
+            "responses_per_prompt",
+            "max_response_tokens",
+            "micro_batches",
+            "chunk_positions",
+        ):
             if vars(self)[name] < 1:
                 raise ValueError(f"{name} must be at least 1, got {vars(self)[name]}")
         rows = self.prompts_per_step * self.responses_per_prompt

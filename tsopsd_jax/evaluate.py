@@ -61,10 +61,10 @@ def evaluate(
     for start in range(0, len(which), rows_at_once):
         ids = np.arange(start, start + rows_at_once) % len(which)
         rows = which[ids]
-        piece = Prompts(prompts.tokens[rows], prompts.length[rows], ids.astype(np.int32))
+        piece = Prompts(prompts.tokens[rows], prompts.length[rows], ids.astype(np.uint32))
         live = min(rows_at_once, len(which) - start)
-        rollout = jax.tree.map(lambda x, n=live: np.asarray(x)[:n], sample(params, piece))
-        score = accuracies(rollout, [answers[i] for i in rows[:live]], decode, verify)
+        rollout: Rollout = jax.tree.map(lambda x, n=live: np.asarray(x)[:n], sample(params, piece))
+        score = accuracies(rollout, [answers[int(i)] for i in rows[:live]], decode, verify)
         scores.append(score)
         lengths.append(rollout.response_length)
         stopped.append(rollout.stopped)

@@ -28,9 +28,7 @@ class VocabStats(NamedTuple):
     reverse_kl: Float[Array, "*N"]
 
 
-def logits_stats(
-    logits: Float[Array, "*N V"], tokens: Int[Array, "*N"], *, teacher_temperature: float
-) -> VocabStats:
+def logits_stats(logits: Float[Array, "*N V"], tokens: Int[Array, "*N"], *, teacher_temperature: float) -> VocabStats:
     """log p(token), H(p), KL(q || p) and KL(p || q) with no gradient through q.  [..., V], [...] -> [...] each.
 
     Raises:

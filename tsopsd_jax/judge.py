@@ -116,9 +116,7 @@ class Collected(NamedTuple):
     filled_groups: int
 
 
-def collect(
-    draw: Callable[[], Groups], *, prompts: int, leftover: Groups | None, rule: RewardRule
-) -> Collected:
+def collect(draw: Callable[[], Groups], *, prompts: int, leftover: Groups | None, rule: RewardRule) -> Collected:
     """Draw generation batches until `prompts` groups are informative (or take one batch as it is).
 
     Args:

@@ -1,7 +1,7 @@
 """One update of the policy: micro-batches, one division, clip, AdamW; and the reheater's whole step as one function."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -72,8 +72,9 @@ def abstract_state(model: Qwen3, optimizer: optax.GradientTransformation, mesh: 
 
     with jax.numpy_dtype_promotion("standard"):
         moments = jax.eval_shape(optimizer.init, shapes)
+    step: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh))
     return TrainState(
-        step=jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh)),
+        step=step,
         params=jax.tree.map(struct, shapes, shardings),
         opt_state=jax.tree_util.tree_map_with_path(moment, moments),
     )
@@ -90,9 +91,7 @@ def per_token_stats(
 ) -> dict[str, Array]:
     """The objective's statistics of every token under the learner's own forward pass, {name: [B, L]}."""
     hidden = model.hidden(params, tokens)
-    return next_token_stats(
-        objective.stats, hidden, model.unembed(params), tokens, chunk_positions=chunk_positions
-    )
+    return next_token_stats(objective.stats, hidden, model.unembed(params), tokens, chunk_positions=chunk_positions)
 
 
 def make_gradient(model: Qwen3, objective: Objective, *, micro_batches: int = 1, chunk_positions: int = 512):
@@ -116,9 +115,7 @@ def make_gradient(model: Qwen3, objective: Objective, *, micro_batches: int = 1,
             grads, (out, gap) = one(params, batch)
         else:
             # Strided, not consecutive rows: each piece then lies on all devices.
-            pieces = jax.tree.map(
-                lambda x: x.reshape(-1, micro_batches, *x.shape[1:]).swapaxes(0, 1), batch
-            )
+            pieces = jax.tree.map(lambda x: x.reshape(-1, micro_batches, *x.shape[1:]).swapaxes(0, 1), batch)
             first = jax.tree.map(lambda x: x[0], pieces)
             zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(one, params, first))
 

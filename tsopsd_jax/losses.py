@@ -10,6 +10,9 @@ from jaxtyping import Array, Float, Int
 LOG_RATIO_LIMIT = 20.0
 """Log-ratios are clamped to this before exp (nats), so that one stale token cannot make an update infinite."""
 
+SERIES_BELOW_NATS = 0.1
+"""Log-ratios of teacher and student under which a KL term is summed as a series: its error there is 3e-7."""
+
 
 def log_softmax(logits: Float[Array, "*N V"]) -> Float[Array, "*N V"]:
     """log softmax(z), accurate where one entry dominates.
@@ -38,11 +41,17 @@ def _entropy_of(logp: Float[Array, "*N V"]) -> Float[Array, "*N"]:
 
 
 def _kl_of(logq: Float[Array, "*N V"], logp: Float[Array, "*N V"]) -> Float[Array, "*N"]:
-    """KL(q || p) = sum q (log q - log p) + p - q. Every term is >= 0 (the last two sum to zero), so the near-equal
-    distributions of a self-teacher do not cancel."""
+    """KL(q || p) = sum q f(d), d = log q - log p, f(d) = d + exp(-d) - 1 >= 0.
+
+    The last two terms sum to zero over the vocabulary; with them no term cancels another. Near d = 0, where the
+    top token of a collapsed self-teacher lies, f is its series: q d + (p - q) would lose all its digits.
+    """
     q, p = jnp.exp(logq), jnp.exp(logp)
-    gap = jnp.where(q > 0, logq, 0.0) - jnp.where(q > 0, logp, 0.0)
-    return jnp.sum(q * gap + (p - q), axis=-1)
+    d = jnp.where(q > 0, logq, 0.0) - jnp.where(q > 0, logp, 0.0)
+    near = (jnp.abs(d) < SERIES_BELOW_NATS) & (q > 0)
+    s = jnp.where(near, d, 0.0)
+    series = q * (s * s * (1 / 2 - s * (1 / 6 - s * (1 / 24 - s / 120))))
+    return jnp.sum(jnp.where(near, series, q * d + (p - q)), axis=-1)
 
 
 def entropy(logits: Float[Array, "*N V"]) -> Float[Array, "*N"]:
@@ -50,9 +59,7 @@ def entropy(logits: Float[Array, "*N V"]) -> Float[Array, "*N"]:
     return _entropy_of(log_softmax(logits))
 
 
-def forward_kl(
-    teacher_logits: Float[Array, "*N V"], student_logits: Float[Array, "*N V"]
-) -> Float[Array, "*N"]:
+def forward_kl(teacher_logits: Float[Array, "*N V"], student_logits: Float[Array, "*N V"]) -> Float[Array, "*N"]:
     """KL(q || p), q = softmax(teacher), p = softmax(student), nats.  [..., V] x2 -> [...]
 
     Gradient p - q with respect to the student's logits, none into the teacher. TS-OPSD, equation 2 (FKL); for the
@@ -61,9 +68,7 @@ def forward_kl(
     return _kl_of(log_softmax(jax.lax.stop_gradient(teacher_logits)), log_softmax(student_logits))
 
 
-def reverse_kl(
-    teacher_logits: Float[Array, "*N V"], student_logits: Float[Array, "*N V"]
-) -> Float[Array, "*N"]:
+def reverse_kl(teacher_logits: Float[Array, "*N V"], student_logits: Float[Array, "*N V"]) -> Float[Array, "*N"]:
     """KL(p || q), q = softmax(teacher), p = softmax(student), nats.  [..., V] x2 -> [...]
 
     Gradient p (log p - log q - KL), none into the teacher. With the self-teacher of temperature T this is

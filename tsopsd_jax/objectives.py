@@ -38,7 +38,7 @@ def dapo(*, clip_low: float = 0.2, clip_high: float = 0.28, clip_ratio_c: float 
     Raises:
         ValueError: for clip ranges outside 0 <= clip_low <= 1, 0 <= clip_high, 1 + clip_high <= clip_ratio_c.
     """
-    if not (0 <= clip_low <= 1 and 0 <= clip_high and clip_ratio_c >= 1 + clip_high):
+    if not (0 <= clip_low <= 1 and clip_high >= 0 and clip_ratio_c >= 1 + clip_high):
         raise ValueError(
             "dapo expects 0 <= clip_low <= 1, clip_high >= 0 and clip_ratio_c >= 1 + clip_high, got "
             f"clip_low={clip_low}, clip_high={clip_high}, clip_ratio_c={clip_ratio_c}"
@@ -114,9 +114,7 @@ def make_objective(name: str, hyperparameters: dict[str, Any]) -> Objective:
     elif name in OBJECTIVES:
         factory = OBJECTIVES[name]
     else:
-        raise ValueError(
-            f"objective {name!r} is unknown; known: {', '.join(OBJECTIVES)}, or path/to/file.py:function"
-        )
+        raise ValueError(f"objective {name!r} is unknown; known: {', '.join(OBJECTIVES)}, or path/to/file.py:function")
     try:
         return factory(**hyperparameters)
     except TypeError as error:

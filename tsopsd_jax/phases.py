@@ -30,7 +30,9 @@ class StopRule:
     def __post_init__(self):
         rules = (self.steps, self.epochs, self.collapsed_below_nats, self.recovered_above_nats)
         if all(rule is None for rule in rules):
-            raise ValueError("stop: a phase needs at least one of steps, epochs, collapsed_below_nats, recovered_above_nats")
+            raise ValueError(
+                "stop: a phase needs at least one of steps, epochs, collapsed_below_nats, recovered_above_nats"
+            )
         if any(rule is not None and rule <= 0 for rule in rules) or self.window_steps < 1:
             raise ValueError(f"stop: every limit must be positive, got {self}")
 

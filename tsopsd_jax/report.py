@@ -354,9 +354,7 @@ def _examples(evaluations: Sequence[Mapping[str, Any]]) -> str:
         examples = record.get("examples")
         examples = [each for each in examples if isinstance(each, dict)] if isinstance(examples, list) else []
         chosen = [
-            each
-            for right in (True, False)
-            for each in [e for e in examples if bool(e.get("correct")) is right][:3]
+            each for right in (True, False) for each in [e for e in examples if bool(e.get("correct")) is right][:3]
         ]
         if not chosen:
             continue
@@ -383,8 +381,6 @@ def _example(example: Mapping[str, Any]) -> str:
         ("Answer", example.get("answer"), 500),
     )
     body = "".join(
-        f'<p class="label">{name}</p><pre>{_shorten(str(text), limit)}</pre>'
-        for name, text, limit in parts
-        if text
+        f'<p class="label">{name}</p><pre>{_shorten(str(text), limit)}</pre>' for name, text, limit in parts if text
     )
     return _details(summary, body)

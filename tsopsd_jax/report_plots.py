@@ -108,9 +108,7 @@ def draw(
     return _for_page(buffer.getvalue().decode("utf-8", "replace"))
 
 
-def _draw_panel(
-    axis: Any, panel: Panel, step: np.ndarray, segments: Sequence[Segment], *, raised: bool
-) -> None:
+def _draw_panel(axis: Any, panel: Panel, step: np.ndarray, segments: Sequence[Segment], *, raised: bool) -> None:
     pad = 30 if raised else 7  # the phases' names stand between the first title and its plot
     axis.set_title(panel.title, loc="left", fontsize=10, fontweight="bold", color=COLOURS["ink"], pad=pad)
     axis.annotate(
@@ -127,9 +125,7 @@ def _draw_panel(
     axis.tick_params(axis="x", length=3)
     axis.grid(axis="y", color=COLOURS["grid"], linewidth=0.8)
     axis.set_axisbelow(True)
-    drawn = [
-        series for series in panel.series if _draw_series(axis, series, step, segments, panel.logarithmic)
-    ]
+    drawn = [series for series in panel.series if _draw_series(axis, series, step, segments, panel.logarithmic)]
     if not drawn:
         axis.text(0.5, 0.5, "not recorded", transform=axis.transAxes, ha="center", color=COLOURS["muted"])
         axis.set_yticks([])
@@ -153,9 +149,7 @@ def _draw_panel(
         )
 
 
-def _draw_series(
-    axis: Any, series: Series, step: np.ndarray, segments: Sequence[Segment], logarithmic: bool
-) -> bool:
+def _draw_series(axis: Any, series: Series, step: np.ndarray, segments: Sequence[Segment], logarithmic: bool) -> bool:
     """Draw single steps faintly and their moving mean strongly; false if there is nothing to draw."""
     values = np.where(series.values > 0, series.values, np.nan) if logarithmic else series.values
     if not np.isfinite(values).any():
@@ -197,9 +191,7 @@ def _spans(step: np.ndarray, segments: Sequence[Segment]) -> list[tuple[float, f
     return list(zip(edges[:-1], edges[1:], strict=True))
 
 
-def _shade(
-    axis: Any, step: np.ndarray, segments: Sequence[Segment], phase_colours: Mapping[str, str]
-) -> None:
+def _shade(axis: Any, step: np.ndarray, segments: Sequence[Segment], phase_colours: Mapping[str, str]) -> None:
     if len(segments) > MAX_SHADED:
         return
     for phase, colour in phase_colours.items():
@@ -212,9 +204,7 @@ def _shade(
             )
 
 
-def _name_phases(
-    axis: Any, step: np.ndarray, segments: Sequence[Segment], phase_colours: Mapping[str, str]
-) -> None:
+def _name_phases(axis: Any, step: np.ndarray, segments: Sequence[Segment], phase_colours: Mapping[str, str]) -> None:
     """A phase's name over its span, in one of two rows; left out where both are taken."""
     width_pt = WIDTH_IN * 72 * (RIGHT - LEFT)
     per_step_pt = width_pt / (step[-1] - step[0] + 1)

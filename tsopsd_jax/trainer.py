@@ -1,7 +1,7 @@
 """The loop: phases on one train state, stop rules, guards, checkpoints, evaluation between phases.
 
-    for phase in schedule:
-        while not over:  rollout = sample(...);  batch = judge(rollout);  state = update(state, batch);  log
+for phase in schedule:
+    while not over:  rollout = sample(...);  batch = judge(rollout);  state = update(state, batch);  log
 """
 
 import dataclasses
@@ -244,9 +244,7 @@ class Trainer:
         # The state keeps its layout from step to step: a drifting one would be compiled for again.
         layout = jax.tree.map(lambda x: x.sharding, self.state)
         if phase.reward is None:
-            step = jax.jit(
-                make_reheat_step(draw, update), donate_argnums=0, out_shardings=(layout, None, None)
-            )
+            step = jax.jit(make_reheat_step(draw, update), donate_argnums=0, out_shardings=(layout, None, None))
             return functools.partial(self._reheat, phase, step)
         jitted_update = jax.jit(update, donate_argnums=0, out_shardings=(layout, None))
         return functools.partial(self._learn, phase, jax.jit(draw), jitted_update)
@@ -276,9 +274,7 @@ class Trainer:
         """One step without rewards, one call of a jitted function; responses are scored only to be logged."""
         began = time.monotonic()
         prompts, answers = self._next_prompts(phase)
-        hold = jax.device_put(
-            np.float32(phase.hold_above_nats(self.progress.phase_step + 1)), replicated(self.mesh)
-        )
+        hold = jax.device_put(np.float32(phase.hold_above_nats(self.progress.phase_step + 1)), replicated(self.mesh))
         self.state, out, rollout = step(self.state, prompts, self.key, hold)
         host: Rollout = jax.device_get(rollout)
         stepped = time.monotonic()
@@ -291,7 +287,8 @@ class Trainer:
 
     def _learn(self, phase: Phase, draw: Callable, update: Callable) -> tuple[dict[str, Any], float]:
         """One RL step: generation batches until the batch is full, then one update."""
-        assert phase.reward is not None
+        rule = phase.reward
+        assert rule is not None
         began = time.monotonic()
         key = jax.random.fold_in(self.key, self.state.step)
         rollouts: list[Rollout] = []
@@ -304,20 +301,18 @@ class Trainer:
             rollout = jax.device_get(draw(self.state.params, prompts, key))
             sampled = time.monotonic()
             score = accuracies(rollout, answers, self.task.tokenizer.decode, self.task.verify)
-            groups = judge(rollout, score, group=phase.responses_per_prompt, rule=phase.reward)
+            groups = judge(rollout, score, group=phase.responses_per_prompt, rule=rule)
             rollouts.append(rollout)
             judged.append(groups)
             seconds["rollout"] += sampled - start
             seconds["judge"] += time.monotonic() - sampled
             return groups
 
-        got = collect(generate, prompts=phase.prompts_per_step, leftover=self.leftover, rule=phase.reward)
+        got = collect(generate, prompts=phase.prompts_per_step, leftover=self.leftover, rule=rule)
         self.leftover = got.leftover
-        batch = jax.device_put(to_batch(got.groups, normalize_std=phase.reward.normalize_std), self.rows)
+        batch = jax.device_put(to_batch(got.groups, normalize_std=rule.normalize_std), self.rows)
         updating = time.monotonic()
-        hold = jax.device_put(
-            np.float32(phase.hold_above_nats(self.progress.phase_step + 1)), replicated(self.mesh)
-        )
+        hold = jax.device_put(np.float32(phase.hold_above_nats(self.progress.phase_step + 1)), replicated(self.mesh))
         self.state, out = update(self.state, batch, hold)
         jax.block_until_ready(out)
         line = _rollout_metrics(rollouts, seconds["rollout"]) | _reward_metrics(got, judged)

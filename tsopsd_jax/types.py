@@ -18,17 +18,21 @@ Units are part of the names: `_tokens`, `_nats`, `_s`, `_fraction`. Temperatures
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, dataclass_transform
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+AnyArray = jax.Array | np.ndarray
+"""On a device, or on the host (numpy)."""
+
 PyTree = Any
 """A nested container of arrays, such as the parameters."""
 
 
+@dataclass_transform(frozen_default=True)
 def _pytree_dataclass(cls):
     return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
 
@@ -67,9 +71,9 @@ class Prompts:
     randomness depends on.
     """
 
-    tokens: Int[Array, "B P"]
-    length: Int[Array, " B"]
-    row_id: Int[Array, " B"]
+    tokens: Int[AnyArray, "B P"]
+    length: Int[AnyArray, " B"]
+    row_id: Int[AnyArray, " B"]
 
 
 @_pytree_dataclass
@@ -82,21 +86,22 @@ class Rollout:
     token ended the row, not the length limit.
     """
 
-    tokens: Int[Array, "B L"]
-    prompt_length: Int[Array, " B"]
-    length: Int[Array, " B"]
-    logp: Float[Array, "B L"]
-    stopped: Bool[Array, " B"]
+    tokens: Int[AnyArray, "B L"]
+    prompt_length: Int[AnyArray, " B"]
+    length: Int[AnyArray, " B"]
+    logp: Float[AnyArray, "B L"]
+    stopped: Bool[AnyArray, " B"]
 
     @property
-    def mask(self) -> Bool[Array, "B L"]:
-        """True at response tokens. Derived from the lengths, never from token ids: Qwen3 base has pad == eos."""
+    def mask(self) -> Bool[AnyArray, "B L"]:
+        """bool [B, L], True at response tokens (numpy for a rollout on the host). Derived from the lengths, never from
+        token ids: Qwen3 base has pad == eos."""
         xp = np if isinstance(self.tokens, np.ndarray) else jnp
         at = xp.arange(self.tokens.shape[1], dtype=self.length.dtype)[None, :]
         return (at >= self.prompt_length[:, None]) & (at < self.length[:, None])
 
     @property
-    def response_length(self) -> Int[Array, " B"]:
+    def response_length(self) -> Int[AnyArray, " B"]:
         """Response tokens per row, the stop token included."""
         return self.length - self.prompt_length
 

@@ -65,9 +65,7 @@ def read_split(
     # A whole data set has its metadata: it appears under its final name only by a rename.
     remedy = f"delete {final} and run again to rebuild it"
     if not (final / "dataset_info.json").is_file():
-        raise ValueError(
-            f"data set {builder_class.name}: expected dataset_info.json in {final}, found none: {remedy}"
-        )
+        raise ValueError(f"data set {builder_class.name}: expected dataset_info.json in {final}, found none: {remedy}")
     try:
         builder = builder_class(data_dir=str(directory), file_format="array_record")
         known = sorted(builder.info.splits)

@@ -25,8 +25,7 @@ def render(template: str, problem: str) -> str:
     if template not in TEMPLATES:
         nearest = difflib.get_close_matches(template, TEMPLATES, n=1, cutoff=0.0)[0]
         raise ValueError(
-            f"prompt template: expected one of {', '.join(TEMPLATES)}, got {template!r}: "
-            f"did you mean {nearest!r}?"
+            f"prompt template: expected one of {', '.join(TEMPLATES)}, got {template!r}: did you mean {nearest!r}?"
         )
     # Not str.format: problems are full of LaTeX braces, and so are templates.
     return TEMPLATES[template].replace("{problem}", problem)

@@ -57,22 +57,16 @@ def load_problems(
     """
     if name not in SOURCES:
         nearest = difflib.get_close_matches(name, SOURCES, n=1, cutoff=0.0)[0]
-        raise ValueError(
-            f"data source: expected one of {', '.join(SOURCES)}, got {name!r}: did you mean {nearest!r}?"
-        )
+        raise ValueError(f"data source: expected one of {', '.join(SOURCES)}, got {name!r}: did you mean {nearest!r}?")
     source = SOURCES[name]
     if split is None:
         split = source.splits[0]
     if split not in source.splits:
         raise ValueError(f"data source {name}: expected a split of {', '.join(source.splits)}, got {split!r}")
     if first is not None and first < 1:
-        raise ValueError(
-            f"data source {name}: expected first >= 1 problems, got {first}: leave it out for all"
-        )
+        raise ValueError(f"data source {name}: expected first >= 1 problems, got {first}: leave it out for all")
     if not source.needs_path and path is not None:
-        raise ValueError(
-            f"data source {name}: expected no path, got {path}: its rows are generated, leave it out"
-        )
+        raise ValueError(f"data source {name}: expected no path, got {path}: its rows are generated, leave it out")
     if not source.takes_template and template != "plain":
         raise ValueError(
             f"data source {name}: expected template 'plain', got {template!r}: "
@@ -91,9 +85,7 @@ def _existing_file(name: str, path: str | Path | None) -> Path:
     if path is None:
         raise ValueError(f"data source {name}: expected the path of a file, got none: set the path")
     if not Path(path).is_file():
-        raise ValueError(
-            f"data source {name}: expected a file at {path}, found none: download it or correct the path"
-        )
+        raise ValueError(f"data source {name}: expected a file at {path}, found none: download it or correct the path")
     return Path(path)
 
 
@@ -102,20 +94,13 @@ def _read_countdown(
 ) -> list[Problem]:
     del path
     if directory is None:
-        raise ValueError(
-            "data source countdown: expected a directory to build the data set in, got none: set one"
-        )
+        raise ValueError("data source countdown: expected a directory to build the data set in, got none: set one")
     from tsopsd_jax.data import builders
 
-    return [
-        Problem(**row)
-        for row in builders.read_split(builders.CountdownSteps, directory, split=split, first=first)
-    ]
+    return [Problem(**row) for row in builders.read_split(builders.CountdownSteps, directory, split=split, first=first)]
 
 
-def _read_dapo_math_17k(
-    *, split: str, path: Path, directory: str | Path | None, first: int | None
-) -> list[Problem]:
+def _read_dapo_math_17k(*, split: str, path: Path, directory: str | Path | None, first: int | None) -> list[Problem]:
     """The official file repeats every problem many times: rows that equal an earlier one are that problem."""
     del split, directory
     seen: dict[str, Problem] = {}
@@ -125,9 +110,7 @@ def _read_dapo_math_17k(
         if isinstance(problem, str):
             malformed.add(number, problem)
         elif seen.setdefault(problem.id, problem) != problem:
-            malformed.add(
-                number, f"extra_info.index {problem.id!r} repeats an earlier row with other content"
-            )
+            malformed.add(number, f"extra_info.index {problem.id!r} repeats an earlier row with other content")
         if first is not None and len(seen) == first:
             break
     malformed.check()
@@ -154,9 +137,7 @@ def _parquet_rows(path: Path, columns: list[str]) -> Iterator[tuple[int, dict[st
                     number += 1
                     yield number, row
     except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(
-            f"{path}: expected a readable parquet file, got {error}: download it again"
-        ) from error
+        raise ValueError(f"{path}: expected a readable parquet file, got {error}: download it again") from error
 
 
 def _dapo_problem(row: dict[str, Any]) -> Problem | str:

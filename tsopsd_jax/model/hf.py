@@ -65,9 +65,7 @@ def _open_tensors(folder: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
     if not (folder / INDEX).is_file():
         raise ValueError(f"{folder}: expected {WEIGHTS} or {INDEX}, found neither")
     where = read_json(folder / INDEX).get("weight_map")
-    if not isinstance(where, dict) or not all(
-        isinstance(s, str) and Path(s).name == s for s in where.values()
-    ):
+    if not isinstance(where, dict) or not all(isinstance(s, str) and Path(s).name == s for s in where.values()):
         raise ValueError(f"{folder / INDEX}: expected weight_map to be an object of tensor name -> file name")
     files = {shard: _open(folder / shard, stack) for shard in sorted(set(where.values()))}
     held = {shard: set(file.keys()) for shard, file in files.items()}
@@ -86,13 +84,9 @@ def _check_tensors(model: Qwen3, stored: dict[str, Any], folder: Path) -> None:
     if model.config.tie_word_embeddings and HEAD.name in stored:
         expected[HEAD.name] = expected[EMBED.name]
     if missing := [name for name in expected if name not in stored]:
-        raise ValueError(
-            f"{folder}: missing tensor {missing[0]} ({len(missing)} in all); config.json implies it"
-        )
+        raise ValueError(f"{folder}: missing tensor {missing[0]} ({len(missing)} in all); config.json implies it")
     if surplus := [name for name in stored if name not in expected]:
-        raise ValueError(
-            f"{folder}: surplus tensor {surplus[0]} ({len(surplus)} in all), unknown to config.json"
-        )
+        raise ValueError(f"{folder}: surplus tensor {surplus[0]} ({len(surplus)} in all), unknown to config.json")
     for name, shape in expected.items():
         if (got := tuple(stored[name].get_shape())) != shape:
             raise ValueError(f"{folder}: tensor {name}: expected shape {shape} from config.json, got {got}")
@@ -109,9 +103,7 @@ def _check_tensors(model: Qwen3, stored: dict[str, Any], folder: Path) -> None:
                 )
 
 
-def _read(
-    tensors: list[Stored], stored: dict[str, Any], dtype: np.dtype, index: tuple[slice, ...]
-) -> np.ndarray:
+def _read(tensors: list[Stored], stored: dict[str, Any], dtype: np.dtype, index: tuple[slice, ...]) -> np.ndarray:
     """One part of one parameter; a stacked one is filled layer by layer."""
 
     def piece(tensor: Stored, index: tuple[slice, ...]) -> np.ndarray:
@@ -152,9 +144,7 @@ def _place(
     return jax.make_array_from_single_device_arrays(shape, sharding, parts)
 
 
-def load_pretrained(
-    path: str | Path, *, dtype: Any = jnp.float32, mesh: Mesh | None = None
-) -> tuple[Qwen3, PyTree]:
+def load_pretrained(path: str | Path, *, dtype: Any = jnp.float32, mesh: Mesh | None = None) -> tuple[Qwen3, PyTree]:
     """The model and parameters of a Hugging Face Qwen3 directory; parameters and computation in `dtype`.
 
     Args:
@@ -218,9 +208,7 @@ def _fetch(tensor: Stored, params: PyTree) -> np.ndarray:
     return np.asarray(array.addressable_data(0) if spans else array)
 
 
-def _write_safetensors(
-    path: Path, entries: list[tuple[str, tuple[int, ...]]], dtype: np.dtype, values
-) -> None:
+def _write_safetensors(path: Path, entries: list[tuple[str, tuple[int, ...]]], dtype: np.dtype, values) -> None:
     """The safetensors format, tensor by tensor: u64 header size, JSON header padded to 8 bytes, the data."""
     kind = {v: k for k, v in DTYPES.items()}[dtype]
     header: dict[str, Any] = {"__metadata__": {"format": "pt", "producer": _PRODUCER}}
@@ -351,9 +339,7 @@ def save_pretrained(
                     _write_json(fresh / INDEX, _index(names, shards, target.itemsize))
                 for file in files:
                     shutil.copyfile(file, fresh / file.name)
-                _write_json(
-                    fresh / "config.json", config_json(model.config, dtype_name=target.name) | token_ids
-                )
+                _write_json(fresh / "config.json", config_json(model.config, dtype_name=target.name) | token_ids)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("save_pretrained")
 

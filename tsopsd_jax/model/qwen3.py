@@ -242,9 +242,7 @@ class Qwen3:
         """Float32 logits of every position. Materialises [B, L, V]: for tests and small models."""
         return self.project(params, self.hidden(params, tokens))
 
-    def prefill(
-        self, params: PyTree, tokens: Int[Array, "B P"], *, slots: int
-    ) -> tuple[Float[Array, "B P D"], Cache]:
+    def prefill(self, params: PyTree, tokens: Int[Array, "B P"], *, slots: int) -> tuple[Float[Array, "B P D"], Cache]:
         """Hidden states of right-padded prompts, and a cache of `slots` >= P slots per row that holds them.
 
         Padding lies after each prompt: no prompt position sees it, and decoding overwrites its slots.

@@ -1,0 +1,189 @@
+"""The command line: every kind of bad input is one line and exit code 2, and nothing is overwritten; export round trip."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from tsopsd_jax.cli import DEMO_CONFIG, main
+from tsopsd_jax.config import PACKAGED_MODEL
+from tsopsd_jax.model import load_pretrained
+
+ASSETS = DEMO_CONFIG.parent / PACKAGED_MODEL
+QUICK = (
+    "evaluation.data.first=2",
+    "evaluation.samples=2",
+    "evaluation.rows_at_once=8",
+    "phases.0.prompts_per_step=2",
+    "phases.0.responses_per_prompt=4",
+    "phases.0.stop.steps=1",
+    "phases.0.stop.window_steps=9",
+    "phases.0.reward.on_shortage=fill",
+    "phases.1.prompts_per_step=8",
+    "phases.1.stop.steps=1",
+    "phases.1.guard.max_start_entropy_nats=null",
+    "phases.1.stop.recovered_above_nats=9",
+    "phases.2.prompts_per_step=2",
+    "phases.2.responses_per_prompt=4",
+    "phases.2.stop.steps=1",
+    "phases.2.reward.on_shortage=fill",
+)
+
+
+def demo(run_dir: Path, *assignments: str) -> int:
+    sets = [part for a in (*QUICK, *assignments) for part in ("--set", a)]
+    return main(["demo", "--run-dir", str(run_dir), *sets])
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(cache, monkeypatch):
+    monkeypatch.setenv("TSOPSD_CACHE_DIR", str(cache))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, cache):
+    """A demo run of three steps, one per phase."""
+    run = tmp_path_factory.mktemp("runs") / "demo"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TSOPSD_CACHE_DIR", str(cache))
+        assert demo(run) == 0
+    return run
+
+
+def test_the_demos_schedule_runs_and_leaves_what_the_contract_names(finished):
+    assert {p.name for p in finished.iterdir()} >= {
+        "config.yaml",
+        "metrics.jsonl",
+        "evaluations.jsonl",
+        "events",
+        "checkpoints",
+        "report.html",
+    }
+    lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert [line["phase"] for line in lines] == ["rl", "reheat", "rl-again"]
+    assert "<svg" in (finished / "report.html").read_text()
+
+
+def test_running_it_again_says_that_it_is_done(finished, capsys):
+    before = (finished / "metrics.jsonl").read_bytes()
+    assert demo(finished) == 0
+    assert "is done: 3 steps" in capsys.readouterr().out
+    assert (finished / "metrics.jsonl").read_bytes() == before
+
+
+def test_convert_exports_the_policy(finished, tmp_path, capsys):
+    out = tmp_path / "hf"
+    assert main(["convert", str(finished), "--out", str(out), "--dtype", "float32"]) == 0
+    model, params = load_pretrained(out)
+    _, base = load_pretrained(ASSETS)
+    tokens = np.asarray([[3, 7, 11, 2, 105, 34, 106]], np.int32)
+    assert not np.array_equal(model.logits(params, tokens), model.logits(base, tokens)), "the policy has learned"
+    assert (out / "tokenizer.json").read_bytes() == (ASSETS / "tokenizer.json").read_bytes()
+    assert main(["convert", str(finished), "--out", str(tmp_path / "x"), "--step", "77"]) == 2
+    assert "no checkpoint of step 77" in capsys.readouterr().err
+
+
+def test_report_can_be_written_again(finished, capsys):
+    assert main(["report", str(finished)]) == 0
+    assert capsys.readouterr().out.strip() == str(finished / "report.html")
+
+
+def test_a_run_of_another_configuration_is_refused_and_left_alone(finished, capsys):
+    before = {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()}
+    assert demo(finished, "phases.1.optimizer.learning_rate=1e-4") == 2
+    error = capsys.readouterr().err
+    assert "another configuration (phases.1.optimizer.learning_rate: 3e-05 != 0.0001)" in error or (
+        "another configuration (phases.1.optimizer.learning_rate:" in error
+    )
+    assert {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()} == before
+
+
+def test_settings_of_the_machine_may_change_between_starts(finished):
+    assert demo(finished, "checkpoint_every_steps=7") == 0
+
+
+@pytest.mark.parametrize(
+    ("assignment", "says"),
+    [
+        ("phases.0.optimizer.learning_rat=1", "did you mean 'learning_rate'?"),
+        ("phases.0.optimizer.learning_rate=fast", "expected float, got 'fast'"),
+        ("seed=1.5", "seed: expected int, got 1.5"),
+        ("phases.0.micro_batches=3", "micro_batches 3 does not divide the step's 8 rows"),
+        ("phases.0.rows_at_once=4", "do not split over 8 devices"),
+        ("mesh.tensor=3", "does not fit 8 devices"),
+        ("model.path=/nowhere/at-all", "/nowhere/at-all: no such directory"),
+        ("data.max_prompt_tokens=6", "has 7 tokens, expected 1 to 6"),
+        ("phases.0.objective.name=dappo", "objective 'dappo' is unknown; known: dapo, ts_opsd"),
+        ("phases.0.objective.hyperparameters.clip_lo=0.1", "clip_lo"),
+        ("phases.0.sampling.sampling_temperature=1.2", "dapo's ratio compares the policy at temperature 1"),
+        ("phases.1.objective.hyperparameters.direction=sideways", "direction must be 'forward' or 'reverse'"),
+        ("phases.0.max_response_tokens=4000", "more than the model's 128 positions"),
+        ("phases.0.stop={}", "a phase needs at least one of steps"),
+        ("data.verifier=vibes", "verifier: expected one of"),
+        ("nonsense", "--set expects a.b=value"),
+        ("phases.9.name=x", "expected an index 0 to 2"),
+    ],
+)
+def test_bad_settings_are_one_line_and_leave_no_trace(assignment, says, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert demo(run, assignment) == 2
+    error = capsys.readouterr().err
+    assert says in error
+    assert error.count("\n") == 1
+    assert not run.exists()
+
+
+def test_bad_files_are_one_line(tmp_path, capsys):
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("")
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("a: [1\nb: 2")
+    models = {}
+    for name in ("other", "mismatch"):
+        models[name] = tmp_path / name
+        shutil.copytree(ASSETS, models[name])
+    config = json.loads((ASSETS / "config.json").read_text())
+    (models["other"] / "config.json").write_text(json.dumps(config | {"architectures": ["GPT2LMHeadModel"]}))
+    (models["mismatch"] / "config.json").write_text(json.dumps(config | {"vocab_size": 64}))
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "thesis.tex").write_text("precious")
+    cases = [
+        (["train", str(tmp_path / "no.yaml")], "no such file"),
+        (["train", str(broken)], "not valid YAML"),
+        (["report", str(tmp_path / "nothing")], "nothing"),
+        (["convert", str(foreign), "--out", str(tmp_path / "o")], "is not a run directory"),
+        (["demo", "--run-dir", str(foreign)], "holds no run"),
+        (["demo", "--run-dir", str(tmp_path / "r"), "--set", f"model.path={models['other']}"], "GPT2LMHeadModel"),
+        (["demo", "--run-dir", str(tmp_path / "r"), "--set", f"model.path={models['mismatch']}"], "64"),
+        (
+            ["demo", "--run-dir", str(tmp_path / "r"), "--set", "data.name=jsonl", "--set", "data.split=null"]
+            + ["--set", f"data.path={empty}"],
+            "empty.jsonl",
+        ),
+    ]
+    for arguments, says in cases:
+        assert main(arguments) == 2, arguments
+        error = capsys.readouterr().err
+        assert says in error
+        assert error.count("\n") == 1, error
+    assert not (tmp_path / "r").exists()
+    assert (foreign / "thesis.tex").read_text() == "precious"
+
+
+def test_check_reads_configurations(capsys, tmp_path):
+    assert main(["check", "--syntax-only", str(DEMO_CONFIG)]) == 0
+    assert main(["check", str(DEMO_CONFIG), "--set", "evaluation.rows_at_once=1024"]) == 0
+    assert "3 phases" in capsys.readouterr().out
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text(yaml.safe_dump(yaml.safe_load(DEMO_CONFIG.read_text()) | {"sead": 1}))
+    assert main(["check", str(wrong)]) == 2
+    assert "sead: unknown key; did you mean 'seed'?" in capsys.readouterr().err

@@ -1,0 +1,194 @@
+"""Rollout -> Batch on the host: rewards, the informative filter, drawing until full, advantages per token."""
+
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tsopsd_jax.judge import Groups, RewardRule, accuracies, collect, informative, join, judge, to_batch
+from tsopsd_jax.types import Rollout
+
+GROUP = 2
+
+
+def rollout_of(lengths, *, prompt=2, width=8, first_token=1):
+    """Rows of `prompt` prompt tokens and `lengths` response tokens; row i holds tokens 10 (first_token + i) + t."""
+    lengths = np.asarray(lengths, np.int32)
+    rows = np.arange(len(lengths), dtype=np.int32)[:, None] + first_token
+    at = np.arange(width, dtype=np.int32)[None, :]
+    live = at < prompt + lengths[:, None]
+    rollout = Rollout(
+        tokens=jnp.asarray(np.where(live, 10 * rows + at, 0), jnp.int32),
+        prompt_length=jnp.full(len(lengths), prompt, jnp.int32),
+        length=jnp.asarray(prompt + lengths, jnp.int32),
+        logp=jnp.asarray(np.where(live & (at >= prompt), -0.25, 0.0), jnp.float32),
+        stopped=jnp.ones(len(lengths), bool),
+    )
+    return jax.tree.map(np.asarray, rollout)
+
+
+def groups_of(*accuracy, number=0, rule=None):
+    """One group per tuple; the tokens of prompt i of batch `number` start with 10 (100 number + 1 + 2 i)."""
+    flat = np.asarray(accuracy, np.float32).reshape(-1)
+    rollout = rollout_of([3] * len(flat), first_token=100 * number + 1)
+    return judge(rollout, flat, group=GROUP, rule=rule or RewardRule(max_response_tokens=6))
+
+
+def names(groups: Groups):
+    """Which prompts, as (batch, index)."""
+    first = groups.rollout.tokens[::GROUP, 0] // 10 - 1
+    return [(int(x) // 100, int(x) % 100 // GROUP) for x in first]
+
+
+def drawing(*batches):
+    """A draw() of the given batches, and the list of those it served."""
+    served = []
+
+    def draw():
+        served.append(len(served))
+        return groups_of(*batches[served[-1]], number=served[-1])
+
+    return draw, served
+
+
+YES, NO, MIXED = (1, 1), (0, 0), (1, 0)
+
+
+def test_rewards_are_accuracy_plus_overlong_penalty_in_tokens():
+    # max 6, buffer 4: free up to 2 tokens, then -(length - 2) / 4 * factor 0.5: 3 -> -0.125, 5 -> -0.375, 6 -> -0.5
+    rule = RewardRule(max_response_tokens=6, overlong_buffer_tokens=4, overlong_factor=0.5)
+    groups = judge(rollout_of([2, 3, 5, 6]), np.array([1, 1, 0, 0], np.float32), group=GROUP, rule=rule)
+    np.testing.assert_array_equal(groups.accuracy, [[1, 1], [0, 0]])
+    np.testing.assert_allclose(groups.reward, [[1.0, 0.875], [-0.375, -0.5]])
+
+
+def test_informative_looks_at_accuracy_not_at_the_reward():
+    rule = RewardRule(max_response_tokens=6, overlong_buffer_tokens=4)
+    # Group 0: both right, lengths differ, so only the penalties differ. Group 1: one right, one wrong.
+    accuracy = np.array([1, 1, 1, 0], np.float32)
+    groups = judge(rollout_of([2, 6, 2, 2]), accuracy, group=GROUP, rule=rule)
+    assert groups.reward[0, 0] != groups.reward[0, 1]
+    np.testing.assert_array_equal(informative(groups), [False, True])
+
+
+def test_informative_where_the_penalty_levels_the_rewards():
+    # Right and as long as allowed: 1 - 1 = 0, wrong and short: 0. Equal rewards, but not equal accuracies.
+    rule = RewardRule(max_response_tokens=6, overlong_buffer_tokens=4)
+    groups = judge(rollout_of([6, 2]), np.array([1, 0], np.float32), group=GROUP, rule=rule)
+    np.testing.assert_array_equal(groups.reward, [[0, 0]])
+    np.testing.assert_array_equal(informative(groups), [True])
+
+
+def test_accuracies_verify_the_response_alone():
+    seen = []
+
+    def verify(response, answer):
+        seen.append((response, answer))
+        return float(response == answer)
+
+    got = accuracies(rollout_of([1, 2]), ["12", "22 99"], lambda ids: " ".join(map(str, ids)), verify)
+    assert seen == [("12", "12"), ("22 23", "22 99")]
+    np.testing.assert_array_equal(got, [1.0, 0.0])
+
+
+def test_without_dynamic_sampling_one_batch_is_taken_as_it_is():
+    draw, served = drawing([YES, MIXED, NO])
+    out = collect(draw, prompts=3, leftover=None, rule=RewardRule(max_response_tokens=6))
+    assert names(out.groups) == [(0, 0), (0, 1), (0, 2)]
+    assert (served, out.leftover) == ([0], None)
+    assert (out.generation_batches, out.sampled_groups, out.informative_groups, out.filled_groups) == (1, 3, 1, 0)
+
+
+@pytest.mark.parametrize("surplus", ["drop", "keep"])
+def test_collect_draws_until_full_in_order(surplus):
+    rule = RewardRule(max_response_tokens=6, max_generation_batches=5, surplus=surplus)
+    draw, served = drawing([YES, MIXED, NO], [NO, NO, NO], [MIXED, MIXED, MIXED], [MIXED] * 3)
+    out = collect(draw, prompts=2, leftover=None, rule=rule)
+    assert served == [0, 1, 2]
+    assert names(out.groups) == [(0, 1), (2, 0)]
+    assert (out.generation_batches, out.sampled_groups, out.informative_groups, out.filled_groups) == (3, 9, 4, 0)
+    if surplus == "drop":
+        assert out.leftover is None
+    else:
+        assert out.leftover is not None
+        assert names(out.leftover) == [(2, 1), (2, 2)]
+
+
+def test_leftover_comes_first_and_may_suffice():
+    rule = RewardRule(max_response_tokens=6, max_generation_batches=2, surplus="keep")
+    leftover = groups_of(MIXED, MIXED, MIXED, number=7)
+    draw, served = drawing([MIXED, YES])
+    out = collect(draw, prompts=2, leftover=leftover, rule=rule)
+    assert names(out.groups) == [(7, 0), (7, 1)]
+    assert out.leftover is not None
+    assert (names(out.leftover), served, out.sampled_groups) == ([(7, 2)], [], 0)
+    out = collect(draw, prompts=4, leftover=leftover, rule=rule)
+    assert names(out.groups) == [(7, 0), (7, 1), (7, 2), (0, 0)]
+    assert (out.leftover, served) == (None, [0])
+
+
+def test_shortage_is_an_error_that_counts():
+    rule = RewardRule(max_response_tokens=6, max_generation_batches=2)
+    draw, served = drawing([YES, MIXED], [NO, NO], [MIXED, MIXED])
+    with pytest.raises(ValueError, match="1 of 2 groups are informative after 2 generation batches"):
+        collect(draw, prompts=2, leftover=None, rule=rule)
+    assert served == [0, 1]
+
+
+def test_shortage_filled_with_groups_that_teach_nothing():
+    rule = RewardRule(max_response_tokens=6, max_generation_batches=2, on_shortage="fill", surplus="keep")
+    draw, _ = drawing([YES, MIXED], [NO, YES])
+    out = collect(draw, prompts=3, leftover=None, rule=rule)
+    assert names(out.groups) == [(0, 1), (0, 0), (1, 0)]  # informative first, then in the order drawn
+    assert (out.filled_groups, out.informative_groups, out.leftover) == (2, 1, None)
+    advantage = np.asarray(to_batch(out.groups).advantage)
+    assert np.all(advantage[:2, 2:5] != 0)
+    np.testing.assert_array_equal(advantage[2:], np.zeros_like(advantage[2:]))
+
+
+def test_join_and_take_keep_the_responses_of_a_prompt_together():
+    groups = join([groups_of(YES, MIXED, number=1), groups_of(NO, number=2)])
+    assert len(groups) == 3
+    assert names(groups.take(np.array([2, 0]))) == [(2, 0), (1, 0)]
+    np.testing.assert_array_equal(groups.take(np.array([False, True, False])).accuracy, [[1, 0]])
+    np.testing.assert_array_equal(groups.take(slice(1, 2)).rollout.tokens, groups.rollout.tokens[2:4])
+
+
+@pytest.mark.parametrize("normalize_std", [True, False])
+def test_to_batch_spreads_the_advantage_over_the_response(normalize_std):
+    # Rewards 1 and 0: mean 1/2; std (ddof 1) sqrt(1/2) = 0.70710678: advantage +-0.5 / 0.70710778 = +-0.7071058
+    groups = judge(
+        rollout_of([1, 3]), np.array([1, 0], np.float32), group=GROUP, rule=RewardRule(max_response_tokens=6)
+    )
+    batch = to_batch(groups, normalize_std=normalize_std)
+    a = 0.7071058 if normalize_std else 0.5
+    want = [[0, 0, a, 0, 0, 0, 0, 0], [0, 0, -a, -a, -a, 0, 0, 0]]
+    np.testing.assert_allclose(batch.advantage, want, rtol=1e-6)
+    np.testing.assert_array_equal(batch.mask, np.asarray(want) != 0)
+    np.testing.assert_array_equal(batch.old_logp, np.where(batch.mask, -0.25, 0.0))
+    np.testing.assert_array_equal(batch.tokens, groups.rollout.tokens)
+
+
+def test_advantages_compare_the_responses_of_one_prompt():
+    # Prompt 0: rewards (1, 0), prompt 1: (0, 0). Grouped the other way both groups would be (1, 0), (0, 0) mixed up.
+    advantage = np.asarray(to_batch(groups_of(MIXED, NO, YES), normalize_std=False).advantage)[:, 2]
+    np.testing.assert_array_equal(advantage, [0.5, -0.5, 0, 0, 0, 0])
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ({"surplus": "burn"}, "surplus must be 'drop' or 'keep', got 'burn'"),
+        ({"on_shortage": "cry"}, "on_shortage must be 'error' or 'fill', got 'cry'"),
+        ({"overlong_buffer_tokens": 7}, "buffer_tokens=7"),
+    ],
+)
+def test_reward_rule_refuses(setting, words):
+    with pytest.raises(ValueError, match=words):
+        RewardRule(max_response_tokens=6, **setting)
+
+
+def test_judge_takes_what_the_loop_needs_and_no_config():
+    assert list(inspect.signature(judge).parameters) == ["rollout", "accuracy", "group", "rule"]

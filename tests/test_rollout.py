@@ -1,0 +1,218 @@
+"""Sampling: the exact distribution, and rollouts that depend on nothing but key, row id and prompt."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tsopsd_jax.rollout import Sampling, draw, filtered_logits, sample
+from tsopsd_jax.types import Prompts
+
+N = 2000
+GRID = jnp.asarray((np.arange(N) + 0.5) / N, jnp.float32)  # midpoints: a frequency is right to 1 / N
+P = np.array([0.4, 0.05, 0.3, 0.05, 0.2])
+
+
+def frequencies(probability, sampling):
+    """(share of each token over the grid of uniforms, reported log-prob of each token, NaN where not drawn)."""
+    with np.errstate(divide="ignore"):
+        logits = jnp.broadcast_to(jnp.asarray(np.log(probability), jnp.float32)[None, :], (N, len(probability)))
+    token, logp = (np.asarray(x) for x in draw(logits, GRID, sampling))
+    reported = np.full(len(probability), np.nan)
+    reported[token] = logp
+    np.testing.assert_array_equal(reported[token], logp)  # the same token always reports the same value
+    return np.bincount(token, minlength=len(probability)) / N, reported
+
+
+def normal(weights):
+    weights = np.asarray(weights, np.float64)
+    return weights / weights.sum()
+
+
+CASES = [
+    (P, {}, P),
+    # Temperature 2: p^(1/2), renormalised; temperature 1/2: p^2.
+    (P, {"sampling_temperature": 2.0}, normal(P**0.5)),
+    (P, {"sampling_temperature": 0.5}, normal(P**2)),
+    (P, {"top_k": 2}, normal([0.4, 0, 0.3, 0, 0])),
+    (P, {"top_k": 9}, P),
+    # Mass before 0.2's turn is 0.7 < 0.75: in; before 0.05's it is 0.9: out.
+    (P, {"top_p": 0.75}, normal([0.4, 0, 0.3, 0, 0.2])),
+    # Ties in order of index: 0.9 < 0.92, so the first 0.05 is in, and with it the mass is 0.95: the second is out.
+    (P, {"top_p": 0.92}, normal([0.4, 0.05, 0.3, 0, 0.2])),
+    (P, {"top_p": 0.35}, [1, 0, 0, 0, 0]),
+    (P, {"top_p": 1e-6}, [1, 0, 0, 0, 0]),
+    (P, {"top_k": 1}, [1, 0, 0, 0, 0]),
+    # Exact in binary: the first two reach 1/2 + 1/4 = 3/4 exactly, which is enough.
+    ([0.5, 0.125, 0.25, 0.125], {"top_p": 0.75}, normal([2, 0, 1, 0])),
+    ([0.5, 0.125, 0.25, 0.125], {"top_p": 0.5}, [1, 0, 0, 0]),
+    ([0.25, 0.25, 0.25, 0.25], {"top_p": 0.5}, [0.5, 0.5, 0, 0]),
+    # Top-k first: of (0.4, 0.3, 0.2) / 0.9 the first two have 7/9 = 0.78, enough for 0.7 and for 0.75.
+    (P, {"top_k": 3, "top_p": 0.75}, normal([0.4, 0, 0.3, 0, 0])),
+    # The nucleus is of the tempered distribution: p^(1/2) gives 0.32 + 0.28 = 0.60 for the first two.
+    (P, {"sampling_temperature": 2.0, "top_p": 0.59}, normal([0.4**0.5, 0, 0.3**0.5, 0, 0])),
+    ([0, 0.5, 0, 0.5, 0], {}, [0, 0.5, 0, 0.5, 0]),
+    ([0, 0.5, 0, 0.5, 0], {"top_p": 0.9}, [0, 0.5, 0, 0.5, 0]),
+]
+
+
+@pytest.mark.parametrize(("probability", "settings", "want"), CASES)
+def test_draw_follows_the_filtered_distribution(probability, settings, want):
+    share, logp = frequencies(probability, Sampling(**settings))
+    want = np.asarray(want, np.float64)
+    np.testing.assert_allclose(share, want, atol=1.5 / N)
+    drawn = want > 0
+    np.testing.assert_array_equal(share > 0, drawn)
+    # The log-probability is that of what was sampled: tempered, filtered, renormalised.
+    np.testing.assert_allclose(logp[drawn], np.log(want[drawn]), atol=1e-6)
+
+
+def test_rows_are_filtered_each_by_itself():
+    logits = jnp.log(jnp.array([[0.7, 0.2, 0.1], [0.1, 0.2, 0.7], [0.3, 0.4, 0.3]]))
+    kept = np.isfinite(filtered_logits(logits, Sampling(top_p=0.6)))
+    np.testing.assert_array_equal(kept, [[1, 0, 0], [0, 0, 1], [1, 1, 0]])
+
+
+def test_impossible_tokens_are_not_drawn_at_the_ends():
+    logits = jnp.array([[-jnp.inf, 0.0, -jnp.inf, 1.0, -jnp.inf]] * 2)
+    ends = jnp.array([0.0, np.nextafter(np.float32(1), np.float32(0))])
+    token, logp = draw(logits, ends, Sampling())
+    np.testing.assert_array_equal(token, [1, 3])
+    assert bool(jnp.all(jnp.isfinite(logp)))
+    # Where rounding makes uniform x total the total itself: the last token with any weight.
+    token, _ = draw(logits, jnp.ones(2), Sampling(top_p=0.999))
+    np.testing.assert_array_equal(token, [3, 3])
+
+
+def test_extreme_logits_are_drawn_from():
+    token, logp = draw(jnp.array([[1e4, -1e4, 0.0], [-1e4, -1e4, -1e4]]), jnp.array([0.5, 0.99]), Sampling())
+    np.testing.assert_array_equal(token, [0, 2])
+    np.testing.assert_allclose(logp, [0.0, -np.log(3)], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"sampling_temperature": 0.0}, "sampling_temperature must be positive, got 0.0"),
+        ({"sampling_temperature": float("nan")}, "sampling_temperature"),
+        ({"sampling_temperature": float("inf")}, "sampling_temperature"),
+        ({"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0.0"),
+        ({"top_p": 1.01}, "top_p"),
+        ({"top_k": -1}, "top_k must be 0 .* got -1"),
+    ],
+)
+def test_sampling_refuses(settings, words):
+    with pytest.raises(ValueError, match=words):
+        Sampling(**settings)
+
+
+WIDTH, MAX = 5, 6
+STOPS = (3, 17, 24, 30)
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    rng = np.random.default_rng(5)
+    return Prompts(
+        tokens=jnp.asarray(rng.integers(0, 37, size=(8, WIDTH)), jnp.int32),
+        length=jnp.array([5, 1, 3, 2, 5, 4, 1, 3], jnp.int32),
+        row_id=jnp.array([0, 1, 2, 3, 10, 11, 40, 7], jnp.uint32),
+    )
+
+
+@pytest.fixture(scope="module")
+def run(tiny):
+    """run(prompts, rows_at_once=None) -> Rollout as numpy; compiled once per shape."""
+    model, params = tiny
+
+    @functools.partial(jax.jit, static_argnames="rows_at_once")
+    def jitted(params, prompts, key, rows_at_once):
+        return sample(
+            model,
+            params,
+            prompts,
+            key,
+            sampling=Sampling(),
+            max_response_tokens=MAX,
+            stop_ids=STOPS,
+            rows_at_once=rows_at_once,
+        )
+
+    def call(prompts, *, key=11, rows_at_once=None):
+        return jax.tree.map(np.asarray, jitted(params, prompts, jax.random.key(key), rows_at_once))
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def rollout(run, prompts):
+    return run(prompts)
+
+
+def same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, (a.tokens, a.length, a.stopped), (b.tokens, b.length, b.stopped))
+    np.testing.assert_allclose(a.logp, b.logp, atol=1e-5)
+
+
+def test_rows_end_with_their_first_stop_token_or_at_the_limit(rollout, prompts):
+    assert rollout.tokens.shape == rollout.logp.shape == (8, WIDTH + MAX)
+    assert 0 < rollout.stopped.sum() < 8, "the case must show both ends"
+    for row in range(8):
+        start, end = int(prompts.length[row]), int(rollout.length[row])
+        np.testing.assert_array_equal(rollout.tokens[row, :start], prompts.tokens[row, :start])
+        response = rollout.tokens[row, start:end]
+        assert 1 <= len(response) <= MAX
+        assert not np.isin(response[:-1], STOPS).any()
+        assert np.isin(response[-1], STOPS) == rollout.stopped[row]  # the stop token is part of the length
+        assert rollout.stopped[row] or len(response) == MAX
+        assert not rollout.tokens[row, end:].any()
+        assert not rollout.logp[row, end:].any()
+        assert not rollout.logp[row, :start].any()
+        assert (rollout.logp[row, start:end] < 0).all()
+    np.testing.assert_array_equal(rollout.prompt_length, prompts.length)
+
+
+def test_logp_is_the_full_forward_pass_of_the_same_row(rollout, tiny):
+    # One row at a time and no padding, so neither the cache nor the ragged batch can hide behind the same bug.
+    model, params = tiny
+    logits = jax.jit(model.logits)(params, jnp.asarray(rollout.tokens))  # causal: padding lies after the row
+    logp = np.asarray(jax.nn.log_softmax(logits, axis=-1))
+    for row in range(8):
+        for t in range(rollout.prompt_length[row], rollout.length[row]):
+            want = logp[row, t - 1, rollout.tokens[row, t]]
+            np.testing.assert_allclose(rollout.logp[row, t], want, atol=1e-4)
+
+
+def test_junk_in_the_prompt_padding_changes_nothing(rollout, run, prompts):
+    padding = np.arange(WIDTH)[None, :] >= np.asarray(prompts.length)[:, None]
+    junk = jnp.where(padding, 10**9, prompts.tokens)
+    again = run(Prompts(tokens=junk, length=prompts.length, row_id=prompts.row_id))
+    jax.tree.map(np.testing.assert_array_equal, again, rollout)
+
+
+def test_a_row_depends_on_its_key_id_and_prompt_alone(rollout, run, prompts):
+    order = np.array([6, 1, 7, 0, 3, 2, 5, 4])
+    same(run(jax.tree.map(lambda x: x[order], prompts)), jax.tree.map(lambda x: x[order], rollout))
+    few = np.array([2, 6])
+    same(run(jax.tree.map(lambda x: x[few], prompts)), jax.tree.map(lambda x: x[few], rollout))
+
+
+def test_rows_at_once_changes_nothing(rollout, run, prompts):
+    same(run(prompts, rows_at_once=2), rollout)
+
+
+def test_rows_at_once_must_divide_the_rows(run, prompts):
+    with pytest.raises(ValueError, match="rows_at_once 3 does not divide 8 rows"):
+        run(prompts, rows_at_once=3)
+
+
+def test_other_keys_and_other_row_ids_give_other_responses(rollout, run, prompts):
+    assert not np.array_equal(run(prompts, key=12).tokens, rollout.tokens)
+    # Eight times the same prompt: only the row ids differ, and they are enough.
+    same_prompt = jax.tree.map(lambda x: jnp.repeat(x[:1], 8, axis=0), prompts)
+    twins = Prompts(tokens=same_prompt.tokens, length=same_prompt.length, row_id=jnp.arange(8, dtype=jnp.uint32))
+    assert len({row.tobytes() for row in run(twins).tokens}) > 4
+    clones = run(same_prompt)
+    assert len({row.tobytes() for row in clones.tokens}) == 1
