@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
@@ -84,7 +85,7 @@ def test_convert_exports_the_policy(finished, tmp_path, capsys):
     assert main(["convert", str(finished), "--out", str(out), "--dtype", "float32"]) == 0
     model, params = load_pretrained(out)
     _, base = load_pretrained(ASSETS)
-    tokens = np.asarray([[3, 7, 11, 2, 105, 34, 106]], np.int32)
+    tokens = jnp.asarray([[3, 7, 11, 2, 105, 34, 106]], jnp.int32)
     assert not np.array_equal(model.logits(params, tokens), model.logits(base, tokens)), "the policy has learned"
     assert (out / "tokenizer.json").read_bytes() == (ASSETS / "tokenizer.json").read_bytes()
     assert main(["convert", str(finished), "--out", str(tmp_path / "x"), "--step", "77"]) == 2

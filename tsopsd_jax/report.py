@@ -51,7 +51,7 @@ def write_report(run_dir: str | Path) -> Path:
     evaluations = list(_objects(evaluations_path)) if evaluations_path.is_file() else []
     colours = _phase_colours(metrics.segments, plan)
     phases = ", ".join(dict.fromkeys(segment.phase for segment in metrics.segments))
-    template = resources.files(__package__).joinpath("assets", "report.html").read_text("utf-8")
+    template = resources.files("tsopsd_jax").joinpath("assets", "report.html").read_text("utf-8")
     page = string.Template(template).substitute(
         title=_escape(run_dir.resolve().name),
         headline=_headline(config),

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from tsopsd_jax.types import PyTree
@@ -189,7 +190,7 @@ class Qwen3:
     """
 
     config: Qwen3Config
-    compute_dtype: jnp.dtype = jnp.float32  # type: ignore[assignment]
+    compute_dtype: DTypeLike = jnp.float32
     remat: bool = False
 
     @property

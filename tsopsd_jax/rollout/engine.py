@@ -6,10 +6,10 @@ from jaxtyping import Array
 
 from tsopsd_jax.model.qwen3 import Qwen3
 from tsopsd_jax.rollout.distribution import Sampling, draw
-from tsopsd_jax.types import Prompts, PyTree, Rollout
+from tsopsd_jax.types import AnyArray, Prompts, PyTree, Rollout
 
 
-def row_keys(key: Array, row_id: Array) -> Array:
+def row_keys(key: Array, row_id: AnyArray) -> Array:
     """One key per row: fold_in(key, row_id). With key = fold_in(run key, step) a sample depends on nothing else."""
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, row_id)
 
