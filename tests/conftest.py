@@ -14,7 +14,19 @@ from jaxtyping import install_import_hook  # noqa: E402  (the environment comes 
 
 # Shapes and types of the functions that handle arrays are checked while testing, and only then. (Not types.py: its
 # containers also hold shardings and abstract arrays, as every pytree does.)
-CHECKED = ["sharding", "losses", "advantages", "rewards", "model", "head", "objectives", "rollout", "judge", "learner", "evaluate"]
+CHECKED = [
+    "sharding",
+    "losses",
+    "advantages",
+    "rewards",
+    "model",
+    "head",
+    "objectives",
+    "rollout",
+    "judge",
+    "learner",
+    "evaluate",
+]
 _hook = install_import_hook([f"tsopsd_jax.{name}" for name in CHECKED], "beartype.beartype")
 
 import jax  # noqa: E402

@@ -188,3 +188,30 @@ def test_check_reads_configurations(capsys, tmp_path):
     wrong.write_text(yaml.safe_dump(yaml.safe_load(DEMO_CONFIG.read_text()) | {"sead": 1}))
     assert main(["check", str(wrong)]) == 2
     assert "sead: unknown key; did you mean 'seed'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["", "just text", "3"])
+def test_a_file_that_is_no_mapping_is_one_line(text, tmp_path, capsys):
+    file = tmp_path / "odd.yaml"
+    file.write_text(text)
+    for extra in ([], ["--set", "seed=1"]):
+        assert main(["train", str(file), *extra]) == 2
+        error = capsys.readouterr().err
+        assert "odd.yaml" in error
+        assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("assignment", "says"),
+    [
+        ("phases.0.optimizer.learning_rate=.nan", "expected float"),
+        ("phases.0.optimizer.learning_rate=-1", "learning_rate must be positive"),
+        ("evaluation.samples=0", "samples must be at least 1"),
+        ("evaluation.data.max_prompt_tokens=9", "must be those of data"),
+        ("evaluation.max_response_tokens=4000", "more than the model's 128 positions"),
+    ],
+)
+def test_values_out_of_range_are_found_before_the_run(assignment, says, tmp_path, capsys):
+    assert demo(tmp_path / "run", assignment) == 2
+    assert says in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

@@ -84,9 +84,7 @@ def test_a_log_gets_every_tenth_step_and_the_first_and_last_of_a_phase(log):
 def test_a_logs_columns_line_up_and_the_header_comes_again(log):
     with LiveTable(stream=log, every=1) as table:
         for step in range(1, 43):
-            table.step(
-                line(step, **{"rollout/tokens_per_s": 12345.0, "optim/grad_norm": 1e-5}), time_left_s=60
-            )
+            table.step(line(step, **{"rollout/tokens_per_s": 12345.0, "optim/grad_norm": 1e-5}), time_left_s=60)
     lines = log.getvalue().splitlines()
     headers = [at for at, text in enumerate(lines) if text.startswith("phase")]
     assert headers == [0, 21, 42]  # after every 20 steps

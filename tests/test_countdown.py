@@ -39,9 +39,7 @@ def test_random_derivation_golden():
 
 def test_held_out_ignores_order_and_is_a_small_part():
     assert countdown.is_held_out([1, 2, 3, 4], 10) == countdown.is_held_out([4, 2, 1, 3], 10)
-    held_out = [
-        countdown.is_held_out([a, b, 3, 4], t) for a in range(20) for b in range(20) for t in range(20)
-    ]
+    held_out = [countdown.is_held_out([a, b, 3, 4], t) for a in range(20) for b in range(20) for t in range(20)]
     assert 1 / 20 < np.mean(held_out) < 1 / 12  # one in 16
 
 
@@ -164,9 +162,7 @@ def write_files(folder: Path, **files) -> Path:
 def test_stop_ids_come_from_the_first_file_that_tells(tmp_path):
     both = write_files(tmp_path / "a", generation_config={"eos_token_id": [5, 6]}, config={"eos_token_id": 7})
     assert Tokenizer.load(both).stop_ids == (5, 6)
-    only_config = write_files(
-        tmp_path / "b", generation_config={"eos_token_id": None}, config={"eos_token_id": 7}
-    )
+    only_config = write_files(tmp_path / "b", generation_config={"eos_token_id": None}, config={"eos_token_id": 7})
     assert Tokenizer.load(only_config).stop_ids == (7,)
     # id 0 is an id, not "nothing"
     assert Tokenizer.load(write_files(tmp_path / "c", config={"eos_token_id": 0})).stop_ids == (0,)

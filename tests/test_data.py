@@ -85,9 +85,7 @@ def test_jsonl(tmp_path):
 
 def test_jsonl_names_every_malformed_row(tmp_path):
     good = {"problem": "p", "answer": "a"}
-    path = write_jsonl(
-        tmp_path / "bad.jsonl", good, "{", {"problem": "p"}, [1], {"problem": " ", "answer": "a"}, good
-    )
+    path = write_jsonl(tmp_path / "bad.jsonl", good, "{", {"problem": "p"}, [1], {"problem": " ", "answer": "a"}, good)
     with pytest.raises(
         ValueError, match=r"4 malformed rows \(row 2: not JSON.*row 3: answer.*row 4: not an object"
     ) as e:
@@ -160,9 +158,7 @@ def test_dapo_malformed_rows(tmp_path):
         dapo_row("u5") | {"reward_model": None},
     ]
     path = write_parquet(tmp_path / "d.parquet", rows)
-    with pytest.raises(
-        ValueError, match=r"4 malformed rows \(row 2: answer.*row 3: prompt.*row 4: .*'u1' repeats"
-    ):
+    with pytest.raises(ValueError, match=r"4 malformed rows \(row 2: answer.*row 3: prompt.*row 4: .*'u1' repeats"):
         load_problems("dapo_math_17k", path=path)
 
 
@@ -200,9 +196,7 @@ def test_real_dapo_math_17k(real_data):
     assert problems[0].answer == "34"
     before, after = TEMPLATES["dapo_answer"].split("{problem}")
     assert all(problem.prompt.startswith(before) and problem.prompt.endswith(after) for problem in problems)
-    first = load_problems(
-        "dapo_math_17k", path=real_data / "dapo_math_17k" / "dapo-math-17k.parquet", first=10
-    )
+    first = load_problems("dapo_math_17k", path=real_data / "dapo_math_17k" / "dapo-math-17k.parquet", first=10)
     assert list(first) == list(problems[:10])
 
 
@@ -255,9 +249,7 @@ def test_heavy_libraries_are_imported_late():
     heavy = "tensorflow_datasets", "pyarrow", "transformers", "tensorflow"
     code = f"import sys, tsopsd_jax.data, tsopsd_jax.rewards; print([m for m in {heavy} if m in sys.modules])"
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
     assert done.stdout.strip() == "[]"
 
 

@@ -151,9 +151,7 @@ def test_tokenizer_and_generation_config_come_along(tmp_path):
     def load():
         from transformers import AutoTokenizer, GenerationConfig
 
-        return AutoTokenizer.from_pretrained(tmp_path / "ours"), GenerationConfig.from_pretrained(
-            tmp_path / "ours"
-        )
+        return AutoTokenizer.from_pretrained(tmp_path / "ours"), GenerationConfig.from_pretrained(tmp_path / "ours")
 
     tokenizer, generation = quietly(load)
     assert tokenizer("two one")["input_ids"] == [2, 1]

@@ -51,8 +51,9 @@ CASES = [
     ([0.25, 0.25, 0.25, 0.25], {"top_p": 0.5}, [0.5, 0.5, 0, 0]),
     # Top-k first: of (0.4, 0.3, 0.2) / 0.9 the first two have 7/9 = 0.78, enough for 0.7 and for 0.75.
     (P, {"top_k": 3, "top_p": 0.75}, normal([0.4, 0, 0.3, 0, 0])),
-    # The nucleus is of the tempered distribution: p^(1/2) gives 0.32 + 0.28 = 0.60 for the first two.
-    (P, {"sampling_temperature": 2.0, "top_p": 0.59}, normal([0.4**0.5, 0, 0.3**0.5, 0, 0])),
+    # The nucleus is of the tempered distribution: p^(1/2) gives 0.305 + 0.264 = 0.569 < 0.62, so a third is in;
+    # untempered the first two would have 0.7.
+    (P, {"sampling_temperature": 2.0, "top_p": 0.62}, normal([0.4**0.5, 0, 0.3**0.5, 0, 0.2**0.5])),
     ([0, 0.5, 0, 0.5, 0], {}, [0, 0.5, 0, 0.5, 0]),
     ([0, 0.5, 0, 0.5, 0], {"top_p": 0.9}, [0, 0.5, 0, 0.5, 0]),
 ]

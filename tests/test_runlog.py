@@ -75,9 +75,7 @@ def test_a_line_per_step_flushed_at_once_and_strict_json(tmp_path):
 
 def test_resume_drops_later_lines_and_keeps_the_earlier_byte_for_byte(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    odd = (
-        b'{"step":1,   "phase":"dapo"}\n{"step": 2, "x": 1e-3}\r\n'  # spacing that json.dumps would not make
-    )
+    odd = b'{"step":1,   "phase":"dapo"}\n{"step": 2, "x": 1e-3}\r\n'  # spacing that json.dumps would not make
     path.write_bytes(odd + b'{"step": 3}\n{"step": 4}\n{"step": 5, "ph')
     RunLog(tmp_path, last_step=3).close()
     assert path.read_bytes() == odd + b'{"step": 3}\n'
@@ -87,9 +85,7 @@ def test_resume_drops_later_lines_and_keeps_the_earlier_byte_for_byte(tmp_path):
     assert not list(tmp_path.glob("*.partial"))
 
 
-@pytest.mark.parametrize(
-    "torn", [b'{"step": 3, "policy/ent', b'{"step": 3}\x00\x00', b"\x00\x00\x00", b"\xff\xfe"]
-)
+@pytest.mark.parametrize("torn", [b'{"step": 3, "policy/ent', b'{"step": 3}\x00\x00', b"\x00\x00\x00", b"\xff\xfe"])
 def test_a_torn_last_line_is_dropped(tmp_path, torn):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1}\n{"step": 2}\n' + torn)
@@ -212,9 +208,7 @@ def test_evaluations_are_appended_and_an_equal_one_is_replaced(tmp_path):
     append_evaluation(tmp_path, evaluation("base", 0, np.float32(0.5), examples=[hostile]))
     append_evaluation(tmp_path, evaluation("collapsed", 9, float("nan")))
     append_evaluation(tmp_path, evaluation("collapsed", 9, 0.75))  # the same again: replaces
-    append_evaluation(
-        tmp_path, evaluation("collapsed", 9, 0.25, sampling={"top_p": 0.7})
-    )  # sampled differently
+    append_evaluation(tmp_path, evaluation("collapsed", 9, 0.25, sampling={"top_p": 0.7}))  # sampled differently
     records = read_evaluations(tmp_path)
     assert [(each["stage"], each["avg_at_k"]) for each in records] == [
         ("base", 0.5),

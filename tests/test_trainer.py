@@ -66,7 +66,11 @@ def rl_phase(name="rl", **changes) -> Phase:
         "chunk_positions": 4,
         # Keeps surplus groups: the checkpoint must carry them.
         "reward": RewardRule(
-            max_response_tokens=5, overlong_buffer_tokens=2, max_generation_batches=4, surplus="keep", on_shortage="fill"
+            max_response_tokens=5,
+            overlong_buffer_tokens=2,
+            max_generation_batches=4,
+            surplus="keep",
+            on_shortage="fill",
         ),
         "stop": StopRule(steps=3),
         "guard": Guard(),
@@ -119,9 +123,7 @@ def trainer_in(tokenizer):
 
 def facts(run_dir):
     """The metrics without what the clock says."""
-    return [
-        {k: v for k, v in line.items() if "time" not in k and "per_s" not in k} for line in read_metrics(run_dir)
-    ]
+    return [{k: v for k, v in line.items() if "time" not in k and "per_s" not in k} for line in read_metrics(run_dir)]
 
 
 def finish(trainer):

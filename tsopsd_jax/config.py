@@ -93,6 +93,11 @@ class EvaluationSettings:
     rows_at_once: int = 512
     """Responses decoded together."""
 
+    def __post_init__(self):
+        for name in ("samples", "max_response_tokens", "rows_at_once"):
+            if vars(self)[name] < 1:
+                raise ValueError(f"{name} must be at least 1, got {vars(self)[name]}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerSettings:
@@ -109,6 +114,13 @@ class OptimizerSettings:
     beta1: float = 0.9
     beta2: float = 0.999
     epsilon: float = 1e-8
+
+    def __post_init__(self):
+        for name in ("learning_rate", "clip_norm", "epsilon"):
+            if vars(self)[name] <= 0:
+                raise ValueError(f"{name} must be positive, got {vars(self)[name]}")
+        if self.warmup_steps < 0 or self.weight_decay < 0 or not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
+            raise ValueError(f"expected warmup_steps and weight_decay >= 0, betas in [0, 1), got {self}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,6 +227,15 @@ class Config:
     def __post_init__(self):
         if not self.phases:
             raise ValueError("phases: expected at least one, got none")
+        asked = self.evaluation.data
+        if asked is not None and (asked.verifier, asked.max_prompt_tokens) != (
+            self.data.verifier,
+            self.data.max_prompt_tokens,
+        ):
+            raise ValueError(
+                "evaluation.data: verifier and max_prompt_tokens must be those of data: the evaluation runs the same task, got "
+                f"{asked.verifier}, {asked.max_prompt_tokens} for {self.data.verifier}, {self.data.max_prompt_tokens}"
+            )
         names = [p.name for p in self.phases]
         if len(set(names)) != len(names):
             raise ValueError(f"phases: expected different names, got {names}")

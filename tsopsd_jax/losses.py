@@ -19,15 +19,15 @@ def log_softmax(logits: Float[Array, "*N V"]) -> Float[Array, "*N V"]:
 
     With m = max z at index i:  log sum exp(z - m) = log1p(sum_{j != i} exp(z_j - m)), which keeps the digits of a
     remainder of 1e-6 that adding it to 1 in float32 would drop. That remainder *is* the entropy of a collapsed
-    policy. Raises nothing; -inf logits are allowed as long as one entry is finite.
+    policy. (No argmax: over a large vocabulary it costs more than all the rest on a CPU.) Raises nothing; -inf logits are allowed as long as one entry is finite.
     """
     logits = logits.astype(jnp.float32)
-    top = jax.lax.stop_gradient(jnp.argmax(logits, axis=-1, keepdims=True))
     shifted = logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
-    is_top = jax.lax.broadcasted_iota(top.dtype, logits.shape, logits.ndim - 1) == top
-    top_shifted = jnp.sum(jnp.where(is_top, shifted, 0.0), axis=-1, keepdims=True)  # 0, but carries the gradient
-    rest = jnp.sum(jnp.where(is_top, 0.0, jnp.exp(shifted - top_shifted)), axis=-1, keepdims=True)
-    return shifted - top_shifted - jnp.log1p(rest)
+    is_top = shifted == 0.0
+    # Sum of exp(shifted) less 1. At the top exp(x) - 1 = x exactly (x is 0), which carries the gradient as well.
+    terms = jnp.where(is_top, shifted, jnp.exp(shifted))
+    ties = jnp.sum(is_top, axis=-1, keepdims=True, dtype=jnp.float32) - 1.0
+    return shifted - jnp.log1p(jnp.sum(terms, axis=-1, keepdims=True) + ties)
 
 
 def token_logp(logits: Float[Array, "*N V"], tokens: Int[Array, "*N"]) -> Float[Array, "*N"]:

@@ -104,7 +104,10 @@ def prepare(config: Config) -> Parts:
     model = Qwen3(shape, compute_dtype=dtype, remat=config.model.remat)
     tokenizer = Tokenizer.load(folder)
     tokenizer.check_fits(model.vocab_size)
-    longest = max(p.max_response_tokens for p in config.phases) + config.data.max_prompt_tokens
+    responses = [p.max_response_tokens for p in config.phases]
+    if config.evaluation.data is not None:
+        responses.append(config.evaluation.max_response_tokens)
+    longest = max(responses) + config.data.max_prompt_tokens
     if longest > shape.max_position_embeddings:
         raise ValueError(
             f"prompt and response may take {longest} tokens, more than the model's {shape.max_position_embeddings} "

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -62,7 +63,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return {str(k): _number_if_text(v) for k, v in value.items()}
     if hint is float:
         value = _number_if_text(value)
-        if isinstance(value, int | float) and not isinstance(value, bool):
+        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
             return float(value)
     elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
@@ -112,7 +113,8 @@ def override(data: Any, assignment: str) -> None:
                     node[key] = {}
                 node = node[key]
         else:
-            raise ValueError(f"--set {here}: {parents[depth - 1]!r} is a value, not a group of settings")
+            parent = ".".join(path.split(".")[:depth]) or "the configuration"
+            raise ValueError(f"--set {here}: {parent} is a value, not a group of settings")
 
 
 def plain(value: Any) -> Any:
