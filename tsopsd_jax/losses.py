@@ -19,7 +19,8 @@ def log_softmax(logits: Float[Array, "*N V"]) -> Float[Array, "*N V"]:
 
     With m = max z at index i:  log sum exp(z - m) = log1p(sum_{j != i} exp(z_j - m)), which keeps the digits of a
     remainder of 1e-6 that adding it to 1 in float32 would drop. That remainder *is* the entropy of a collapsed
-    policy. (No argmax: over a large vocabulary it costs more than all the rest on a CPU.) Raises nothing; -inf logits are allowed as long as one entry is finite.
+    policy. (No argmax: over a large vocabulary it costs more than all the rest on a CPU.) Raises nothing; -inf
+    logits are allowed as long as one entry is finite.
     """
     logits = logits.astype(jnp.float32)
     shifted = logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
