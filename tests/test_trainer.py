@@ -60,7 +60,7 @@ def rl_phase(name="rl", **changes) -> Phase:
         "sampling": Sampling(),
         "max_response_tokens": 5,
         "prompts_per_step": 4,
-        "responses_per_prompt": 4,
+        "responses_per_prompt": 2,  # half of the groups are uninformative: more are drawn, and some are left over
         "rows_at_once": 8,
         "micro_batches": 1,
         "chunk_positions": 4,
@@ -152,7 +152,7 @@ def test_resume_equals_uninterrupted_bit_for_bit(trainer_in, tmp_path):
     assert int(whole.step) == 7
     # Interrupt in the first phase, then again in the third; the surplus groups of dynamic sampling are then alive.
     run = tmp_path / "broken"
-    first = trainer_in(run, evaluate=True, verify=interrupting(40))
+    first = trainer_in(run, evaluate=True, verify=interrupting(20))
     with pytest.raises(Interrupted, match="SIGTERM: saved step"):
         first.run()
     taken = int(first.state.step)
@@ -178,16 +178,16 @@ def test_killed_run_takes_the_lost_steps_again(trainer_in, tmp_path):
     calls = iter(range(10**9))
 
     def dies(response, gold):
-        if next(calls) == 70:
+        if next(calls) == 40:
             raise Killed
         return even(response, gold)
 
-    first = trainer_in(run, verify=dies, every=2)
+    first = trainer_in(run, verify=dies)
     with pytest.raises(Killed):
         first.run()
     lost = len(read_metrics(run))
-    second = trainer_in(run, every=2)
-    assert int(second.state.step) < lost or lost % 2 == 0
+    second = trainer_in(run)
+    assert int(second.state.step) == 0 < lost, "steps were logged and not saved"
     assert same(whole, finish(second))
     assert facts(tmp_path / "whole") == facts(run)
 
@@ -226,13 +226,16 @@ def test_the_data_cursor_goes_through_epochs(trainer_in, tmp_path):
 
 
 def test_eight_devices_train_like_one(trainer_in, tmp_path):
-    one = finish(trainer_in(tmp_path / "one", phases=SCHEDULE[:2]))
-    eight = finish(trainer_in(tmp_path / "eight", phases=SCHEDULE[:2], data=8))
+    # A large epsilon: AdamW would turn a gradient of pure rounding into a step of full size.
+    smooth = make_optimizer(learning_rate=1e-2, epsilon=1e-2)
+    phases = (rl_phase(optimizer=smooth), reheat_phase(optimizer=smooth))
+    one = finish(trainer_in(tmp_path / "one", phases=phases))
+    eight = finish(trainer_in(tmp_path / "eight", phases=phases, data=8))
     for a, b in zip(jax.tree.leaves(one.params), jax.tree.leaves(eight.params), strict=True):
-        np.testing.assert_allclose(a, b, atol=2e-4)
+        np.testing.assert_allclose(a, b, atol=1e-5)
     names = ("policy/entropy_nats", "reward/mean", "rollout/length_mean_tokens")
     for a, b in zip(read_metrics(tmp_path / "one"), read_metrics(tmp_path / "eight"), strict=True):
-        np.testing.assert_allclose([a[n] for n in names], [b[n] for n in names], rtol=1e-3)
+        np.testing.assert_allclose([a[n] for n in names], [b[n] for n in names], rtol=1e-4)
 
 
 def test_the_reheater_refuses_a_policy_that_is_not_collapsed(trainer_in, tmp_path):

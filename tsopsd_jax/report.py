@@ -1,6 +1,7 @@
 """The page of a run: one self-contained `report.html` from its configuration, metrics and evaluations."""
 
 import html
+import itertools
 import json
 import math
 import re
@@ -20,7 +21,8 @@ REWARD = "reward/mean"
 ACCURACY = "reward/accuracy_fraction"
 GRAD_NORM = "optim/grad_norm"
 LENGTH = "rollout/length_mean_tokens"
-KEYS = (ENTROPY, REWARD, ACCURACY, GRAD_NORM, LENGTH, "rollout/tokens_per_s", "time/rollout_s", "time_s")
+TOKENS = "rollout/tokens"
+KEYS = (ENTROPY, REWARD, ACCURACY, GRAD_NORM, LENGTH, TOKENS, "rollout/tokens_per_s", "time/rollout_s", "time_s")
 
 MAX_ROWS = 200
 MAX_STAGES = 12
@@ -40,7 +42,7 @@ def write_report(run_dir: str | Path) -> Path:
     """Write `run_dir/report.html` (replacing it in one go) and return its path.
 
     Raises:
-        ValueError: if `run_dir` has no metrics.jsonl, or that has no step or a line before the last that is not JSON.
+        ValueError: if `run_dir` has no metrics.jsonl, or no step in it, or a broken line before its last.
     """
     run_dir = Path(run_dir)
     metrics = _read_metrics(run_dir)
@@ -173,7 +175,7 @@ def _escape(value: Any) -> str:
 
 
 def _shorten(text: str, limit: int) -> str:
-    """Escaped text of at most about `limit` characters: three quarters from its begin, the rest from its end."""
+    """Escaped text of at most about `limit` characters: three quarters from its start, the rest from its end."""
     if len(text) <= limit:
         return _escape(text)
     head, tail = text[: limit * 3 // 4], text[-limit // 4 :]
@@ -204,12 +206,13 @@ def _table(titles: Sequence[str], rows: Sequence[Sequence[str]], numeric: set[in
 def _headline(config: Mapping[str, Any]) -> str:
     objectives = [str(_section(phase, "objective").get("name", "?")) for phase in config["phases"]]
     parts = [" → ".join(objectives[:6]) + (" → …" if len(objectives) > 6 else "")] if objectives else []
-    for key, value in config.items():
+    for key in ("model", "data", "seed"):
+        value = config.get(key)
         if isinstance(value, dict):
             value = next((value[name] for name in ("name", "path", "preset") if value.get(name)), None)
         if isinstance(value, str | int | float) and len(str(value)) < 60:
             parts.append(f"{key} {value}")
-    return " &middot; ".join(_escape(part) for part in parts[:7])
+    return " &middot; ".join(_escape(part) for part in parts)
 
 
 def _duration(seconds: float) -> str:
@@ -226,7 +229,7 @@ def _quantity(value: float) -> str:
 
 
 def _ends(values: np.ndarray, form: str, scale: float = 1.0) -> str:
-    """`first → last` of the finite values, each a mean of up to five; empty if there is none."""
+    """`first → last` of the finite values, each a mean of up to five; a dash if there is none."""
     values = values[np.isfinite(values)] * scale
     if values.size == 0:
         return "&ndash;"
@@ -244,12 +247,13 @@ def _wall_time_s(time_s: np.ndarray) -> float:
 
 def _facts(metrics: Metrics) -> str:
     columns = metrics.columns
-    tokens = np.nansum(columns["rollout/tokens_per_s"] * columns["time/rollout_s"])
+    derived = columns["rollout/tokens_per_s"] * columns["time/rollout_s"]
+    tokens = np.nansum(np.where(np.isfinite(columns[TOKENS]), columns[TOKENS], derived))
     wall_s = _wall_time_s(columns["time_s"])
     facts = [
         ("Steps", f"{metrics.step[-1]:,.0f}"),
         ("Wall time", _duration(wall_s) if wall_s > 0 else ""),
-        ("Tokens sampled", f"&asymp; {_quantity(tokens)}" if tokens > 0 else ""),
+        ("Tokens sampled", _quantity(tokens) if tokens > 0 else ""),
         ("Entropy, nats", _ends(columns[ENTROPY], ".3f")),
         ("Training accuracy, %", _ends(columns[ACCURACY], ".1f", 100)),
     ]
@@ -270,11 +274,11 @@ def _until(phase: Mapping[str, Any]) -> str:
 
 def _phase_colours(segments: Sequence[Segment], plan: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     """Phase -> name of its colour: warm for reheating, cool for the others in the order of their appearance."""
-    cool = ("blue", "teal", "violet", "slate")
+    cool = itertools.cycle(("blue", "violet", "teal", "slate"))
     colours: dict[str, str] = {}
-    for segment in segments:
-        reheats = _section(plan.get(segment.phase, {}), "objective").get("name") == "ts_opsd"
-        colours.setdefault(segment.phase, "orange" if reheats else cool[len(colours) % len(cool)])
+    for phase in dict.fromkeys(segment.phase for segment in segments):
+        reheats = _section(plan.get(phase, {}), "objective").get("name") == "ts_opsd"
+        colours[phase] = "orange" if reheats else next(cool)
     return colours
 
 
@@ -288,7 +292,7 @@ def _phase_table(metrics: Metrics, plan: Mapping[str, Mapping[str, Any]], colour
             [
                 dot + _escape(segment.phase),
                 _escape(_section(phase, "objective").get("name", "–")),
-                f"{metrics.step[segment.first]:.0f}&ndash;{metrics.step[segment.end - 1]:.0f}",
+                "&ndash;".join(dict.fromkeys(f"{metrics.step[at]:.0f}" for at in (segment.first, segment.end - 1))),
                 _ends(metrics.columns[ENTROPY][part], ".3f"),
                 _ends(metrics.columns[ACCURACY][part], ".1f", 100),
                 _escape(_until(phase) or "–"),
@@ -330,18 +334,7 @@ def _evaluation_table(evaluations: Sequence[Mapping[str, Any]]) -> str:
                 _escape(", ".join(f"{name} {value}" for name, value in sampling.items()) or "–"),
             ]
         )
-    titles = [
-        "stage",
-        "step",
-        "benchmark",
-        "problems",
-        "k",
-        "avg@k, %",
-        "pass@k, %",
-        "tokens",
-        "cut, %",
-        "sampling",
-    ]
+    titles = ["stage", "step", "benchmark", "problems", "k", "avg@k, %", "pass@k, %", "tokens", "cut, %", "sampling"]
     return _table(titles, rows, {1, 3, 4, 5, 6, 7, 8}) + _more(len(evaluations), "evaluations")
 
 
@@ -353,9 +346,9 @@ def _examples(evaluations: Sequence[Mapping[str, Any]]) -> str:
     for (stage, benchmark), record in list(latest.items())[:MAX_STAGES]:
         examples = record.get("examples")
         examples = [each for each in examples if isinstance(each, dict)] if isinstance(examples, list) else []
-        chosen = [
-            each for right in (True, False) for each in [e for e in examples if bool(e.get("correct")) is right][:3]
-        ]
+        right = [each for each in examples if each.get("correct")]
+        wrong = [each for each in examples if not each.get("correct")]
+        chosen = right[:3] + wrong[:3]
         if not chosen:
             continue
         parts.append(f'<h3>Responses: {_escape(stage)} <span class="muted">{_escape(benchmark)}</span></h3>')
@@ -377,10 +370,12 @@ def _example(example: Mapping[str, Any]) -> str:
     summary = mark + _escape(first[:110] + ("…" if len(first) > 110 else ""))
     parts = (
         ("Prompt", prompt, 3000),
-        ("Response", example.get("response", ""), 8000),
+        ("Response", example.get("response"), 8000),
         ("Answer", example.get("answer"), 500),
     )
     body = "".join(
-        f'<p class="label">{name}</p><pre>{_shorten(str(text), limit)}</pre>' for name, text, limit in parts if text
+        f'<p class="label">{name}</p><pre>{_shorten(str(text), limit)}</pre>'
+        for name, text, limit in parts
+        if text is not None
     )
     return _details(summary, body)

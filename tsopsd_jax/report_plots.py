@@ -1,6 +1,7 @@
-"""The report's plots: panels over steps that share their x axis, as one SVG that follows the page's colours."""
+"""The report's plots: panels over the same steps, as one SVG in the page's colours."""
 
 import io
+import itertools
 import math
 import re
 import warnings
@@ -93,33 +94,29 @@ def draw(
             len(panels), 1, sharex=True, gridspec_kw={"height_ratios": [1.5] + [1.0] * (len(panels) - 1)}
         )
         figure.subplots_adjust(left=LEFT, right=RIGHT, top=0.935, bottom=0.04, hspace=0.3)
+        raised_pt = _name_phases(axes[0], step, segments, phase_colours)
         for at, (panel, axis) in enumerate(zip(panels, axes, strict=True)):
-            _draw_panel(axis, panel, step, segments, raised=at == 0)
+            _draw_panel(axis, panel, step, segments, title_pt=7 + (raised_pt if at == 0 else 0))
             _shade(axis, step, segments, phase_colours)
         # Half a step at both ends, so that the first and the last phase are as wide as they are long.
         axes[0].set_xlim(step[0] - 0.5, step[-1] + 0.5)
         axes[-1].xaxis.get_major_locator().set_params(integer=True)
         axes[-1].xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
         axes[-1].set_xlabel("step", color=COLOURS["muted"], labelpad=3)
-        _name_phases(axes[0], step, segments, phase_colours)
         buffer = io.BytesIO()
         metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(buffer, format="svg", metadata=metadata, transparent=True)
     return _for_page(buffer.getvalue().decode("utf-8", "replace"))
 
 
-def _draw_panel(axis: Any, panel: Panel, step: np.ndarray, segments: Sequence[Segment], *, raised: bool) -> None:
-    pad = 30 if raised else 7  # the phases' names stand between the first title and its plot
-    axis.set_title(panel.title, loc="left", fontsize=10, fontweight="bold", color=COLOURS["ink"], pad=pad)
-    axis.annotate(
-        panel.unit,
-        (1, 1),
-        (0, pad),
-        xycoords="axes fraction",
-        textcoords="offset points",
-        ha="right",
-        color=COLOURS["muted"],
-    )
+def _draw_panel(axis: Any, panel: Panel, step: np.ndarray, segments: Sequence[Segment], *, title_pt: float) -> None:
+    for text, x, where, look in (
+        (panel.title, 0, "figure fraction", {"fontsize": 10, "fontweight": "bold", "color": COLOURS["ink"]}),
+        (panel.unit, 1, "axes fraction", {"ha": "right", "color": COLOURS["muted"]}),
+    ):
+        axis.annotate(
+            text, (x, 1), (0, title_pt), xycoords=(where, "axes fraction"), textcoords="offset points", **look
+        )
     for side in ("left", "right", "top"):
         axis.spines[side].set_visible(False)
     axis.tick_params(axis="x", length=3)
@@ -132,11 +129,15 @@ def _draw_panel(axis: Any, panel: Panel, step: np.ndarray, segments: Sequence[Se
         return
     if panel.logarithmic:
         axis.set_yscale("log")
+        low, high = axis.get_ylim()
+        # Over less than two decades the powers of ten alone would be one tick, or none.
+        axis.yaxis.get_major_locator().set_params(subs=(1.0, 2.0, 5.0) if high < 100 * low else (1.0,))
         axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axis.yaxis.set_minor_formatter(lambda _value, _position: "")
     _draw_lines(axis, panel.lines)
-    if not panel.logarithmic and axis.get_ylim()[0] > 0:
-        axis.set_ylim(bottom=0)
+    lowest, highest = axis.dataLim.intervaly
+    if not panel.logarithmic and lowest >= 0:
+        axis.set_ylim(0, 1.07 * highest or 1.0)
     for row, series in enumerate(drawn):
         axis.annotate(
             series.name,
@@ -156,7 +157,7 @@ def _draw_series(axis: Any, series: Series, step: np.ndarray, segments: Sequence
         return False
     raw = thinned(values)
     colour = COLOURS[series.colour]
-    axis.plot(step[raw], values[raw], ".", markersize=3, markeredgewidth=0, color=colour, alpha=0.35)
+    axis.plot(step[raw], values[raw], ".", markersize=3, markeredgewidth=0, color=colour, alpha=0.45)
     smooth = smoothed(np.log(values) if logarithmic else values, segments)
     smooth = np.exp(smooth) if logarithmic else smooth
     kept = np.unique(np.linspace(0, len(step) - 1, MAX_POINTS).round().astype(int))
@@ -188,7 +189,7 @@ def _spans(step: np.ndarray, segments: Sequence[Segment]) -> list[tuple[float, f
     """Begin and end of each segment; neighbours meet half way between their steps."""
     ends = [(step[segment.end - 1] + step[segment.end]) / 2 for segment in segments[:-1]]
     edges = [step[0] - 0.5, *ends, step[-1] + 0.5]
-    return list(zip(edges[:-1], edges[1:], strict=True))
+    return list(itertools.pairwise(edges))
 
 
 def _shade(axis: Any, step: np.ndarray, segments: Sequence[Segment], phase_colours: Mapping[str, str]) -> None:
@@ -204,8 +205,8 @@ def _shade(axis: Any, step: np.ndarray, segments: Sequence[Segment], phase_colou
             )
 
 
-def _name_phases(axis: Any, step: np.ndarray, segments: Sequence[Segment], phase_colours: Mapping[str, str]) -> None:
-    """A phase's name over its span, in one of two rows; left out where both are taken."""
+def _name_phases(axis: Any, step: np.ndarray, segments: Sequence[Segment], phase_colours: Mapping[str, str]) -> float:
+    """A phase's name over its span, in one of two rows or not at all; returns the height of the rows in points."""
     width_pt = WIDTH_IN * 72 * (RIGHT - LEFT)
     per_step_pt = width_pt / (step[-1] - step[0] + 1)
     taken_pt = [-math.inf, -math.inf]
@@ -229,6 +230,7 @@ def _name_phases(axis: Any, step: np.ndarray, segments: Sequence[Segment], phase
             fontweight="bold",
             fontsize=8,
         )
+    return 11.0 * sum(math.isfinite(end) for end in taken_pt)
 
 
 def smoothed(values: np.ndarray, segments: Sequence[Segment]) -> np.ndarray:
