@@ -100,9 +100,7 @@ def prompts():
 @pytest.fixture(scope="module")
 def sampler(tiny):
     def draw(params, prompts, key):
-        return sample(
-            tiny[0], params, prompts, key, sampling=Sampling(), max_response_tokens=MAX, stop_ids=(3, 17, 24)
-        )
+        return sample(tiny[0], params, prompts, key, sampling=Sampling(), max_response_tokens=MAX, stop_ids=(3, 17, 24))
 
     return draw
 

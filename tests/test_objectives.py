@@ -230,9 +230,7 @@ def test_errors_name_what_is_wrong(tmp_path, own_file):
 
 
 def test_an_objective_is_two_functions():
-    objective = Objective(
-        lambda z, _: {"h": losses.entropy(z)}, lambda s, b: LossOutput(Mean.of(-s["h"], b.mask), {})
-    )
+    objective = Objective(lambda z, _: {"h": losses.entropy(z)}, lambda s, b: LossOutput(Mean.of(-s["h"], b.mask), {}))
     batch = batch_of([0], [0], [True])
     out = objective.loss(objective.stats(jnp.zeros((1, 1, 4)), batch.tokens), batch)
     np.testing.assert_allclose(out.loss.value, -np.log(4), rtol=1e-6)

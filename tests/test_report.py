@@ -267,7 +267,7 @@ def test_a_poor_run_still_gives_a_page(tmp_path, lines, config):
 def test_a_run_of_one_step_shows_points(tmp_path):
     page = Page(write_run(tmp_path / "run", steps_of_a_run((1, 0, 0))))
     entropy = page.source.split('id="axes_1"')[1].split('id="axes_2"')[0]
-    assert len(re.findall(r"<use [^>]*style=\"fill: var\(--blue\)", entropy)) == 2  # the step, and its mean
+    assert len(re.findall(r"<use [^>]*style=\"fill: var\(--blue\)", entropy)) == 3  # the shade, the step, its mean
     assert page.rows(0)[0][2] == "1"
 
 
@@ -300,9 +300,9 @@ def test_a_long_run_with_long_responses_gives_a_small_page(tmp_path):
     lines = steps_of_a_run((12_000, 15, 8_000))
     lines[5_000]["optim/grad_norm"] = 1e6
     long = [
-        {"prompt": "<&" * 5000, "response": "<&" * 50_000, "answer": "1", "correct": at % 2 == 0} for at in range(20)
+        {"prompt": "<&" * 5000, "response": "<&" * 20_000, "answer": "1", "correct": at % 2 == 0} for at in range(8)
     ]
-    records = [evaluation(f"after {at}", at, examples=long) for at in range(300)]
+    records = [evaluation(f"after {at}", at, examples=long) for at in range(30)]
     page = Page(write_run(tmp_path / "run", lines, records, CONFIG + "x: " + "long " * 100_000))
     assert len(page.source.encode()) < 1_500_000
     assert "characters left out" in page.text
@@ -313,7 +313,7 @@ def test_a_long_run_with_long_responses_gives_a_small_page(tmp_path):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda run_dir: None, "metrics.jsonl"),
+        (str, "metrics.jsonl"),
         (lambda run_dir: run_dir.mkdir(), "metrics.jsonl"),
         (lambda run_dir: write_run(run_dir, []), "at least one step"),
         (lambda run_dir: write_run(run_dir, [{"step": 1}, 3, {"step": 2}]), r"metrics\.jsonl:2"),

@@ -1,0 +1,534 @@
+"""One-line bugs that the suite must notice: `python tests/mutants.py [--jobs N] [--only WORD ...]`.
+
+Each mutant is applied in a temporary copy of the tree and the tests named with it must fail there. Exit code 1 if one
+survives, or if its text no longer occurs exactly once (then update the list below).
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+PARTS = ("tsopsd_jax", "tests", "pyproject.toml")
+
+
+class Mutant(NamedTuple):
+    """A bug: in `file` (under tsopsd_jax) `old`, which occurs once, becomes `new`; `tests` are expected to fail."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+MUTANTS = [
+    Mutant(
+        "teacher's temperature inverted",
+        "head.py",
+        "stop_gradient(logits) / check_temperature(teacher_temperature)",
+        "stop_gradient(logits) * check_temperature(teacher_temperature)",
+        "test_head.py",
+    ),
+    Mutant(
+        "sampling temperature inverted",
+        "rollout/distribution.py",
+        "logits = logits / sampling.sampling_temperature",
+        "logits = logits * sampling.sampling_temperature",
+        "test_rollout.py -k draw_follows",
+    ),
+    Mutant(
+        "KL directions swapped",
+        "head.py",
+        "forward_kl=losses.forward_kl(teacher, logits)",
+        "forward_kl=losses.reverse_kl(teacher, logits)",
+        "test_head.py",
+    ),
+    Mutant(
+        "forward KL reversed",
+        "losses.py",
+        "_kl_of(log_softmax(jax.lax.stop_gradient(teacher_logits)), log_softmax(student_logits))",
+        "_kl_of(log_softmax(student_logits), log_softmax(jax.lax.stop_gradient(teacher_logits)))",
+        "test_losses.py",
+    ),
+    Mutant(
+        "objective ignores its direction",
+        "objectives.py",
+        'Mean.of(stats[f"{direction}_kl"], batch.mask)',
+        'Mean.of(stats[[k for k in stats if "kl" in k][0]] if direction == "forward" else stats["entropy"], batch.mask)',
+        "test_objectives.py -k ts_opsd_by_hand",
+    ),
+    Mutant(
+        "shift missing",
+        "head.py",
+        "hidden[:, :-1], unembed, tokens[:, 1:]",
+        "hidden[:, 1:], unembed, tokens[:, 1:]",
+        "test_head.py -k next_token",
+    ),
+    Mutant(
+        "shift padded on the wrong side",
+        "head.py",
+        "((0, 0), (1, 0))",
+        "((0, 0), (0, 1))",
+        "test_head.py -k next_token",
+    ),
+    Mutant(
+        "teacher's gradient not stopped in the loss",
+        "losses.py",
+        "_kl_of(log_softmax(jax.lax.stop_gradient(teacher_logits)), log_softmax(student_logits))",
+        "_kl_of(log_softmax(teacher_logits), log_softmax(student_logits))",
+        "test_losses.py",
+    ),
+    Mutant(
+        "reverse KL's teacher not stopped",
+        "losses.py",
+        "_kl_of(log_softmax(student_logits), log_softmax(jax.lax.stop_gradient(teacher_logits)))",
+        "_kl_of(log_softmax(student_logits), log_softmax(teacher_logits))",
+        "test_losses.py",
+    ),
+    Mutant(
+        "KL's p - q dropped",
+        "losses.py",
+        "q * d + (p - q)",
+        "q * d",
+        "test_losses.py",
+    ),
+    Mutant(
+        "KL's series dropped",
+        "losses.py",
+        "(jnp.abs(d) < SERIES_BELOW_NATS) & (q > 0)",
+        "(jnp.abs(d) < 0.0) & (q > 0)",
+        "test_losses.py",
+    ),
+    Mutant(
+        "clip sides swapped",
+        "losses.py",
+        "jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high)",
+        "jnp.clip(ratio, 1.0 - clip_high, 1.0 + clip_low)",
+        "test_losses.py -k surrogate",
+    ),
+    Mutant(
+        "dual clip dropped",
+        "losses.py",
+        "jnp.minimum(loss, -advantage * clip_ratio_c), loss)",
+        "loss, loss)",
+        "test_losses.py -k surrogate",
+    ),
+    Mutant(
+        "dual clip where the advantage is positive",
+        "losses.py",
+        "jnp.where(advantage < 0, jnp.minimum",
+        "jnp.where(advantage > 0, jnp.minimum",
+        "test_losses.py -k surrogate",
+    ),
+    Mutant(
+        "pessimism reversed",
+        "losses.py",
+        "jnp.maximum(-advantage * ratio",
+        "jnp.minimum(-advantage * ratio",
+        "test_losses.py -k surrogate",
+    ),
+    Mutant(
+        "old log-probs carry gradient",
+        "losses.py",
+        "logp - jax.lax.stop_gradient(old_logp)",
+        "logp - old_logp",
+        "test_losses.py -k logp_alone",
+    ),
+    Mutant(
+        "log-ratio not clamped",
+        "losses.py",
+        "-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)",
+        "-90.0, 90.0)",
+        "test_losses.py -k clamped",
+    ),
+    Mutant(
+        "entropy's sign",
+        "losses.py",
+        "return -jnp.sum(p * jnp.where(p > 0, logp, 0.0), axis=-1)",
+        "return jnp.sum(p * jnp.where(p > 0, logp, 0.0), axis=-1)",
+        "test_losses.py -k entropy",
+    ),
+    Mutant(
+        "dapo counts clipping on the wrong side",
+        "objectives.py",
+        "(down & (ratio < 1 - clip_low))",
+        "(down & (ratio > 1 - clip_low))",
+        "test_objectives.py -k by_hand",
+    ),
+    Mutant(
+        "dapo forwards clip_high as clip_low",
+        "objectives.py",
+        "clip_low=clip_low,\n",
+        "clip_low=clip_high,\n",
+        "test_objectives.py -k settings_reach",
+    ),
+    Mutant(
+        "mask not in the loss's count",
+        "types.py",
+        "jnp.sum(mask, dtype=jnp.float32)",
+        "jnp.sum(jnp.ones_like(mask), dtype=jnp.float32)",
+        "test_types.py",
+    ),
+    Mutant(
+        "values outside the mask are multiplied, not dropped",
+        "types.py",
+        "jnp.sum(jnp.where(mask, values, 0.0), dtype=jnp.float32)",
+        "jnp.sum(mask.astype(jnp.float32) * values, dtype=jnp.float32)",
+        "test_types.py",
+    ),
+    Mutant(
+        "mask by pad id",
+        "types.py",
+        "return (at >= self.prompt_length[:, None]) & (at < self.length[:, None])",
+        "return (at >= self.prompt_length[:, None]) & (self.tokens != 0)",
+        "test_types.py",
+    ),
+    Mutant(
+        "prompt tokens counted as response",
+        "types.py",
+        "return (at >= self.prompt_length[:, None]) &",
+        "return (at >= 0 * self.prompt_length[:, None]) &",
+        "test_types.py",
+    ),
+    Mutant(
+        "batch drops prompt tokens",
+        "types.py",
+        "jnp.where(live, jnp.asarray(tokens, jnp.int32), 0)",
+        "jnp.where(mask, jnp.asarray(tokens, jnp.int32), 0)",
+        "test_types.py",
+    ),
+    Mutant(
+        "junk in the padding of a batch",
+        "types.py",
+        "jnp.where(live, jnp.asarray(tokens, jnp.int32), 0)",
+        "jnp.asarray(tokens, jnp.int32)",
+        "test_types.py",
+    ),
+    Mutant("std with ddof 0", "advantages.py", "ddof=1)", "ddof=0)", "test_advantages.py"),
+    Mutant(
+        "advantages not grouped",
+        "advantages.py",
+        "centred = rewards - jnp.mean(rewards, axis=1, keepdims=True)",
+        "centred = rewards - jnp.mean(rewards, axis=0, keepdims=True)",
+        "test_advantages.py",
+    ),
+    Mutant(
+        "epsilon of another library", "advantages.py", "STD_EPSILON = 1e-6", "STD_EPSILON = 1e-4", "test_advantages.py"
+    ),
+    Mutant(
+        "overlong penalty's sign",
+        "rewards/shaping.py",
+        "(free_tokens - length) / buffer_tokens",
+        "(length - free_tokens) / buffer_tokens",
+        "test_judge.py",
+    ),
+    Mutant(
+        "overlong buffer ignored",
+        "rewards/shaping.py",
+        "free_tokens = max_tokens - buffer_tokens",
+        "free_tokens = max_tokens",
+        "test_judge.py",
+    ),
+    Mutant(
+        "overlong penalty by the row's whole length",
+        "judge.py",
+        "np.asarray(rollout.response_length),",
+        "np.asarray(rollout.length),",
+        "test_judge.py",
+    ),
+    Mutant(
+        "informative by reward",
+        "judge.py",
+        "groups.accuracy.max(axis=1) != groups.accuracy.min(axis=1)",
+        "groups.reward.max(axis=1) != groups.reward.min(axis=1)",
+        "test_judge.py",
+    ),
+    Mutant(
+        "surplus lost",
+        "judge.py",
+        'if rule.surplus == "keep" and have > prompts else None',
+        'if rule.surplus == "hold" and have > prompts else None',
+        "test_judge.py",
+    ),
+    Mutant(
+        "leftover forgotten",
+        "judge.py",
+        "kept = [] if leftover is None else [leftover]",
+        "kept = []",
+        "test_judge.py",
+    ),
+    Mutant(
+        "dynamic sampling never draws again",
+        "judge.py",
+        "while have < prompts and drawn < rule.max_generation_batches",
+        "while have < prompts and drawn < 1",
+        "test_judge.py",
+    ),
+    Mutant(
+        "verifier reads the prompt too",
+        "judge.py",
+        "verify(decode(row[start:end].tolist()), answer)",
+        "verify(decode(row[0 * start : end].tolist()), answer)",
+        "test_judge.py",
+    ),
+    Mutant(
+        "log-prob of the unfiltered distribution",
+        "rollout/distribution.py",
+        "return token, chosen - jnp.log(jnp.sum(weight, axis=-1))",
+        "return token, chosen - jnp.log(jnp.sum(weight, axis=-1) + (0.3 if sampling.top_p < 1 else 0.0))",
+        "test_rollout.py -k draw_follows",
+    ),
+    Mutant(
+        "top-p with <=",
+        "rollout/distribution.py",
+        "mass_before < sampling.top_p",
+        "mass_before <= sampling.top_p",
+        "test_rollout.py -k draw_follows",
+    ),
+    Mutant(
+        "nucleus without the token that reaches it",
+        "rollout/distribution.py",
+        "mass_before = jnp.cumsum(probability, axis=-1) - probability",
+        "mass_before = jnp.cumsum(probability, axis=-1)",
+        "test_rollout.py -k draw_follows",
+    ),
+    Mutant(
+        "impossible tokens at uniform 0",
+        "rollout/distribution.py",
+        "cumulative <= uniform",
+        "cumulative < uniform",
+        "test_rollout.py -k ends",
+    ),
+    Mutant(
+        "stop token not counted",
+        "rollout/engine.py",
+        "length = jnp.where(stopped, length, at + 1)",
+        "length = jnp.where(stopped | jnp.any(token[:, None] == stops[None, :], axis=1), length, at + 1)",
+        "test_rollout.py -k first_stop",
+    ),
+    Mutant(
+        "row key ignores the row id",
+        "rollout/engine.py",
+        "jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, row_id)",
+        "jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(row_id.shape[0]))",
+        "test_rollout.py -k alone",
+    ),
+    Mutant(
+        "one uniform number for every position",
+        "rollout/engine.py",
+        "jax.random.uniform(jax.random.fold_in(k, t))",
+        "jax.random.uniform(jax.random.fold_in(k, 0 * t))",
+        "test_rollout.py -k other",
+    ),
+    Mutant(
+        "position off by one in decode",
+        "rollout/engine.py",
+        "model.decode(params, token, at, cache)",
+        "model.decode(params, token, at + 1, cache)",
+        "test_rollout.py -k logp_is",
+    ),
+    Mutant(
+        "the last prompt token of the widest row for all",
+        "rollout/engine.py",
+        "(prompt_length - 1)[:, None, None]",
+        "(0 * prompt_length + p - 1)[:, None, None]",
+        "test_rollout.py -k logp_is",
+    ),
+    Mutant(
+        "RoPE's sign",
+        "model/qwen3.py",
+        "[a * cos - b * sin, b * cos + a * sin]",
+        "[a * cos + b * sin, b * cos + a * sin]",
+        "test_model.py test_model_parity.py",
+    ),
+    Mutant(
+        "attention sees one ahead",
+        "model/qwen3.py",
+        "[None, None, :] <= positions_BT[:, :, None]",
+        "[None, None, :] <= positions_BT[:, :, None] + 1",
+        "test_rollout.py -k logp_is",
+    ),
+    Mutant(
+        "mean of means",
+        "learner.py",
+        "return out.loss.total, (out, gap)",
+        "return out.loss.value, (out, gap)",
+        "test_learner.py -k one_division",
+    ),
+    Mutant(
+        "only the last micro-batch counts",
+        "learner.py",
+        "jax.tree.map(jnp.add, (carry[0], carry[1][0]), (grads, out))",
+        "(grads, jax.tree.map(jnp.add, carry[1][0], out))",
+        "test_learner.py -k one_division",
+    ),
+    Mutant(
+        "hold ignored",
+        "learner.py",
+        "jnp.where(finite & ~held, new, old)",
+        "jnp.where(finite, new, old)",
+        "test_learner.py -k hold",
+    ),
+    Mutant(
+        "non-finite not skipped",
+        "learner.py",
+        "jnp.where(finite & ~held, new, old)",
+        "jnp.where(~held, new, old)",
+        "test_learner.py -k not_finite",
+    ),
+    Mutant(
+        "hold only beyond the limit",
+        "learner.py",
+        "out.metrics[ENTROPY].value >= hold_above_nats",
+        "out.metrics[ENTROPY].value > hold_above_nats",
+        "test_learner.py -k hold",
+    ),
+    Mutant(
+        "decay on the norms",
+        "learner.py",
+        '"norm" not in jax.tree_util.keystr(path)',
+        '"gorm" not in jax.tree_util.keystr(path)',
+        "test_learner.py -k decay",
+    ),
+    Mutant(
+        "warm-up off by one",
+        "learner.py",
+        "(count.astype(jnp.float32) + 1.0)",
+        "(count.astype(jnp.float32) + 0.0)",
+        "test_learner.py -k 'first_steps or rate_rises'",
+    ),
+    Mutant(
+        "no gradient clip",
+        "learner.py",
+        "optax.clip_by_global_norm(clip_norm),",
+        "optax.identity(),",
+        "test_learner.py -k first_steps",
+    ),
+    Mutant(
+        "reheating draws with one key for all steps",
+        "learner.py",
+        "jax.random.fold_in(run_key, state.step)",
+        "run_key",
+        "test_learner.py -k fused",
+    ),
+    Mutant(
+        "gap outside the mask",
+        "learner.py",
+        "jnp.where(piece.mask, jnp.abs(stats",
+        "jnp.where(~piece.mask, jnp.abs(stats",
+        "test_learner.py -k logp_gap",
+    ),
+    Mutant(
+        "colliding axes pass",
+        "sharding.py",
+        "if mesh_axis in used:",
+        "if mesh_axis == axis:",
+        "test_sharding.py",
+    ),
+    Mutant(
+        "embedding sharded otherwise",
+        "sharding.py",
+        '"embed": "fsdp",',
+        '"embed": None,',
+        "test_sharding.py",
+    ),
+]
+
+
+class Verdict(NamedTuple):
+    """What became of a mutant: killed, SURVIVED, or why it could not be tried."""
+
+    mutant: Mutant
+    word: str
+    seconds: float
+    tail: str
+
+
+def copy_tree(to: Path) -> None:
+    """What a test run needs of the repository."""
+    skip = shutil.ignore_patterns("__pycache__", "*.pyc")
+    for part in PARTS:
+        source = ROOT / part
+        if source.is_dir():
+            shutil.copytree(source, to / part, ignore=skip)
+        else:
+            shutil.copy(source, to / part)
+
+
+def arguments(tests: str) -> list[str]:
+    """`a.py b.py -k 'x or y'` as pytest's arguments."""
+    files, _, expression = tests.partition(" -k ")
+    chosen = [f"tests/{file}" for file in files.split()]
+    return [*chosen, "-k", expression.strip("'")] if expression else chosen
+
+
+def pytest_in(folder: Path, tests: str, timeout_s: float) -> tuple[int, str]:
+    """(exit code, the end of the output) of the tests in a copied tree; a test that hangs counts as failed."""
+    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "xla"))
+    env = os.environ | {"JAX_COMPILATION_CACHE_DIR": cache, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *arguments(tests)]
+    try:
+        done = subprocess.run(
+            command, cwd=folder, env=env, capture_output=True, text=True, timeout=timeout_s, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return 1, "timed out"
+    return done.returncode, (done.stdout + done.stderr)[-1500:]
+
+
+def try_mutant(mutant: Mutant, timeout_s: float) -> Verdict:
+    """Apply a mutant in a copy of the tree and run its tests there."""
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="mutant-") as name:
+        folder = Path(name)
+        copy_tree(folder)
+        file = folder / "tsopsd_jax" / mutant.file
+        text = file.read_text()
+        if text.count(mutant.old) != 1:
+            return Verdict(mutant, f"TEXT FOUND {text.count(mutant.old)} TIMES", 0.0, "")
+        file.write_text(text.replace(mutant.old, mutant.new))
+        code, tail = pytest_in(folder, mutant.tests, timeout_s)
+    # 1: tests failed. Anything else (no tests, a usage error) proves nothing.
+    word = {0: "SURVIVED", 1: "killed"}.get(code, f"PYTEST EXIT {code}")
+    return Verdict(mutant, word, time.monotonic() - start, tail)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--jobs", type=int, default=1, help="mutants at once")
+    parser.add_argument("--only", nargs="+", metavar="WORD", help="those whose name, file or tests contain a word")
+    parser.add_argument("--check", action="store_true", help="only check that every text occurs exactly once")
+    parser.add_argument("--timeout-s", type=float, default=300.0, help="limit per mutant")
+    parser.add_argument("--verbose", action="store_true", help="show the output of what was not killed")
+    options = parser.parse_args(argv)
+    chosen = [m for m in MUTANTS if not options.only or any(w in f"{m.name} {m.file} {m.tests}" for w in options.only)]
+    if options.check:
+        wrong = [m for m in chosen if (ROOT / "tsopsd_jax" / m.file).read_text().count(m.old) != 1]
+        print(
+            "\n".join(f"{m.file}: not exactly once: {m.old!r} ({m.name})" for m in wrong)
+            or f"{len(chosen)} texts found"
+        )
+        return bool(wrong)
+    bad = 0
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for verdict in pool.map(lambda m: try_mutant(m, options.timeout_s), chosen):
+            m = verdict.mutant
+            print(f"{verdict.word:<22} {verdict.seconds:6.1f} s  {m.file:<26} {m.name}", flush=True)
+            if verdict.word != "killed":
+                bad += 1
+                if options.verbose:
+                    print(verdict.tail)
+    print(f"{len(chosen) - bad} of {len(chosen)} mutants killed")
+    return int(bad > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
