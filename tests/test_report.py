@@ -236,6 +236,7 @@ def test_hostile_text_stays_text(tmp_path):
     lines = steps_of_a_run((3, 1, 1))
     for line in lines[3:]:
         line["phase"] = HOSTILE
+    lines[0]["phase"] = "$x^{$"  # not for matplotlib's mathematics to read
     bad = {"prompt": HOSTILE, "response": HOSTILE * 3, "answer": HOSTILE, "correct": True}
     record = evaluation(HOSTILE, 5, benchmark=HOSTILE, sampling={HOSTILE: HOSTILE}, examples=[bad])
     config = json.dumps({"phases": [{"name": HOSTILE, "outcome": HOSTILE, "objective": {"name": HOSTILE}}]})

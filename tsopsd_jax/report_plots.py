@@ -104,8 +104,7 @@ def draw(
         axes[-1].xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
         axes[-1].set_xlabel("step", color=COLOURS["muted"], labelpad=3)
         buffer = io.BytesIO()
-        metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        figure.savefig(buffer, format="svg", metadata=metadata, transparent=True)
+        figure.savefig(buffer, format="svg", transparent=True)
     return _for_page(buffer.getvalue().decode("utf-8", "replace"))
 
 
@@ -263,6 +262,7 @@ def thinned(values: np.ndarray) -> np.ndarray:
 def _for_page(svg: str) -> str:
     """The bare element, sized by the page, its colours the page's variables (so it follows a dark theme)."""
     svg = svg[svg.index("<svg") :]
+    # The date would make equal runs unequal pages.
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     head, rest = svg.split(">", 1)
     head = re.sub(r'\s(?:width|height|version|xmlns(?::xlink)?)="[^"]*"', "", head)
