@@ -53,12 +53,8 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, state: TrainState, progress: Progress, leftover: Groups | None) -> None:
-        """Start saving at the state's step (replacing nothing: a step is saved once); returns before it is written."""
+        """Start saving at the state's step; returns before it is written."""
         step = int(state.step)
-        if step in self._manager.all_steps():
-            # The same step with another progress: a phase began without a step between.
-            self._manager.wait_until_finished()
-            self._manager.delete(step)
         items: dict[str, Any] = {
             "state": ocp.args.StandardSave(_fields(state)),
             "progress": ocp.args.JsonSave(dataclasses.asdict(progress)),

@@ -338,7 +338,7 @@ class Trainer:
         tokens, lengths = encode_prompts(
             plan.problems, self.task.tokenizer, max_prompt_tokens=self.task.max_prompt_tokens
         )
-        key = jax.random.fold_in(self.key, np.uint32(0xE7A1))
+        key = jax.random.fold_in(self.key, np.uint32(0xFFFFFFFF))  # no step's key
         record = evaluate(
             lambda params, prompts: draw(params, jax.device_put(prompts, self.rows), key),
             self.state.params,
