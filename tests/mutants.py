@@ -326,7 +326,7 @@ MUTANTS = [
         "rollout/engine.py",
         "jax.random.uniform(jax.random.fold_in(k, t))",
         "jax.random.uniform(jax.random.fold_in(k, 0 * t))",
-        "test_rollout.py -k other",
+        "test_rollout.py -k own_number",
     ),
     Mutant(
         "position off by one in decode",

@@ -186,6 +186,21 @@ def test_logp_is_the_full_forward_pass_of_the_same_row(rollout, tiny):
             np.testing.assert_allclose(rollout.logp[row, t], want, atol=1e-4)
 
 
+def test_every_position_draws_with_its_own_number(rollout, tiny):
+    # A token says that its uniform number lay in [cdf before it, cdf after it). If one number served a whole row, the
+    # intervals of that row would all hold it; in every row of several tokens here they have no point in common.
+    model, params = tiny
+    cdf = np.cumsum(jax.nn.softmax(jax.jit(model.logits)(params, jnp.asarray(rollout.tokens)), axis=-1), axis=-1)
+    apart = []
+    for row in np.flatnonzero(rollout.length - rollout.prompt_length >= 3):
+        at = np.arange(rollout.prompt_length[row], rollout.length[row])
+        high = cdf[row, at - 1, rollout.tokens[row, at]]
+        low = high - np.exp(rollout.logp[row, at])
+        apart.append(low.max() > high.min() + 1e-3)
+    assert len(apart) >= 2
+    assert all(apart)
+
+
 def test_junk_in_the_prompt_padding_changes_nothing(rollout, run, prompts):
     padding = np.arange(WIDTH)[None, :] >= np.asarray(prompts.length)[:, None]
     junk = jnp.where(padding, 10**9, prompts.tokens)
@@ -217,3 +232,15 @@ def test_other_keys_and_other_row_ids_give_other_responses(rollout, run, prompts
     assert len({row.tobytes() for row in run(twins).tokens}) > 4
     clones = run(same_prompt)
     assert len({row.tobytes() for row in clones.tokens}) == 1
+
+
+def test_every_position_draws_anew(tiny):
+    """With all weights zero every token is as likely at every position: one reused number would repeat one token."""
+    model, params = tiny
+    flat = jax.tree.map(jnp.zeros_like, params)
+    prompts = Prompts(jnp.ones((4, 3), jnp.int32), jnp.full((4,), 3, jnp.int32), jnp.arange(4, dtype=jnp.int32))
+    rollout = sample(
+        model, flat, prompts, jax.random.key(0), sampling=Sampling(), max_response_tokens=6, stop_ids=(model.vocab_size,)
+    )
+    for row in rollout.tokens[:, 3:].tolist():
+        assert len(set(row)) > 2, row
