@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import yaml
 
-from tsopsd_jax.cli import DEMO_CONFIG, main
+from tsopsd_jax.cli import DEMO_CONFIG, main, transitions
 from tsopsd_jax.config import PACKAGED_MODEL
 from tsopsd_jax.model import load_pretrained
 
@@ -213,3 +213,13 @@ def test_values_out_of_range_are_found_before_the_run(assignment, says, tmp_path
     assert demo(tmp_path / "run", assignment) == 2
     assert says in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_transitions_say_what_a_phase_took_and_cost():
+    evaluations = [
+        {"stage": "collapsed", "step": 2, "avg_at_k": 0.5, "pass_at_k": 0.75},
+        {"stage": "reheated", "step": 4, "avg_at_k": 0.45, "pass_at_k": 0.8},
+    ]
+    metrics = [{"step": s, "policy/entropy_nats": 0.1 * s} for s in range(1, 6)]
+    want = "collapsed -> reheated: 2 steps, entropy 0.300 -> 0.400 nats, avg@k -5.0, pass@k +5.0 points"
+    assert transitions(evaluations, metrics) == [want]

@@ -240,7 +240,13 @@ def test_every_position_draws_anew(tiny):
     flat = jax.tree.map(jnp.zeros_like, params)
     prompts = Prompts(jnp.ones((4, 3), jnp.int32), jnp.full((4,), 3, jnp.int32), jnp.arange(4, dtype=jnp.int32))
     rollout = sample(
-        model, flat, prompts, jax.random.key(0), sampling=Sampling(), max_response_tokens=6, stop_ids=(model.vocab_size,)
+        model,
+        flat,
+        prompts,
+        jax.random.key(0),
+        sampling=Sampling(),
+        max_response_tokens=6,
+        stop_ids=(model.vocab_size,),
     )
     for row in rollout.tokens[:, 3:].tolist():
         assert len(set(row)) > 2, row

@@ -5,9 +5,12 @@ the run, its step was finished and saved: the same command goes on.
 """
 
 import argparse
+import itertools
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 EXIT_DONE, EXIT_BAD_INPUT, EXIT_GUARD, EXIT_INTERRUPTED = 0, 2, 3, 4
 DEMO_CONFIG = Path(__file__).parent / "assets" / "demo.yaml"
@@ -85,9 +88,24 @@ def _run(path: Path, run_dir: Path, overrides: list[str], command: str) -> int:
         code = EXIT_GUARD
     if evaluations := read_evaluations(run_dir):
         print(results_table(evaluations))
+        for line in transitions(evaluations, read_metrics(run_dir)):
+            print(line)
     if read_metrics(run_dir):
         print(f"report: {write_report(run_dir)}")
     return code
+
+
+def transitions(evaluations: Sequence[dict[str, Any]], metrics: Sequence[dict[str, Any]]) -> list[str]:
+    """What each phase took and what it did to accuracy, from one evaluation to the next."""
+    lines = []
+    for before, after in itertools.pairwise(evaluations):
+        steps = [m for m in metrics if before["step"] < m["step"] <= after["step"]]
+        nats = [m["policy/entropy_nats"] for m in steps if m.get("policy/entropy_nats") is not None]
+        entropy = f", entropy {nats[0]:.3f} -> {nats[-1]:.3f} nats" if nats else ""
+        gains = (100 * (after[key] - before[key]) for key in ("avg_at_k", "pass_at_k"))
+        points = ", ".join(f"{name}@k {gain:+.1f}" for name, gain in zip(("avg", "pass"), gains, strict=True))
+        lines.append(f"{before['stage']} -> {after['stage']}: {len(steps)} steps{entropy}, {points} points")
+    return lines
 
 
 def _check(args: argparse.Namespace) -> int:
