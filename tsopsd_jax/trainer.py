@@ -282,6 +282,8 @@ class Trainer:
         judged = time.monotonic()
         line = _rollout_metrics([host], stepped - began)
         line |= {"reward/accuracy_fraction": float(score.mean()), "reward/mean": float(score.mean())}
+        # Every group is used. One program samples and updates: its time is the update's, and tokens/s are of the whole step.
+        line |= {"rollout/groups_kept_fraction": 1.0}
         line |= {"time/rollout_s": None, "time/update_s": stepped - began, "time/judge_s": judged - stepped}
         return _finish(line, out, began)
 
