@@ -266,7 +266,7 @@ def test_override_sets_and_makes_what_is_missing():
         ("seed=[1", "is not a YAML value"),
         ("phases.1.name=x", "expected an index 0 to 0, got '1'"),
         ("phases.rl.name=x", "expected an index 0 to 0, got 'rl'"),
-        ("model.path.deeper=1", "'path' is a value"),
+        ("model.path.deeper=1", "model.path is a value"),
     ],
 )
 def test_override_errors(assignment, words):

@@ -21,7 +21,8 @@ from tsopsd_jax.phases import Guard, GuardError, Phase, StopRule
 from tsopsd_jax.rollout import Sampling
 from tsopsd_jax.runlog import read_evaluations, read_metrics
 from tsopsd_jax.sharding import make_mesh, tree_shardings
-from tsopsd_jax.trainer import EvaluationPlan, Interrupted, Task, Trainer, encode_prompts
+from tsopsd_jax.task import EvaluationPlan, Task, encode_prompts
+from tsopsd_jax.trainer import Interrupted, Trainer
 
 MODEL = Qwen3(
     Qwen3Config(

@@ -27,7 +27,8 @@ from tsopsd_jax.model import Qwen3, load_pretrained, save_pretrained
 from tsopsd_jax.model.hf_config import read_config
 from tsopsd_jax.rewards import VERIFIERS
 from tsopsd_jax.sharding import make_mesh, row_multiple, tree_shardings
-from tsopsd_jax.trainer import EvaluationPlan, Task, Trainer
+from tsopsd_jax.task import EvaluationPlan, Task
+from tsopsd_jax.trainer import Trainer
 from tsopsd_jax.types import PyTree
 
 RUNTIME_KEYS = ("checkpoint_every_steps", "keep_checkpoints", "wandb_project", "cache_dir")

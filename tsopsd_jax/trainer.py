@@ -17,9 +17,9 @@ import numpy as np
 
 from tsopsd_jax.checkpoint import Checkpoints, Progress
 from tsopsd_jax.console import LiveTable
-from tsopsd_jax.data import Problem, Tokenizer, indices
+from tsopsd_jax.data import indices
 from tsopsd_jax.evaluate import evaluate
-from tsopsd_jax.judge import Collected, Groups, Verifier, accuracies, collect, judge, to_batch
+from tsopsd_jax.judge import Collected, Groups, accuracies, collect, judge, to_batch
 from tsopsd_jax.learner import (
     ENTROPY,
     UpdateOut,
@@ -33,58 +33,12 @@ from tsopsd_jax.phases import Phase
 from tsopsd_jax.rollout import Sampling, sample
 from tsopsd_jax.runlog import RunLog, append_evaluation, read_evaluations
 from tsopsd_jax.sharding import replicated, row_sharding
+from tsopsd_jax.task import EvaluationPlan, Task, encode_prompts
 from tsopsd_jax.types import Prompts, PyTree, Rollout, TrainState
 
 
 class Interrupted(Exception):
     """A signal asked the run to stop; the step was finished and saved."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class EvaluationPlan:
-    """What is evaluated before the first phase and after each."""
-
-    benchmark: str
-    problems: Sequence[Problem]
-    samples: int
-    sampling: Sampling
-    max_response_tokens: int
-    rows_at_once: int
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Task:
-    """The problems of a run, how they become tokens, and how responses are scored."""
-
-    problems: Sequence[Problem]
-    tokenizer: Tokenizer
-    verify: Verifier
-    max_prompt_tokens: int
-    seed: int
-
-    @functools.cached_property
-    def encoded(self) -> tuple[np.ndarray, np.ndarray]:
-        """(tokens [problems, max_prompt_tokens], lengths)."""
-        return encode_prompts(self.problems, self.tokenizer, max_prompt_tokens=self.max_prompt_tokens)
-
-
-def encode_prompts(problems: Sequence[Problem], tokenizer: Tokenizer, *, max_prompt_tokens: int):
-    """Right-padded prompt tokens [N, max_prompt_tokens] and their lengths [N].
-
-    Raises:
-        ValueError: for a prompt that is empty or longer than the limit, naming it.
-    """
-    tokens = np.zeros((len(problems), max_prompt_tokens), np.int32)
-    lengths = np.zeros(len(problems), np.int32)
-    for row, problem in enumerate(problems):
-        ids = tokenizer.encode(problem.prompt)
-        if not 0 < len(ids) <= max_prompt_tokens:
-            raise ValueError(
-                f"prompt {problem.id!r} has {len(ids)} tokens, expected 1 to {max_prompt_tokens}; "
-                "raise data.max_prompt_tokens or leave the problem out"
-            )
-        tokens[row, : len(ids)], lengths[row] = ids, len(ids)
-    return tokens, lengths
 
 
 class Trainer:
