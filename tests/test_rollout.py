@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tsopsd_jax.rollout import Sampling, draw, filtered_logits, sample
+from tsopsd_jax.rollout import Sampling, draw, sample
 from tsopsd_jax.types import Prompts
 
 N = 2000
@@ -71,9 +71,74 @@ def test_draw_follows_the_filtered_distribution(probability, settings, want):
 
 
 def test_rows_are_filtered_each_by_itself():
-    logits = jnp.log(jnp.array([[0.7, 0.2, 0.1], [0.1, 0.2, 0.7], [0.3, 0.4, 0.3]]))
-    kept = np.isfinite(filtered_logits(logits, Sampling(top_p=0.6)))
-    np.testing.assert_array_equal(kept, [[1, 0, 0], [0, 0, 1], [1, 1, 0]])
+    probability = np.array([[0.7, 0.2, 0.1], [0.1, 0.2, 0.7], [0.3, 0.4, 0.3]])
+    logits = jnp.repeat(jnp.log(jnp.asarray(probability, jnp.float32)), N, axis=0)
+    token = np.asarray(draw(logits, jnp.tile(GRID, 3), Sampling(top_p=0.6))[0]).reshape(3, N)
+    assert [sorted(set(row.tolist())) for row in token] == [[0], [2], [0, 1]]
+
+
+LARGE = 1536  # 32 blocks of 48
+
+
+def reference(logits, sampling):
+    """The distribution by sorting, in float64."""
+    z = np.asarray(logits, np.float64) / sampling.sampling_temperature
+    order = np.argsort(-z, kind="stable")
+    p = normal(np.exp(z - z.max()))
+    if sampling.top_k:
+        p[order[sampling.top_k :]] = 0
+        p = normal(p)
+    before = np.cumsum(p[order]) - p[order]
+    p[order[before >= sampling.top_p]] = 0
+    return normal(p)
+
+
+@pytest.mark.parametrize("settings", [{}, {"top_p": 0.7}, {"top_k": 50}, {"top_k": 200, "top_p": 0.9}])
+@pytest.mark.parametrize("kind", ["sharp", "flat", "ties"])
+def test_frequencies_over_a_large_vocabulary(kind, settings):
+    """Chi-square of 40,000 draws against the sorted distribution; ties across blocks; a fixed seed."""
+    rng = np.random.default_rng(3)
+    logits = rng.normal(size=LARGE) * {"sharp": 4.0, "flat": 0.1, "ties": 2.0}[kind]
+    if kind == "ties":
+        logits = np.round(logits)
+    sampling = Sampling(**settings)
+    want = reference(logits.astype(np.float32), sampling)
+    draws = 40_000
+    uniform = jnp.asarray(rng.random(draws), jnp.float32)
+    row = jnp.asarray(logits, jnp.float32)[None, :]
+    token, logp = jax.jit(jax.vmap(lambda u: jax.tree.map(lambda x: x[0], draw(row, u[None], sampling))))(uniform)
+    token, logp = np.asarray(token), np.asarray(logp)
+    assert (want[token] > 0).all(), "drew a token outside the nucleus"
+    np.testing.assert_allclose(logp, np.log(want[token]), atol=2e-5)
+    # Pearson's statistic over cells of at least 20 expected draws, the rest in one; within 5 sigma of its mean.
+    count, expected = np.bincount(token, minlength=LARGE), want * draws
+    big = expected >= 20
+    cells = [(count[big], expected[big]), (count[~big].sum(keepdims=True), expected[~big].sum(keepdims=True))]
+    seen, due = (np.concatenate(x) for x in zip(*cells, strict=True))
+    seen, due = seen[due > 0], due[due > 0]
+    statistic, freedom = ((seen - due) ** 2 / due).sum(), len(seen) - 1
+    assert abs(statistic - freedom) < 5 * np.sqrt(2 * max(freedom, 1)), (statistic, freedom)
+
+
+def test_the_real_vocabulary_without_a_sort():
+    """151,936 entries: the compiled program holds no sort and draws one number a row; the nucleus is that of a sort."""
+    logits = np.random.default_rng(0).normal(size=151_936).astype(np.float32) * 3
+    sampling = Sampling(top_p=0.7)
+    uniform = (jnp.arange(16, dtype=jnp.float32) + 0.5) / 16
+    compiled = (
+        jax.jit(functools.partial(draw, sampling=sampling))
+        .lower(jnp.broadcast_to(jnp.asarray(logits)[None], (16, 151_936)), uniform)
+        .compile()
+    )
+    assert " sort(" not in compiled.as_text()
+    assert "rng" not in compiled.as_text()
+    token, logp = compiled(jnp.broadcast_to(jnp.asarray(logits)[None], (16, 151_936)), uniform)
+    want = reference(logits, sampling)
+    np.testing.assert_allclose(logp, np.log(want[np.asarray(token)]), atol=1e-4)
+    cdf = np.cumsum(want)
+    high = cdf[np.asarray(token)]
+    assert (np.asarray(uniform) <= high + 2e-4).all()
+    assert (np.asarray(uniform) >= high - want[np.asarray(token)] - 2e-4).all()
 
 
 def test_impossible_tokens_are_not_drawn_at_the_ends():

@@ -1,6 +1,12 @@
-"""The distribution that is sampled: temperature, then top-k, then top-p; and one exact draw from it per row."""
+"""The distribution that is sampled: temperature, then top-k, then top-p; and one exact draw from it per row.
+
+The vocabulary is never sorted and needs no noise of its own. A draw inverts the cumulative distribution at one uniform
+number a row, in two levels: sums of blocks first, then inside one block. Top-k and the nucleus are cut at a weight
+found by bisection over float32 bit patterns: each pass counts or adds what stands above a candidate.
+"""
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,27 +30,11 @@ class Sampling:
             raise ValueError(f"top_k must be 0 (off) or positive, got {self.top_k}")
 
 
-def filtered_logits(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
-    """Logits divided by the temperature, -inf outside the top-k and the nucleus.
+class Cut(NamedTuple):
+    """Which tokens are kept: those of weight above `weight`, and of those equal to it the first `ties` by index."""
 
-    The nucleus is the shortest prefix of the tokens in order of falling probability (equal ones in order of index)
-    whose mass, after top-k, reaches `top_p`; it never is empty.
-    """
-    logits = logits / sampling.sampling_temperature
-    vocab = logits.shape[-1]
-    by_rank = sampling.top_p < 1.0 or 0 < sampling.top_k < vocab
-    if not by_rank:
-        return logits
-    order = jnp.argsort(-logits, axis=-1, stable=True)
-    ranked = jnp.take_along_axis(logits, order, axis=-1)
-    if 0 < sampling.top_k < vocab:
-        ranked = jnp.where(jnp.arange(vocab)[None, :] < sampling.top_k, ranked, -jnp.inf)
-    probability = jax.nn.softmax(ranked, axis=-1)
-    mass_before = jnp.cumsum(probability, axis=-1) - probability
-    keep_ranked = (mass_before < sampling.top_p) & (ranked > -jnp.inf)
-    keep_ranked = keep_ranked.at[:, 0].set(True)
-    rank = jnp.argsort(order, axis=-1)
-    return jnp.where(jnp.take_along_axis(keep_ranked, rank, axis=-1), logits, -jnp.inf)
+    weight: Float[Array, " B"]
+    ties: Int[Array, " B"]
 
 
 def draw(
@@ -52,17 +42,115 @@ def draw(
 ) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
     """One token per row and its log-probability (nats) under the distribution sampled.
 
-    Inverts the cumulative distribution at one uniform number in [0, 1) per row: the token is the first whose cumulative
-    weight exceeds uniform x total, so tokens of weight zero are never drawn.
+    The token is the first whose cumulative weight exceeds uniform x total, so tokens of weight zero are never drawn.
+
+    Args:
+        logits: float32.
+        uniform: in [0, 1), one a row.
+        sampling: divides the logits by the temperature, keeps the `top_k` likeliest, then of these the nucleus: the
+            shortest prefix in order of falling probability (equal ones in order of index) whose mass reaches `top_p`.
     """
-    logits = filtered_logits(logits, sampling)
+    vocab = logits.shape[-1]
+    if sampling.sampling_temperature != 1.0:
+        logits = logits / sampling.sampling_temperature
     top = jnp.max(logits, axis=-1, keepdims=True)
     weight = jnp.exp(logits - top)
-    cumulative = jnp.cumsum(weight, axis=-1)
-    total = cumulative[:, -1:]
-    at = jnp.sum(cumulative <= uniform[:, None] * total, axis=-1, dtype=jnp.int32)
-    # Rounding can make uniform x total equal the total: then the last token with any weight is meant.
-    last = logits.shape[-1] - 1 - jnp.argmax(jnp.flip(weight > 0, axis=-1), axis=-1).astype(jnp.int32)
-    token = jnp.minimum(at, last)
-    chosen = jnp.take_along_axis(logits - top, token[:, None], axis=-1)[:, 0]
-    return token, chosen - jnp.log(jnp.sum(weight, axis=-1))
+    cut = _cut(weight, sampling) if sampling.top_p < 1.0 or 0 < sampling.top_k < vocab else None
+    blocks = _blocks(vocab)
+    width = vocab // blocks
+    weight_BNW = weight.reshape(-1, blocks, width)
+    if cut is None:
+        mass_BN = jnp.sum(weight_BNW, axis=-1)
+        ties_BN = None
+    else:
+        edge = cut.weight[:, None, None]
+        equal_BN = jnp.sum(weight_BNW == edge, axis=-1, dtype=jnp.int32)
+        before = jnp.cumsum(equal_BN, axis=-1) - equal_BN
+        ties_BN = jnp.clip(cut.ties[:, None] - before, 0, equal_BN)
+        above = jnp.sum(jnp.where(weight_BNW > edge, weight_BNW, 0.0), axis=-1)
+        mass_BN = above + ties_BN.astype(jnp.float32) * edge[:, 0]
+    running_BN = jnp.cumsum(mass_BN, axis=-1)
+    total = running_BN[:, -1]
+    goal = uniform * total
+    block = _first_above(running_BN, mass_BN, goal)
+    inside_BW = jnp.take_along_axis(weight_BNW, block[:, None, None], axis=1)[:, 0]
+    if cut is not None and ties_BN is not None:
+        equal_BW = inside_BW == cut.weight[:, None]
+        rank = jnp.cumsum(equal_BW, axis=-1, dtype=jnp.int32)
+        kept_BW = (inside_BW > cut.weight[:, None]) | (equal_BW & (rank <= _pick(ties_BN, block)[:, None]))
+        inside_BW = jnp.where(kept_BW, inside_BW, 0.0)
+    passed = _pick(running_BN - mass_BN, block)
+    at = _first_above(passed[:, None] + jnp.cumsum(inside_BW, axis=-1), inside_BW, goal)
+    token = block * width + at
+    return token, _pick(logits, token) - top[:, 0] - jnp.log(total)
+
+
+def _blocks(vocab: int) -> int:
+    """A power of two near the square root that divides the vocabulary: 128 for 151,936. 1 for an odd one."""
+    blocks = 1
+    while 4 * blocks * blocks <= vocab and vocab % (2 * blocks) == 0:
+        blocks *= 2
+    return blocks
+
+
+def _pick(values_BN: Array, at_B: Array) -> Array:
+    return jnp.take_along_axis(values_BN, at_B[:, None], axis=-1)[:, 0]
+
+
+def _first_above(running_BN: Array, mass_BN: Array, goal_B: Array) -> Array:
+    """The first index whose running sum exceeds the goal; rounding can leave none, then the last one with any mass."""
+    at = jnp.sum(running_BN <= goal_B[:, None], axis=-1, dtype=jnp.int32)
+    index_N = jnp.arange(mass_BN.shape[-1], dtype=jnp.int32)
+    return jnp.minimum(at, jnp.max(jnp.where(mass_BN > 0, index_N[None, :], 0), axis=-1))
+
+
+def _cut(weight: Float[Array, "B V"], sampling: Sampling) -> Cut:
+    """Where top-k and then top-p cut the weights (not negative; the largest of each row is 1)."""
+    vocab = weight.shape[-1]
+    cut = Cut(jnp.zeros(weight.shape[:1]), jnp.full(weight.shape[:1], vocab, jnp.int32))
+    total = jnp.sum(weight, axis=-1)
+    if 0 < sampling.top_k < vocab:
+        goal = jnp.full(weight.shape[:1], float(sampling.top_k))
+        edge = _boundary(weight, goal, lambda kept: jnp.sum(kept, axis=-1, dtype=jnp.float32))
+        above = jnp.sum(weight > edge[:, None], axis=-1, dtype=jnp.int32)
+        cut = Cut(edge, sampling.top_k - above)
+        mass = jnp.sum(jnp.where(weight > edge[:, None], weight, 0.0), axis=-1)
+        total = mass + cut.ties.astype(jnp.float32) * edge
+    if sampling.top_p < 1.0:
+        goal = sampling.top_p * total
+        edge = _boundary(weight, goal, lambda kept: jnp.sum(jnp.where(kept, weight, 0.0), axis=-1))
+        # Top-k's own cut stands where the nucleus would reach below it, and where it has fewer ties to give.
+        edge = jnp.maximum(edge, cut.weight)
+        missing = goal - jnp.sum(jnp.where(weight > edge[:, None], weight, 0.0), axis=-1)
+        equal = jnp.sum(weight == edge[:, None], axis=-1, dtype=jnp.int32)
+        most = jnp.where(edge == cut.weight, jnp.minimum(cut.ties, equal), equal)
+        wanted = jnp.ceil(missing / jnp.maximum(edge, jnp.finfo(jnp.float32).tiny))
+        cut = Cut(edge, jnp.clip(jnp.minimum(wanted, float(vocab)).astype(jnp.int32), 1, jnp.maximum(most, 1)))
+    return cut
+
+
+def _boundary(weight: Float[Array, "B V"], goal: Float[Array, " B"], measure) -> Float[Array, " B"]:
+    """The largest weight w of each row with measure(weights >= w) >= goal.
+
+    Floats that are not negative order as their bit patterns do, so 30 halvings find the weight exactly; the search
+    ends sooner where a single token is left between the bounds in every row, for a language model after about ten.
+    """
+    bits = jax.lax.bitcast_convert_type(weight, jnp.int32)
+    one = jax.lax.bitcast_convert_type(jnp.float32(1.0), jnp.int32)
+
+    def open_(state):
+        low, high, left = state
+        return jnp.any((high - low > 1) & (left > 1))
+
+    def halve(state):
+        low, high, _ = state
+        middle = low + (high - low) // 2
+        enough = measure(bits >= middle[:, None]) >= goal
+        low, high = jnp.where(enough, middle, low), jnp.where(enough, high, middle)
+        left = jnp.sum((bits >= low[:, None]) & (bits < high[:, None]), axis=-1, dtype=jnp.int32)
+        return low, high, left
+
+    start = jnp.zeros(weight.shape[:1], jnp.int32)
+    state = (start, jnp.broadcast_to(one + 1, start.shape), jnp.full(start.shape, weight.shape[-1], jnp.int32))
+    _, high, _ = jax.lax.while_loop(open_, halve, state)
+    return jnp.max(jnp.where(bits < high[:, None], weight, 0.0), axis=-1)
