@@ -190,11 +190,11 @@ def prompts():
 
 @pytest.fixture(scope="module")
 def run(tiny):
-    """run(prompts, rows_at_once=None) -> Rollout as numpy; compiled once per shape."""
+    """run(prompts, group=1) -> Rollout as numpy; compiled once per shape."""
     model, params = tiny
 
-    @functools.partial(jax.jit, static_argnames="rows_at_once")
-    def jitted(params, prompts, key, rows_at_once):
+    @functools.partial(jax.jit, static_argnames="group")
+    def jitted(params, prompts, key, group):
         return sample(
             model,
             params,
@@ -203,11 +203,11 @@ def run(tiny):
             sampling=Sampling(),
             max_response_tokens=MAX,
             stop_ids=STOPS,
-            rows_at_once=rows_at_once,
+            group=group,
         )
 
-    def call(prompts, *, key=11, rows_at_once=None):
-        return jax.tree.map(np.asarray, jitted(params, prompts, jax.random.key(key), rows_at_once))
+    def call(prompts, *, key=11, group=1):
+        return jax.tree.map(np.asarray, jitted(params, prompts, jax.random.key(key), group))
 
     return call
 
@@ -280,13 +280,15 @@ def test_a_row_depends_on_its_key_id_and_prompt_alone(rollout, run, prompts):
     same(run(jax.tree.map(lambda x: x[few], prompts)), jax.tree.map(lambda x: x[few], rollout))
 
 
-def test_rows_at_once_changes_nothing(rollout, run, prompts):
-    same(run(prompts, rows_at_once=2), rollout)
+def test_a_group_is_prefilled_once_and_samples_the_same(run, prompts):
+    twice = jax.tree.map(lambda x: jnp.repeat(x[::2], 2, axis=0), prompts)
+    twice = Prompts(tokens=twice.tokens, length=twice.length, row_id=prompts.row_id)
+    same(run(twice, group=2), run(twice))
 
 
-def test_rows_at_once_must_divide_the_rows(run, prompts):
-    with pytest.raises(ValueError, match="rows_at_once 3 does not divide 8 rows"):
-        run(prompts, rows_at_once=3)
+def test_the_group_must_divide_the_rows(run, prompts):
+    with pytest.raises(ValueError, match="group 3 does not divide 8 rows"):
+        run(prompts, group=3)
 
 
 def test_other_keys_and_other_row_ids_give_other_responses(rollout, run, prompts):

@@ -31,6 +31,9 @@ TRAIN_RULES: Rules = {
     "norm": None,
 }
 
+DECODE_RULES: Rules = TRAIN_RULES | {"embed": None, "parts": None}
+"""Of the rollout view: what training shards over `fsdp` lies whole on each device, so that no token has to gather it."""
+
 
 def make_mesh(*, data: int = 1, fsdp: int = -1, tensor: int = 1, devices=None) -> Mesh:
     """A mesh with the axes (data, fsdp, tensor); one size may be -1: all devices that are left.

@@ -1,98 +1,420 @@
-"""The sampling engine: prompts in, a Rollout out, inside jit, on the parameters that the learner updates."""
+"""Continuous batching: rows through slots, segment by segment; a cache of pages; rows come out as they end."""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
+from tsopsd_jax.model.decoding import LayerCache, prefill, rollout_view, view_axes
 from tsopsd_jax.model.qwen3 import Qwen3
-from tsopsd_jax.rollout.distribution import Sampling, draw
+from tsopsd_jax.rollout.distribution import Sampling
+from tsopsd_jax.rollout.schedule import Admitted, Geometry, Schedule
+from tsopsd_jax.rollout.segment import Pool, Slots, decode_segment, empty_tails
+from tsopsd_jax.sharding import DECODE_RULES, row_multiple, tree_shardings
 from tsopsd_jax.types import AnyArray, Prompts, PyTree, Rollout
 
+SHORT_TOKENS = 128
+"""Responses and prompts of at most this length are one segment: they need no pages."""
+PREFILL_TOKENS = 16_384
+"""Prompts are prefilled in pieces of about this many tokens."""
 
-def row_keys(key: Array, row_id: AnyArray) -> Array:
-    """One key per row: fold_in(key, row_id). With key = fold_in(run key, step) a sample depends on nothing else."""
-    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, row_id)
+
+class Finished(NamedTuple):
+    """A row that ended: its response tokens (stop token included) and their log-probabilities."""
+
+    row: int
+    tokens: np.ndarray
+    logp: np.ndarray
+    stopped: bool
 
 
-def sample(
-    model: Qwen3,
-    params: PyTree,
-    prompts: Prompts,
-    key: Array,
-    *,
-    sampling: Sampling,
-    max_response_tokens: int,
-    stop_ids: tuple[int, ...],
-    rows_at_once: int | None = None,
-) -> Rollout:
-    """Continue every prompt until a stop token or `max_response_tokens`. Pure; to be called under jit.
+@dataclasses.dataclass
+class Progress:
+    """Where a rollout stands, and what it took."""
+
+    rows: int
+    finished: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    first_token_s: float = 0.0  # until the first segment was over
+    slot_steps: int = 0
+    peak_cache_bytes: int = 0
+
+    @property
+    def left_s(self) -> float:
+        """Seconds that the rest may take: rows so far, and rows to come, at the mean rate of finishing."""
+        return self.seconds * (self.rows - self.finished) / max(self.finished, 1)
+
+    @property
+    def slot_use(self) -> float:
+        """Share of decoded slot-steps that gave a token which is kept."""
+        return self.tokens / max(self.slot_steps, 1)
+
+
+def segment_tokens(max_prompt_tokens: int, max_response_tokens: int) -> int:
+    """R: 64 tokens, 128 on a TPU (the width of its registers); short responses to short prompts are one segment."""
+    if max(max_prompt_tokens, max_response_tokens) <= SHORT_TOKENS:
+        return max_response_tokens
+    return 128 if jax.default_backend() == "tpu" else 64
+
+
+class Engine:
+    """The sampler outside of jit; programs are compiled once and kept.
 
     Args:
-        model, params: the policy.
-        prompts: B prompts of at most P tokens, right-padded.
-        key: the key of the step; the randomness of a row depends on it and on the row's id alone.
-        sampling: temperature, top-p, top-k.
-        max_response_tokens: responses are cut at this length (stop token included).
-        stop_ids: a response ends with the first of these.
-        rows_at_once: decode this many rows together, one batch after the other; None: all.
-
-    Returns:
-        A Rollout of width L = P + max_response_tokens.
-
-    Raises:
-        ValueError: if `rows_at_once` does not divide the number of rows.
+        model: the policy's functions.
+        mesh: slots and pages are divided over data x fsdp, heads and vocabulary over tensor.
+        sampling, max_response_tokens, stop_ids: what is drawn.
+        max_prompt_tokens: P, the width of the prompts.
+        slots: rows decoded together, at most; rounded up to the mesh.
+        segment: R, tokens between two looks at the schedule; None: `segment_tokens`.
     """
-    b = prompts.tokens.shape[0]
 
-    def some(prompts: Prompts) -> Rollout:
-        return _sample(model, params, prompts, key, sampling, max_response_tokens, stop_ids)
+    def __init__(
+        self,
+        model: Qwen3,
+        mesh: jax.sharding.Mesh,
+        *,
+        sampling: Sampling,
+        max_prompt_tokens: int,
+        max_response_tokens: int,
+        stop_ids: tuple[int, ...],
+        slots: int,
+        segment: int | None = None,
+    ):
+        self.model, self.mesh, self.limit = model, mesh, max_response_tokens
+        self.shards = row_multiple(mesh)
+        self.slots = -(-slots // self.shards) * self.shards
+        self.segment = segment or segment_tokens(max_prompt_tokens, max_response_tokens)
+        self.geometry = Geometry(self.segment, max_prompt_tokens, max_response_tokens, self.shards)
+        self._rows = NamedSharding(mesh, P(DECODE_RULES["rows"]))
+        self._heads = NamedSharding(mesh, P(DECODE_RULES["rows"], DECODE_RULES["kv_heads"]))
+        self._paged = NamedSharding(mesh, P(DECODE_RULES["rows"], None, DECODE_RULES["kv_heads"]))
+        self._whole = NamedSharding(mesh, P(None, DECODE_RULES["kv_heads"]))
+        shapes = jax.eval_shape(functools.partial(rollout_view, model), model.param_shapes())
+        layout = tree_shardings(view_axes(model), shapes, mesh, DECODE_RULES)
+        self._view = jax.jit(functools.partial(rollout_view, model), out_shardings=layout)
+        self._prefill = jax.jit(functools.partial(prefill, model), out_shardings=self._whole)
+        self._place = jax.jit(
+            functools.partial(_place, home=self.geometry.home),
+            donate_argnums=(0, 1),
+            out_shardings=(self._heads, self._paged, self._whole),
+        )
+        self._commit = jax.jit(_commit, donate_argnums=0, out_shardings=self._paged)
+        self._grow = jax.jit(_grow, static_argnames="size", out_shardings=self._paged)
+        self._shrink = jax.jit(_shrink, out_shardings=(self._heads, self._paged))
+        self._segment = jax.jit(
+            functools.partial(decode_segment, model, sampling=sampling, steps=self.segment, stop_ids=stop_ids),
+            donate_argnums=1,
+            out_shardings=(None, self._heads),
+        )
+        self.progress = Progress(0)
 
-    if rows_at_once is None or rows_at_once >= b:
-        return some(prompts)
-    if b % rows_at_once:
-        raise ValueError(f"rows_at_once {rows_at_once} does not divide {b} rows")
-    # Strided, so that every piece is spread over all devices.
-    split = jax.tree.map(lambda x: x.reshape(rows_at_once, -1, *x.shape[1:]).swapaxes(0, 1), prompts)
-    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(b, *x.shape[2:]), jax.lax.map(some, split))
+    def view(self, params: PyTree) -> PyTree:
+        """The rollout view of the parameters: gathered and cast once, for as many rollouts as the parameters last."""
+        return self._view(params)
+
+    @property
+    def programs(self) -> int:
+        """Programs compiled so far."""
+        jits: tuple[Any, ...] = (
+            self._view,
+            self._prefill,
+            self._place,
+            self._commit,
+            self._grow,
+            self._shrink,
+            self._segment,
+        )
+        return sum(f._cache_size() for f in jits)
+
+    def run(
+        self,
+        view: PyTree,
+        prompts: Prompts,
+        key: Array,
+        *,
+        group: int = 1,
+        on_finished: Callable[[Finished], None] | None = None,
+        on_progress: Callable[[Progress], None] | None = None,
+    ) -> Rollout:
+        """All rows, as a Rollout on the host; `on_finished` sees each as it ends, while others are still decoded."""
+        n, p = prompts.tokens.shape
+        length = np.asarray(prompts.length, np.int32)
+        tokens = np.zeros((n, p + self.limit), np.int32)
+        tokens[:, :p] = np.where(np.arange(p)[None, :] < length[:, None], prompts.tokens, 0)
+        logp = np.zeros(tokens.shape, np.float32)
+        end, stopped = length.copy(), np.zeros(n, bool)
+        for done in self.stream(view, prompts, key, group=group, on_progress=on_progress):
+            at = slice(length[done.row], length[done.row] + len(done.tokens))
+            tokens[done.row, at], logp[done.row, at] = done.tokens, done.logp
+            end[done.row], stopped[done.row] = at.stop, done.stopped
+            if on_finished is not None:
+                on_finished(done)
+        return Rollout(tokens=tokens, prompt_length=length, length=end, logp=logp, stopped=stopped)
+
+    def stream(
+        self,
+        view: PyTree,
+        prompts: Prompts,
+        key: Array,
+        *,
+        group: int = 1,
+        on_progress: Callable[[Progress], None] | None = None,
+    ) -> Iterator[Finished]:
+        """Rows as they end, in an order that follows from lengths alone.
+
+        Args:
+            view: from `view`.
+            prompts: host arrays; rows in groups of `group` equal prompts, each prefilled once.
+            key: the step's; a row's randomness depends on it and on the row's id alone.
+        """
+        if len(prompts.length) % group:
+            raise ValueError(f"group {group} does not divide {len(prompts.length)} rows")
+        width = prompts.tokens.shape[1]
+        if width != self.geometry.max_prompt_tokens:
+            raise ValueError(f"prompts are {width} wide, expected max_prompt_tokens {self.geometry.max_prompt_tokens}")
+        began = time.monotonic()
+        rollout = _Rollout(self, prompts, group)
+        schedule, self.progress = rollout.schedule, Progress(len(prompts.length))
+        finished: list[Finished] = []
+        while not schedule.over:
+            rollout.turn(view)
+            running = rollout.dispatch(view, key)
+            yield from finished  # while the segment runs
+            finished = rollout.collect(running)
+            now = self.progress
+            now.finished, now.tokens = now.finished + len(finished), schedule.kept_tokens
+            now.slot_steps, now.seconds = schedule.slot_steps, time.monotonic() - began
+            now.peak_cache_bytes = rollout.peak_bytes
+            now.first_token_s = now.first_token_s or now.seconds
+            if on_progress is not None:
+                on_progress(now)
+        yield from finished
 
 
-def _sample(model, params, prompts: Prompts, key, sampling: Sampling, max_tokens: int, stop_ids) -> Rollout:
-    b, p = prompts.tokens.shape
-    rows = jnp.arange(b)
-    keys = row_keys(key, prompts.row_id)
-    stops = jnp.asarray(stop_ids, jnp.int32)
-    prompt_length = prompts.length.astype(jnp.int32)
-    in_prompt = jnp.arange(p, dtype=jnp.int32)[None, :] < prompt_length[:, None]
-    tokens = jnp.pad(jnp.where(in_prompt, prompts.tokens, 0).astype(jnp.int32), ((0, 0), (0, max_tokens)))
-    hidden, cache = model.prefill(params, tokens[:, :p], slots=p + max_tokens)
-    last = jnp.take_along_axis(hidden, (prompt_length - 1)[:, None, None], axis=1)[:, 0]
+class _Rollout:
+    """The state of one rollout: the schedule, the cache on the device, the responses so far."""
 
-    def running(carry):
-        t, _, _, _, _, stopped, _ = carry
-        return (t < max_tokens) & ~jnp.all(stopped)
+    def __init__(self, engine: Engine, prompts: Prompts, group: int):
+        self.engine, self.prompts, self.group = engine, prompts, group
+        self.geometry = engine.geometry
+        self.length = np.asarray(prompts.length, np.int32)
+        self.schedule = Schedule(self.length, slots=engine.slots, geometry=self.geometry)
+        self.width = _width(int(self.length.max()) - 1, prompts.tokens.shape[1] - 1, engine.segment)
+        slots, r = self.schedule.row.size, engine.segment
+        self.tails = jax.jit(
+            functools.partial(empty_tails, engine.model, slots, self.geometry.home + r), out_shardings=engine._heads
+        )()
+        self.pages = None
+        if self.geometry.row_pages:
+            c, dtype = engine.model.config, engine.model.compute_dtype
+            shape = (*self.schedule.owner.shape, c.num_key_value_heads, c.head_dim, r)
+            make = jax.jit(
+                lambda: ((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype).swapaxes(3, 4)),) * c.num_hidden_layers,
+                out_shardings=engine._paged,
+            )
+            self.pages = make()
+        self.carry: tuple[LayerCache, ...] | None = None  # the cache of the group whose rows did not all find a slot
+        self.carried = -1
+        self.parts: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {}
+        self.last = np.zeros(slots, np.int32)
+        self.peak_bytes = 0
 
-    def step(carry):
-        t, tokens, logp, length, hidden, stopped, cache = carry
-        uniform = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, t)))(keys)
-        token, token_logp = draw(model.project(params, hidden), uniform, sampling)
-        # A row that has stopped idles: it writes zeros beyond its end.
-        token = jnp.where(stopped, 0, token)
-        at = prompt_length + t
-        tokens = tokens.at[rows, at].set(token)
-        logp = logp.at[rows, at].set(jnp.where(stopped, 0.0, token_logp))
-        length = jnp.where(stopped, length, at + 1)
-        stopped = stopped | jnp.any(token[:, None] == stops[None, :], axis=1)
-        hidden, cache = model.decode(params, token, at, cache)
-        return t + 1, tokens, logp, length, hidden, stopped, cache
+    def turn(self, view: PyTree) -> None:
+        """Between segments: keep what was drawn, make room, let rows in."""
+        engine, schedule = self.engine, self.schedule
+        size = schedule.grow()
+        if size is not None and self.pages is not None:
+            before = _bytes(self.pages)
+            self.pages = engine._grow(self.pages, size=size)
+            self._count_bytes(before)
+        if schedule.live.any() and self.pages is not None:
+            self.pages = engine._commit(self.pages, self.tails, self._put(schedule.commit()))
+        shrink = schedule.shrink()
+        if shrink is not None:
+            before = _bytes((self.tails, self.pages))
+            live = schedule.live
+            self.last = self.last.reshape(live.shape[0], -1)
+            self.last = np.take_along_axis(self.last, shrink.slot_source, axis=1).reshape(-1)
+            sources = self._put(shrink.slot_source), self._put(shrink.page_source)
+            self.tails, self.pages = engine._shrink(self.tails, self.pages, *sources)
+            self._count_bytes(before)
+        self._count_bytes()
+        self._admit(view, schedule.admit())
 
-    start = (
-        jnp.zeros((), jnp.int32),
-        tokens,
-        jnp.zeros(tokens.shape, jnp.float32),
-        prompt_length,
-        last,
-        jnp.zeros((b,), bool),
-        cache,
-    )
-    _, tokens, logp, length, _, stopped, _ = jax.lax.while_loop(running, step, start)
-    return Rollout(tokens=tokens, prompt_length=prompt_length, length=length, logp=logp, stopped=stopped)
+    def dispatch(self, view: PyTree, key: Array):
+        """Start a segment; its results are fetched by `collect`."""
+        schedule, row = self.schedule, self.schedule.row.reshape(-1)
+        live, drawn = row >= 0, self.schedule.drawn.reshape(-1)
+        prompt = np.where(live, self.length[row], 1)
+        slots = Slots(
+            token=self.last,
+            position=prompt - 1 + drawn,
+            tail=(prompt - 1) % self.engine.segment,
+            row_id=np.where(live, np.asarray(self.prompts.row_id)[row], 0).astype(np.uint32),
+            drawn=drawn,
+            left=np.where(live, self.engine.limit - drawn, 0),
+        )
+        slots = Slots(*(self._put(x if x.dtype == np.uint32 else x.astype(np.int32)) for x in slots))
+        pool = None if self.pages is None else Pool(self.pages, self._put(schedule.owner))
+        segment, self.tails = self.engine._segment(view, self.tails, pool, slots, key)
+        return segment
+
+    def collect(self, segment) -> list[Finished]:
+        """Wait for a segment and take in what it drew."""
+        tokens, logp, count, stopped = jax.device_get(tuple(segment))
+        schedule, row = self.schedule, self.schedule.row.reshape(-1)
+        for slot in np.flatnonzero(row >= 0):
+            n = count[slot]
+            self.parts.setdefault(int(row[slot]), []).append((tokens[:n, slot], logp[:n, slot]))
+            self.last[slot] = tokens[n - 1, slot]
+        finished = []
+        for row_, stop in schedule.advance(count.reshape(schedule.row.shape), stopped.reshape(schedule.row.shape)):
+            drawn, nats = zip(*self.parts.pop(row_), strict=True)
+            finished.append(Finished(row_, np.concatenate(drawn), np.concatenate(nats), stop))
+        return finished
+
+    def _admit(self, view: PyTree, admitted: list[Admitted]) -> None:
+        """Prefill the prompts of new groups, in pieces, and hand their cache to the slots."""
+        for entry in admitted:
+            self.last[entry.slot] = self.prompts.tokens[entry.row, self.length[entry.row] - 1]
+        if self.width == 0:
+            return
+        most = max(1, PREFILL_TOKENS // self.width)
+        while admitted:
+            groups = list(dict.fromkeys(entry.row // self.group for entry in admitted))
+            new = [g for g in groups if g != self.carried][:most]
+            known = [self.carried, *new]
+            piece = [entry for entry in admitted if entry.row // self.group in known]
+            admitted = admitted[len(piece) :]
+            store = self.carry
+            if new or store is None:
+                # Few sizes, spread over all devices.
+                count = _power_of_two(-(-len(new) // self.engine.shards)) * self.engine.shards
+                tokens = np.zeros((count, self.width), np.int32)
+                for at, g in enumerate(new):
+                    n = min(self.length[g * self.group], self.width)
+                    tokens[at, :n] = self.prompts.tokens[g * self.group, :n]
+                store = self.engine._prefill(view, self._put(tokens))
+            self._hand_over(piece, known, store)
+            self.carried = piece[-1].row // self.group
+
+    def _hand_over(self, piece: list[Admitted], known: list[int], store: tuple[LayerCache, ...]) -> None:
+        r, (shards, each) = self.engine.segment, self.schedule.row.shape
+        home, start = np.full(shards * each, -1, np.int32), np.zeros(shards * each, np.int32)
+        pages: list[list[tuple[int, int, int]]] = [[] for _ in range(shards)]
+        for entry in piece:
+            source = known.index(entry.row // self.group)  # 0: what was carried
+            home[entry.slot] = source
+            start[entry.slot] = self.geometry.prompt_pages(int(self.length[entry.row])) * r
+            pages[entry.slot // each] += [(int(page), source, j) for j, page in enumerate(entry.pages)]
+        longest = _power_of_two(max(len(p) for p in pages)) if any(pages) else 0
+        table = np.full((3, shards, longest), self.schedule.owner.shape[1], np.int32)  # beyond the pool: dropped
+        table[1:] = 0
+        for shard, entries in enumerate(pages):
+            table[:, shard, : len(entries)] = np.asarray(entries, np.int32).reshape(-1, 3).T
+        carry = self.carry if self.carry is not None else jax.tree.map(lambda x: x[:1], store)
+        keep = np.int32(known.index(piece[-1].row // self.group))
+        self.tails, self.pages, self.carry = self.engine._place(
+            self.tails, self.pages, carry, store, self._put(home), self._put(start), table, keep
+        )
+
+    def _put(self, x: AnyArray) -> Array:
+        return jax.device_put(x, self.engine._rows)
+
+    def _count_bytes(self, also: int = 0) -> None:
+        self.peak_bytes = max(self.peak_bytes, _bytes((self.tails, self.pages)) + also)
+
+
+# ------------------------------------------------------------- device programs
+
+
+def _place(tails, pages, carry, store, home_B: Array, start_B: Array, table: Array, keep: Array, *, home: int):
+    """Prompts' cache into slots: whole pages into the pool, the rest into the tails.
+
+    Args:
+        carry, store: caches of prompts, one and A of them, [., K, H, W] and [., K, W, H] per layer; numbered together.
+        home_B: for each slot the prompt that it gets, or -1.
+        start_B: where in the prompt its rest begins.
+        table: [3, S, n]: page, prompt, and which of the prompt's pages, to be copied.
+        keep: the prompt to carry on.
+        home: places of a tail for the rest.
+    """
+    take_B = home_B >= 0
+
+    def one(tail, pool, carried, stored, axis):
+        every = jnp.concatenate([carried, stored])
+        if home:
+            rest = jax.vmap(lambda a, i: jax.lax.dynamic_slice_in_dim(every[a], i, home, axis - 1))(
+                jnp.maximum(home_B, 0), start_B
+            )
+            old = jax.lax.slice_in_dim(tail, 0, home, axis=axis)
+            rest = jnp.where(take_B[:, None, None, None], rest, old)
+            tail = jax.lax.dynamic_update_slice_in_dim(tail, rest, 0, axis)
+        if pool is not None and table.shape[2]:
+            r = pool.shape[axis + 1]
+
+            def fill(pool_Q, page, a, j):
+                part = jax.vmap(lambda a, j: jax.lax.dynamic_slice_in_dim(every[a], j * r, r, axis - 1))(a, j)
+                return pool_Q.at[page].set(part, mode="drop")
+
+            pool = jax.vmap(fill)(pool, *table)
+        return tail, pool, jax.lax.dynamic_slice_in_dim(every, keep, 1, 0)
+
+    out = []
+    for i, (tail, carried, stored) in enumerate(zip(tails, carry, store, strict=True)):
+        pair = [
+            one(tail[j], None if pages is None else pages[i][j], carried[j], stored[j], axis)
+            for j, axis in enumerate((3, 2))
+        ]
+        out.append(tuple(zip(*pair, strict=True)))
+    tails, pages_, carry = (tuple(layer[j] for layer in out) for j in range(3))
+    return tails, None if pages is None else pages_, carry
+
+
+def _commit(pages, tails, page_SB: Array):
+    """What each slot drew in the last segment becomes its page `page_SB`; beyond the pool: nothing is kept."""
+
+    def one(pool, tail, axis):
+        r = pool.shape[axis + 1]
+        drawn = jax.lax.slice_in_dim(tail, tail.shape[axis] - r, tail.shape[axis], axis=axis)
+        drawn = drawn.reshape(*page_SB.shape, *drawn.shape[1:])
+        return jax.vmap(lambda p, at, new: p.at[at].set(new, mode="drop"))(pool, page_SB, drawn)
+
+    return tuple((one(k, tk, 3), one(v, tv, 2)) for (k, v), (tk, tv) in zip(pages, tails, strict=True))
+
+
+def _grow(pages, *, size: int):
+    return jax.tree.map(lambda p: jnp.pad(p, [(0, 0), (0, size - p.shape[1]), *[(0, 0)] * 3]), pages)
+
+
+def _shrink(tails, pages, slot_source: Array, page_source: Array):
+    def slots(tail):
+        parts = tail.reshape(slot_source.shape[0], -1, *tail.shape[1:])
+        return jax.vmap(lambda x, at: x[at])(parts, slot_source).reshape(-1, *tail.shape[1:])
+
+    return jax.tree.map(slots, tails), jax.tree.map(lambda p: jax.vmap(lambda x, at: x[at])(p, page_source), pages)
+
+
+def _width(longest: int, limit: int, r: int) -> int:
+    """Prompt positions to prefill: the longest in a power of two of segments; one size for prompts under a segment."""
+    if limit < r or longest <= 0:
+        return limit if longest > 0 else 0
+    return r * _power_of_two(-(-longest // r))
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def _bytes(tree: PyTree) -> int:
+    return sum(x.nbytes for x in jax.tree.leaves(tree))

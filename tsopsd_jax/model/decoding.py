@@ -1,0 +1,122 @@
+"""Qwen3 for sampling: a rollout view of the weights, prefill, and one decoding step over a cache.
+
+The rollout view holds the same weights in the compute dtype, laid out for decoding: a product with few rows is bound by
+reading the weight, so matrices stand as [out, in] to be read in order, and those that share an input are one matrix.
+Activations are feature-major, [D, M], with M = rows x positions.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from tsopsd_jax.model.qwen3 import Qwen3, attention, rms_norm, rope
+from tsopsd_jax.types import PyTree
+
+LayerCache = tuple[Array, Array]
+"""Keys [B, K, H, C] and values [B, K, C, H] of a layer."""
+
+Attend = Callable[[int, Array, Array, Array], Array]
+"""(layer, q_BTNH, k_BTKH, v_BTKH) -> out_BTNH"""
+
+
+def rollout_view(model: Qwen3, params: PyTree) -> PyTree:
+    """The weights as the sampler reads them; to be jitted, with `out_shardings` from `view_axes` on a mesh.
+
+    Returns:
+        embed [V, D]; unembed [V, D] (the same array when tied); final_norm [D]; layers, a tuple of dicts of
+        qkv [K, G + 2, H, D] (G query heads, the key and the value of each key-value head), o [D, K, G, H],
+        gate_up [2, F, D], down [D, F] and the norms.
+    """
+    c, dtype = model.config, model.compute_dtype
+    k, h, d = c.num_key_value_heads, c.head_dim, c.hidden_size
+
+    def one(i: int) -> PyTree:
+        w = jax.tree.map(lambda x: x[i].astype(dtype), params["layers"])
+        qkv_DKEH = jnp.concatenate([w["q"].reshape(d, k, -1, h), w["k"][:, :, None], w["v"][:, :, None]], axis=2)
+        return {
+            "qkv": jnp.transpose(qkv_DKEH, (1, 2, 3, 0)),
+            "o": jnp.transpose(w["o"].reshape(k, -1, h, d), (3, 0, 1, 2)),
+            "gate_up": jnp.stack([w["gate"].T, w["up"].T]),
+            "down": w["down"].T,
+        } | {name: w[name] for name in ("attention_norm", "q_norm", "k_norm", "mlp_norm")}
+
+    embed = params["embed"].astype(dtype)
+    return {
+        "embed": embed,
+        "unembed": embed if c.tie_word_embeddings else params["head"].astype(dtype).T,
+        "final_norm": params["final_norm"].astype(dtype),
+        "layers": tuple(one(i) for i in range(c.num_hidden_layers)),
+    }
+
+
+def view_axes(model: Qwen3) -> PyTree:
+    """The logical axis names of every array of the view, for `sharding.tree_shardings` with `DECODE_RULES`."""
+    layer = {
+        "qkv": ("kv_heads", "parts", "head_dim", "embed"),
+        "o": ("embed", "kv_heads", "parts", "head_dim"),
+        "gate_up": ("parts", "mlp", "embed"),
+        "down": ("embed", "mlp"),
+    } | dict.fromkeys(("attention_norm", "q_norm", "k_norm", "mlp_norm"), ("norm",))
+    return {
+        "embed": ("vocab", "embed"),
+        "unembed": ("vocab", "embed"),
+        "final_norm": ("norm",),
+        "layers": (layer,) * model.config.num_hidden_layers,
+    }
+
+
+def prefill(model: Qwen3, view: PyTree, tokens: Int[Array, "B T"]) -> tuple[LayerCache, ...]:
+    """The cache of whole prompts, [B, K, H, T] and [B, K, T, H] per layer; what stands beyond a prompt's end is junk
+    that no position of the prompt sees."""
+    positions_BT = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :], tokens.shape)
+    cache: list[LayerCache] = []
+
+    def attend(_, q_BTNH, k_BTKH, v_BTKH):
+        cache.append((jnp.transpose(k_BTKH, (0, 2, 3, 1)), jnp.transpose(v_BTKH, (0, 2, 1, 3))))
+        return attention(q_BTNH, k_BTKH, v_BTKH, positions_BT)
+
+    _trunk(model, view, tokens, positions_BT, attend)
+    return tuple(cache)
+
+
+def decode(model: Qwen3, view: PyTree, tokens: Int[Array, " B"], position: Int[Array, " B"], attend: Attend) -> Array:
+    """Float32 logits [B, V] after one token per row, each at its own position; `attend` holds the cache."""
+    x_DB = _trunk(model, view, tokens[:, None], position[:, None], attend)
+    x_DB = _norm(x_DB, view["final_norm"], model.config.rms_norm_eps)
+    logits_VB = jnp.einsum("VD,DB->VB", view["unembed"], x_DB, preferred_element_type=jnp.float32)
+    return _apart(logits_VB).T
+
+
+def _trunk(model: Qwen3, view: PyTree, tokens_BT: Array, positions_BT: Array, attend: Attend) -> Array:
+    c = model.config
+    b, t = tokens_BT.shape
+    k, h = c.num_key_value_heads, c.head_dim
+    x_DM = jnp.take(view["embed"], tokens_BT.reshape(-1), axis=0).T
+    for i, w in enumerate(view["layers"]):
+        y_DM = _norm(x_DM, w["attention_norm"], c.rms_norm_eps)
+        qkv_KEHM = _apart(jnp.einsum("KEHD,DM->KEHM", w["qkv"], y_DM))
+        qkv_BTKEH = jnp.transpose(qkv_KEHM, (3, 0, 1, 2)).reshape(b, t, k, -1, h)
+        q_BTNH = qkv_BTKEH[:, :, :, :-2].reshape(b, t, -1, h)
+        q_BTNH = rope(rms_norm(q_BTNH, w["q_norm"], c.rms_norm_eps), positions_BT, c.rope_theta)
+        k_BTKH = rope(rms_norm(qkv_BTKEH[:, :, :, -2], w["k_norm"], c.rms_norm_eps), positions_BT, c.rope_theta)
+        out_BTNH = attend(i, q_BTNH, k_BTKH, qkv_BTKEH[:, :, :, -1])
+        out_KGHM = _apart(jnp.transpose(out_BTNH.reshape(b * t, k, -1, h), (1, 2, 3, 0)))
+        x_DM = x_DM + jnp.einsum("DKGH,KGHM->DM", w["o"], out_KGHM)
+        y_DM = _norm(x_DM, w["mlp_norm"], c.rms_norm_eps)
+        gate_up_CFM = jnp.einsum("CFD,DM->CFM", w["gate_up"], y_DM)
+        x_DM = x_DM + jnp.einsum("DF,FM->DM", w["down"], jax.nn.silu(gate_up_CFM[0]) * gate_up_CFM[1])
+    return x_DM
+
+
+def _norm(x_DM: Array, scale_D: Array, eps: float) -> Array:
+    """`rms_norm` over the leading axis."""
+    x32 = x_DM.astype(jnp.float32)
+    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=0, keepdims=True) + eps)
+    return (x32 * inverse * scale_D.astype(jnp.float32)[:, None]).astype(x_DM.dtype)
+
+
+def _apart(x: Array) -> Array:
+    """Keeps the transpose beside a product out of it: folded in, XLA's CPU product runs at a third of its rate."""
+    return jax.lax.optimization_barrier(x)
