@@ -116,7 +116,7 @@ def test_settings_of_the_machine_may_change_between_starts(finished):
         ("phases.0.optimizer.learning_rate=fast", "expected float, got 'fast'"),
         ("seed=1.5", "seed: expected int, got 1.5"),
         ("phases.0.micro_batches=3", "micro_batches 3 does not divide the step's 8 rows"),
-        ("phases.0.rows_at_once=4", "do not split over 8 devices"),
+        ("phases.0.rows_at_once=0", "rows_at_once must be at least 1, got 0"),
         ("mesh.tensor=3", "does not fit 8 devices"),
         ("model.path=/nowhere/at-all", "/nowhere/at-all: no such directory"),
         ("data.max_prompt_tokens=6 evaluation.data.max_prompt_tokens=6", "has 7 tokens, expected 1 to 6"),

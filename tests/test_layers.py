@@ -25,6 +25,7 @@ ORDER = [
     "runlog",
     "console",
     "phases",
+    "step_metrics",
     "task",
     "trainer",
     "report_plots",

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tsopsd_jax.model import Qwen3, Qwen3Config
+from tsopsd_jax.model import Qwen3, Qwen3Config, decoding
 from tsopsd_jax.model.qwen3 import attention, rms_norm, rope
 from tsopsd_jax.sharding import make_mesh, tree_shardings
 
@@ -156,26 +156,24 @@ def test_tied_logits_use_the_embedding(params):
     np.testing.assert_allclose(model.logits(tied, tokens_of((1, 4))), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("length", [[1, 4, 6], [6, 6, 6]], ids=["ragged", "full"])
-def test_prefill_and_decode_equal_the_full_forward(model, params, length):
-    """Rows decode from their own position on, over whatever lay in the padding of the prompts."""
-    tokens, steps = tokens_of((3, 10)), 4
-    full = model.logits(params, tokens)
-    junk = tokens_of((3, 6), seed=9)
-    inside = jnp.arange(6)[None, :] < jnp.asarray(length)[:, None]
-    prefill = jax.jit(model.prefill, static_argnames="slots")
-    hidden, cache = prefill(params, jnp.where(inside, tokens[:, :6], junk), slots=10)
-    prefilled = model.project(params, hidden)
-    for row, n in enumerate(length):
-        np.testing.assert_allclose(prefilled[row, :n], full[row, :n], rtol=1e-4, atol=1e-5)
-    assert jax.tree.leaves(cache)[0].shape == (3, 10, 2, 8)
-    decode = jax.jit(model.decode)
-    rows = jnp.arange(3)
-    for step in range(steps):
-        position = jnp.asarray(length, jnp.int32) + step
-        hidden, cache = decode(params, tokens[rows, position], position, cache)
-        expected = full[rows, position]
-        np.testing.assert_allclose(model.project(params, hidden), expected, rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize("tied", [False, True])
+def test_prefill_and_decode_equal_the_full_forward(params, tied):
+    """The rollout view, a prompt's cache and one token more, against the training forward of the same tokens."""
+    model = Qwen3(dataclasses.replace(CONFIG, tie_word_embeddings=tied))
+    params = {k: v for k, v in params.items() if k != "head" or not tied}
+    tokens, n = tokens_of((3, 7)), 6
+    view = decoding.rollout_view(model, params)
+    cache = decoding.prefill(model, view, tokens[:, :n])
+    assert {keys.shape for keys, _ in cache} == {(3, 2, 8, n)}
+
+    def attend(layer, q_BTNH, k_BTKH, v_BTKH):
+        keys, values = cache[layer]
+        k_BSKH = jnp.concatenate([jnp.moveaxis(keys, 3, 1), k_BTKH], axis=1)
+        v_BSKH = jnp.concatenate([jnp.moveaxis(values, 2, 1), v_BTKH], axis=1)
+        return attention(q_BTNH, k_BSKH, v_BSKH, jnp.full((3, 1), n, jnp.int32))
+
+    logits = decoding.decode(model, view, tokens[:, n], jnp.full((3,), n, jnp.int32), attend)
+    np.testing.assert_allclose(logits, model.logits(params, tokens)[:, n], rtol=1e-4, atol=1e-5)
 
 
 def test_remat_changes_no_gradient(model, params):
@@ -196,8 +194,9 @@ def test_bfloat16_compute(model, params):
     assert logits.dtype == jnp.float32
     # bfloat16 keeps 8 bits: a few times 2^-8 of the largest logit, and not the same numbers.
     assert 0 < float(jnp.abs(logits - exact).max()) < 0.06 * float(jnp.abs(exact).max())
-    hidden, cache = jax.eval_shape(lambda: low.prefill(params, tokens, slots=7))
-    assert {leaf.dtype for leaf in jax.tree.leaves((hidden, cache))} == {jnp.dtype(jnp.bfloat16)}
+    view = jax.eval_shape(lambda: decoding.rollout_view(low, params))
+    cache = jax.eval_shape(lambda: decoding.prefill(low, decoding.rollout_view(low, params), tokens))
+    assert {leaf.dtype for leaf in jax.tree.leaves((view, cache))} == {jnp.dtype(jnp.bfloat16)}
 
 
 def test_sharded_model_equals_one_device(model, initial):

@@ -124,7 +124,10 @@ def trainer_in(tokenizer):
 
 def facts(run_dir):
     """The metrics without what the clock says."""
-    return [{k: v for k, v in line.items() if "time" not in k and "per_s" not in k} for line in read_metrics(run_dir)]
+    return [
+        {k: v for k, v in line.items() if "time" not in k and "per_s" not in k and k != "rollout/programs"}
+        for line in read_metrics(run_dir)
+    ]
 
 
 def finish(trainer):
@@ -294,8 +297,22 @@ def test_no_step_is_compiled_twice(trainer_in, tmp_path):
 
     trainer._compile = watched
     trainer.run()
-    assert len(compiled) == 3, "two functions for the RL phase, one for the reheater"
-    assert [part._cache_size() for part in compiled] == [1, 1, 1]
+    assert len(compiled) == 2, "the update of the RL phase, and the whole step of the reheater"
+    assert [part._cache_size() for part in compiled] == [1, 1]
+    programs = [line["rollout/programs"] for line in read_metrics(tmp_path) if line["phase"] == "rl"]
+    assert programs[1:] == programs[1:2] * 4, "the sampler compiled after the first step"
+
+
+def test_reheating_in_stages_is_the_same_step(trainer_in, tmp_path):
+    """Fewer slots than rows: continuous batching and an update, instead of one program."""
+    whole = finish(trainer_in(tmp_path / "one", phases=(reheat_phase(),)))
+    stages = finish(trainer_in(tmp_path / "stages", phases=(reheat_phase(rows_at_once=3),)))
+    one, other = facts(tmp_path / "one"), facts(tmp_path / "stages")
+    for a, b in zip(one, other, strict=True):
+        for name in ("policy/entropy_nats", "loss/total", "rollout/tokens", "reward/accuracy_fraction"):
+            np.testing.assert_allclose(a[name], b[name], rtol=1e-4, err_msg=name)
+        assert 0.3 < b["rollout/slot_use_fraction"] <= 1
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), whole.params, stages.params)
 
 
 def test_prompts_that_are_too_long_are_named(tokenizer):

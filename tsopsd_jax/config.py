@@ -91,7 +91,7 @@ class EvaluationSettings:
     max_response_tokens: int = 8192
     """[P: 8192]"""
     rows_at_once: int = 512
-    """Responses decoded together."""
+    """Slots: responses decoded side by side."""
 
     def __post_init__(self):
         for name in ("samples", "max_response_tokens", "rows_at_once"):
@@ -171,7 +171,7 @@ class PhaseSettings:
     optimizer_state: str = "reset"
     """reset or keep, at the phase's start"""
     rows_at_once: int | None = None
-    """Responses decoded together; null: all of the step's."""
+    """Slots: responses decoded side by side; one that ends makes room for the next. null: all of the step's."""
     micro_batches: int = 1
     """Pieces of the update; changes memory, not the result."""
     chunk_positions: int = 512
@@ -190,12 +190,13 @@ class PhaseSettings:
             if vars(self)[name] < 1:
                 raise ValueError(f"{name} must be at least 1, got {vars(self)[name]}")
         rows = self.prompts_per_step * self.responses_per_prompt
-        for name, parts in (("micro_batches", self.micro_batches), ("rows_at_once", self.rows_at_once or rows)):
-            if parts < 1 or rows % parts:
-                raise ValueError(
-                    f"{name} {parts} does not divide the step's {rows} rows "
-                    f"({self.prompts_per_step} prompts x {self.responses_per_prompt} responses); choose a divisor"
-                )
+        if rows % self.micro_batches:
+            raise ValueError(
+                f"micro_batches {self.micro_batches} does not divide the step's {rows} rows "
+                f"({self.prompts_per_step} prompts x {self.responses_per_prompt} responses); choose a divisor"
+            )
+        if self.rows_at_once is not None and self.rows_at_once < 1:
+            raise ValueError(f"rows_at_once must be at least 1, got {self.rows_at_once}")
         on_policy = self.sampling == Sampling()
         if self.objective.name == "dapo" and not on_policy:
             raise ValueError(

@@ -2,6 +2,7 @@
 
 import math
 import sys
+import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
@@ -11,6 +12,8 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
+
+from tsopsd_jax.rollout import Progress
 
 ROWS = 12
 """Steps shown at once on a terminal."""
@@ -135,6 +138,11 @@ class LiveTable:
         """Show a metrics line; values that are absent or null show as `-`."""
         self._view.step(line, time_left_s)
 
+    def sampling(self, progress: Progress) -> None:
+        """Show how far a rollout is; on a log, a line a minute."""
+        text = f"sampling: {progress.finished} of {progress.rows} responses, {progress.tokens:,} tokens"
+        self._view.status(f"{text}, {format_duration(progress.left_s)} left")
+
     def note(self, text: str) -> None:
         """Write a message that stays: above the live table, or as a line of its own."""
         self._view.note(text)
@@ -158,6 +166,7 @@ class _Screen:
         self._trend = Trend()
         self._styles: dict[str, str] = {}
         self._now: tuple[str, str] | None = None
+        self._status = ""
         self._live = Live(console=console, auto_refresh=False, get_renderable=self._render)
 
     def _style(self, phase: str) -> str:
@@ -171,8 +180,13 @@ class _Screen:
     def step(self, line: Mapping[str, Any], time_left_s: float | None) -> None:
         phase = str(line.get("phase") or (self._now[0] if self._now else "-"))
         self._rows.append((phase, line, time_left_s))
+        self._status = ""
         if (entropy := _number(line.get("policy/entropy_nats"))) is not None:
             self._trend.add(entropy, self._style(phase))
+        self._live.refresh()
+
+    def status(self, text: str) -> None:
+        self._status = text
         self._live.refresh()
 
     def note(self, text: str) -> None:
@@ -205,13 +219,15 @@ class _Screen:
                 style="bold" if last else "",
             )
         trend = Text.assemble(("entropy  ", "dim"), self._trend.text(), no_wrap=True, overflow="ellipsis")
-        return Group(head, trend, Text(), table) if shown else Group(head)
+        status = [Text(self._status, style="dim", no_wrap=True, overflow="ellipsis")] if self._status else []
+        return Group(head, trend, Text(), table, *status) if shown else Group(head, *status)
 
 
 class _Lines:
     """Plain aligned lines: every `every` steps, and the first and the last step of each phase."""
 
     REPEAT_HEADER_LINES = 20
+    STATUS_S = 60.0
 
     def __init__(self, stream: TextIO, every: int):
         self._stream = stream
@@ -220,6 +236,7 @@ class _Lines:
         self._phase: str | None = None
         self._seen = 0  # steps of the phase
         self._held: str | None = None  # the latest step's line, while it is not written
+        self._said = time.monotonic()  # something, last
 
     def phase(self, name: str, until: str) -> None:
         self._flush_held()
@@ -237,6 +254,11 @@ class _Lines:
         if self._seen % self._every == 0:
             self._flush_held()
         self._seen += 1
+
+    def status(self, text: str) -> None:
+        if time.monotonic() - self._said >= self.STATUS_S:
+            self._flush_held()
+            self._print(text)
 
     def note(self, text: str) -> None:
         self._flush_held()  # in the order of what happened
@@ -261,6 +283,7 @@ class _Lines:
 
     def _print(self, text: str) -> None:
         # A log that is not Unicode must not end a run: what it cannot write becomes "?".
+        self._said = time.monotonic()
         encoding = self._stream.encoding or "utf-8"
         self._stream.write(text.encode(encoding, "replace").decode(encoding) + "\n")
         self._stream.flush()

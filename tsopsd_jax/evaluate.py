@@ -4,11 +4,10 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
-from tsopsd_jax.judge import Verifier, accuracies
-from tsopsd_jax.types import Prompts, PyTree, Rollout
+from tsopsd_jax.judge import Scored
+from tsopsd_jax.types import Prompts
 
 
 def pass_at_k(correct: np.ndarray, k: int) -> float:
@@ -28,28 +27,22 @@ def pass_at_k(correct: np.ndarray, k: int) -> float:
 
 
 def evaluate(
-    sample: Callable[[PyTree, Prompts], Rollout],
-    params: PyTree,
+    sample: Callable[[Prompts, Sequence[str]], Scored],
     *,
     prompts: Prompts,
     answers: Sequence[str],
     samples: int,
-    rows_at_once: int,
     decode: Callable[[Sequence[int]], str],
-    verify: Verifier,
     examples: int = 3,
 ) -> dict[str, Any]:
     """Sample every problem `samples` times and score it.
 
     Args:
-        sample: jitted (params, prompts) -> Rollout for `rows_at_once` rows.
-        params: the policy.
+        sample: (prompts, answers), a row per response, those of a problem side by side -> scored rollout.
         prompts: one row per problem (host arrays).
         answers: gold answers, one per problem.
         samples: k of avg@k and pass@k.
-        rows_at_once: rows per call of `sample`; the last call is filled up by repetition.
         decode: token ids -> text.
-        verify: (response, gold) -> score.
         examples: how many problems to keep a response of.
 
     Returns:
@@ -57,28 +50,19 @@ def evaluate(
     """
     problems = len(answers)
     which = np.repeat(np.arange(problems), samples)
-    scores, lengths, stopped, kept = [], [], [], {}
-    for start in range(0, len(which), rows_at_once):
-        ids = np.arange(start, start + rows_at_once) % len(which)
-        rows = which[ids]
-        piece = Prompts(prompts.tokens[rows], prompts.length[rows], ids.astype(np.uint32))
-        live = min(rows_at_once, len(which) - start)
-        rollout: Rollout = jax.tree.map(lambda x, n=live: np.asarray(x)[:n], sample(params, piece))
-        score = accuracies(rollout, [answers[int(i)] for i in rows[:live]], decode, verify)
-        scores.append(score)
-        lengths.append(rollout.response_length)
-        stopped.append(rollout.stopped)
-        for row in range(live):
-            problem, copy = divmod(start + row, samples)
-            if copy == 0 and problem < examples:
-                begin, end = rollout.prompt_length[row], rollout.length[row]
-                kept[problem] = {
-                    "prompt": decode(rollout.tokens[row, :begin].tolist()),
-                    "response": decode(rollout.tokens[row, begin:end].tolist()),
-                    "answer": answers[problem],
-                    "correct": bool(score[row] > 0),
-                }
-    correct = np.concatenate(scores).reshape(problems, samples)
+    rows = Prompts(prompts.tokens[which], prompts.length[which], np.arange(len(which), dtype=np.uint32))
+    scored = sample(rows, [answers[int(i)] for i in which])
+    rollout, correct = scored.rollout, scored.accuracy.reshape(problems, samples)
+
+    def example(row: int) -> dict[str, Any]:
+        begin, end = rollout.prompt_length[row], rollout.length[row]
+        return {
+            "prompt": decode(rollout.tokens[row, :begin].tolist()),
+            "response": decode(rollout.tokens[row, begin:end].tolist()),
+            "answer": answers[row // samples],
+            "correct": bool(scored.accuracy[row] > 0),
+        }
+
     per_problem = correct.mean(axis=1)
     return {
         "problems": problems,
@@ -86,7 +70,7 @@ def evaluate(
         "avg_at_k": float(per_problem.mean()),
         "avg_at_k_stderr": float(per_problem.std(ddof=1) / math.sqrt(problems)) if problems > 1 else None,
         "pass_at_k": pass_at_k(correct, samples),
-        "length_mean_tokens": float(np.concatenate(lengths).mean()),
-        "truncated_fraction": float(1.0 - np.concatenate(stopped).mean()),
-        "examples": [kept[i] for i in sorted(kept)],
+        "length_mean_tokens": float(np.mean(rollout.response_length)),
+        "truncated_fraction": float(1.0 - np.mean(rollout.stopped)),
+        "examples": [example(problem * samples) for problem in range(min(examples, problems))],
     }

@@ -1,7 +1,9 @@
 """Rollout -> Batch: verify responses, shape rewards, keep the groups that teach something, form advantages."""
 
 import dataclasses
+import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 import jax
@@ -11,6 +13,7 @@ from jaxtyping import Bool, Float
 
 from tsopsd_jax.advantages import group_relative
 from tsopsd_jax.rewards import overlong_penalty
+from tsopsd_jax.rollout import Finished
 from tsopsd_jax.types import Batch, Rollout
 
 Verifier = Callable[[str, str], float]
@@ -79,6 +82,42 @@ def accuracies(
         ],
         np.float32,
     )
+
+
+class Scored(NamedTuple):
+    """A rollout and the verifier's score of every response; seconds of sampling, and then of waiting for scores."""
+
+    rollout: Rollout
+    accuracy: Float[np.ndarray, " B"]
+    rollout_s: float
+    waited_s: float
+
+
+def score_while(
+    sample: Callable[[Callable[[Finished], None]], Rollout],
+    answers: Sequence[str],
+    decode: Callable[[Sequence[int]], str],
+    verify: Verifier,
+) -> Scored:
+    """Sample, and verify each response in a thread as soon as it ended, while others are still decoded.
+
+    Args:
+        sample: on_finished -> Rollout (host arrays); calls `on_finished` once for each row.
+        answers: a gold answer per row.
+        decode: token ids -> text.
+        verify: (response, gold) -> score. What it raises is raised here.
+    """
+
+    def score(done: Finished) -> float:
+        return verify(decode(done.tokens.tolist()), answers[done.row])
+
+    began = time.monotonic()
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="verify") as thread:
+        scores: dict[int, Future[float]] = {}
+        rollout = sample(lambda done: scores.update({done.row: thread.submit(score, done)}))
+        sampled = time.monotonic()
+        accuracy = np.asarray([scores[row].result() for row in range(len(answers))], np.float32)
+    return Scored(rollout, accuracy, sampled - began, time.monotonic() - sampled)
 
 
 def judge(rollout: Rollout, accuracy: Float[np.ndarray, " B"], *, group: int, rule: RewardRule) -> Groups:

@@ -63,7 +63,6 @@ def check_batches(config: Config, mesh: jax.sharding.Mesh) -> None:
         rows = phase.prompts_per_step * phase.responses_per_prompt
         for what, count in (
             ("rows of a step", rows),
-            ("rows_at_once", phase.rows_at_once or rows),
             ("rows of a micro-batch", rows // phase.micro_batches),
         ):
             if count % multiple:
@@ -71,11 +70,6 @@ def check_batches(config: Config, mesh: jax.sharding.Mesh) -> None:
                     f"phase {phase.name!r}: {count} {what} do not split over {multiple} devices (mesh data x fsdp); "
                     f"choose a multiple of {multiple}"
                 )
-    if config.evaluation.data is not None and config.evaluation.rows_at_once % multiple:
-        raise ValueError(
-            f"evaluation.rows_at_once {config.evaluation.rows_at_once} does not split over {multiple} devices; choose a "
-            f"multiple of {multiple}"
-        )
 
 
 def _problems(data: DataSettings, config: Config) -> list[Problem] | Any:

@@ -19,20 +19,22 @@ from tsopsd_jax.checkpoint import Checkpoints, Progress
 from tsopsd_jax.console import LiveTable
 from tsopsd_jax.data import indices
 from tsopsd_jax.evaluate import evaluate
-from tsopsd_jax.judge import Collected, Groups, accuracies, collect, judge, to_batch
+from tsopsd_jax.judge import Groups, Scored, accuracies, collect, judge, score_while, to_batch
 from tsopsd_jax.learner import (
     ENTROPY,
     UpdateOut,
     abstract_state,
+    distillation_batch,
     fresh_optimizer_state,
     make_reheat_step,
     make_update,
 )
 from tsopsd_jax.model import Qwen3
 from tsopsd_jax.phases import Phase
-from tsopsd_jax.rollout import Sampling, sample
+from tsopsd_jax.rollout import Engine, Sampling, sample
 from tsopsd_jax.runlog import RunLog, append_evaluation, read_evaluations
 from tsopsd_jax.sharding import replicated, row_sharding
+from tsopsd_jax.step_metrics import engine_metrics, reward_metrics, rollout_metrics
 from tsopsd_jax.task import EvaluationPlan, Task, encode_prompts
 from tsopsd_jax.types import Prompts, PyTree, Rollout, TrainState
 
@@ -194,23 +196,46 @@ class Trainer:
             micro_batches=phase.micro_batches,
             chunk_positions=phase.chunk_positions,
         )
-        draw = self._sampler(phase.sampling, phase.max_response_tokens, phase.rows_at_once)
+        rows = phase.prompts_per_step * phase.responses_per_prompt
+        engine = self._engine(phase.sampling, phase.max_response_tokens, phase.rows_at_once or rows)
         # The state keeps its layout from step to step: a drifting one would be compiled for again.
         layout = jax.tree.map(lambda x: x.sharding, self.state)
-        if phase.reward is None:
-            step = jax.jit(make_reheat_step(draw, update), donate_argnums=0, out_shardings=(layout, None, None))
-            return functools.partial(self._reheat, phase, step)
         jitted_update = jax.jit(update, donate_argnums=0, out_shardings=(layout, None))
-        return functools.partial(self._learn, phase, jax.jit(draw), jitted_update)
-
-    def _sampler(self, sampling: Sampling, max_response_tokens: int, rows_at_once: int | None):
-        return functools.partial(
-            _sample_on_mesh,
+        if phase.reward is not None:
+            return functools.partial(self._learn, phase, engine, jitted_update)
+        if engine.slots < rows:
+            return functools.partial(self._reheat_in_stages, phase, engine, jitted_update)
+        draw = functools.partial(
+            sample,
             self.model,
+            sampling=phase.sampling,
+            max_response_tokens=phase.max_response_tokens,
+            stop_ids=self.task.tokenizer.stop_ids,
+            group=phase.responses_per_prompt,
+        )
+        step = jax.jit(make_reheat_step(draw, update), donate_argnums=0, out_shardings=(layout, None, None))
+        return functools.partial(self._reheat, phase, step)
+
+    def _engine(self, sampling: Sampling, max_response_tokens: int, slots: int) -> Engine:
+        return Engine(
+            self.model,
+            self.mesh,
             sampling=sampling,
+            max_prompt_tokens=self.task.max_prompt_tokens,
             max_response_tokens=max_response_tokens,
             stop_ids=self.task.tokenizer.stop_ids,
-            rows_at_once=rows_at_once,
+            slots=slots,
+        )
+
+    def _sample(
+        self, engine: Engine, view: PyTree, prompts: Prompts, answers: Sequence[str], key, group: int
+    ) -> Scored:
+        """Sample, and score each response while others are still decoded."""
+        return score_while(
+            lambda seen: engine.run(view, prompts, key, group=group, on_finished=seen, on_progress=self.table.sampling),
+            answers,
+            self.task.tokenizer.decode,
+            self.task.verify,
         )
 
     def _next_prompts(self, phase: Phase) -> tuple[Prompts, list[str]]:
@@ -221,63 +246,79 @@ class Trainer:
         rows = np.repeat(chosen, group)
         row_id = (np.arange(count * group) + start * group).astype(np.uint32)
         self.progress = dataclasses.replace(self.progress, position=start + count)
-        prompts = jax.device_put(Prompts(tokens[rows], lengths[rows], row_id), self.rows)
-        return prompts, [self.task.problems[int(i)].answer for i in rows]
+        return Prompts(tokens[rows], lengths[rows], row_id), [self.task.problems[int(i)].answer for i in rows]
 
     def _reheat(self, phase: Phase, step: Callable[..., Any]) -> tuple[dict[str, Any], float]:
         """One step without rewards, one call of a jitted function; responses are scored only to be logged."""
         began = time.monotonic()
         prompts, answers = self._next_prompts(phase)
-        hold = jax.device_put(np.float32(phase.hold_above_nats(self.progress.phase_step + 1)), replicated(self.mesh))
-        self.state, out, rollout = step(self.state, prompts, self.key, hold)
+        self.state, out, rollout = step(self.state, jax.device_put(prompts, self.rows), self.key, self._hold(phase))
         host: Rollout = jax.device_get(rollout)
         stepped = time.monotonic()
         score = accuracies(host, answers, self.task.tokenizer.decode, self.task.verify)
         judged = time.monotonic()
-        line = _rollout_metrics([host], stepped - began)
+        line = rollout_metrics([host], stepped - began)
         line |= {"reward/accuracy_fraction": float(score.mean()), "reward/mean": float(score.mean())}
         # Every group is used. One program samples and updates: its time is the update's, and tokens/s are of the whole step.
         line |= {"rollout/groups_kept_fraction": 1.0}
         line |= {"time/rollout_s": None, "time/update_s": stepped - began, "time/judge_s": judged - stepped}
         return _finish(line, out, began)
 
-    def _learn(self, phase: Phase, draw: Callable, update: Callable) -> tuple[dict[str, Any], float]:
+    def _reheat_in_stages(self, phase: Phase, engine: Engine, update: Callable) -> tuple[dict[str, Any], float]:
+        """The same step where fewer rows are decoded at once than it has: continuous batching, then the update."""
+        began = time.monotonic()
+        prompts, answers = self._next_prompts(phase)
+        key = jax.random.fold_in(self.key, self.state.step)
+        scored = self._sample(engine, engine.view(self.state.params), prompts, answers, key, phase.responses_per_prompt)
+        updating = time.monotonic()
+        batch = distillation_batch(jax.device_put(scored.rollout, self.rows))
+        self.state, out = update(self.state, batch, self._hold(phase))
+        jax.block_until_ready(out)
+        score = float(scored.accuracy.mean())
+        line = rollout_metrics([scored.rollout], scored.rollout_s) | engine_metrics(engine)
+        line |= {"reward/accuracy_fraction": score, "reward/mean": score, "rollout/groups_kept_fraction": 1.0}
+        line |= {"time/rollout_s": scored.rollout_s, "time/judge_s": scored.waited_s}
+        return _finish(line | {"time/update_s": time.monotonic() - updating}, out, began)
+
+    def _learn(self, phase: Phase, engine: Engine, update: Callable) -> tuple[dict[str, Any], float]:
         """One RL step: generation batches until the batch is full, then one update."""
         rule = phase.reward
         assert rule is not None
         began = time.monotonic()
         key = jax.random.fold_in(self.key, self.state.step)
+        view = engine.view(self.state.params)
         rollouts: list[Rollout] = []
         judged: list[Groups] = []
         seconds = {"rollout": 0.0, "judge": 0.0}
 
         def generate() -> Groups:
-            start = time.monotonic()
             prompts, answers = self._next_prompts(phase)
-            rollout = jax.device_get(draw(self.state.params, prompts, key))
-            sampled = time.monotonic()
-            score = accuracies(rollout, answers, self.task.tokenizer.decode, self.task.verify)
-            groups = judge(rollout, score, group=phase.responses_per_prompt, rule=rule)
-            rollouts.append(rollout)
+            scored = self._sample(engine, view, prompts, answers, key, phase.responses_per_prompt)
+            groups = judge(scored.rollout, scored.accuracy, group=phase.responses_per_prompt, rule=rule)
+            rollouts.append(scored.rollout)
             judged.append(groups)
-            seconds["rollout"] += sampled - start
-            seconds["judge"] += time.monotonic() - sampled
+            seconds["rollout"] += scored.rollout_s
+            seconds["judge"] += scored.waited_s
             return groups
 
         got = collect(generate, prompts=phase.prompts_per_step, leftover=self.leftover, rule=rule)
+        del view  # the update needs its memory
         self.leftover = got.leftover
-        batch = jax.device_put(to_batch(got.groups, normalize_std=rule.normalize_std), self.rows)
         updating = time.monotonic()
-        hold = jax.device_put(np.float32(phase.hold_above_nats(self.progress.phase_step + 1)), replicated(self.mesh))
-        self.state, out = update(self.state, batch, hold)
+        batch = jax.device_put(to_batch(got.groups, normalize_std=rule.normalize_std), self.rows)
+        self.state, out = update(self.state, batch, self._hold(phase))
         jax.block_until_ready(out)
-        line = _rollout_metrics(rollouts, seconds["rollout"]) | _reward_metrics(got, judged)
+        line = rollout_metrics(rollouts, seconds["rollout"]) | reward_metrics(got, judged) | engine_metrics(engine)
         line |= {
             "time/rollout_s": seconds["rollout"],
             "time/judge_s": seconds["judge"],
             "time/update_s": time.monotonic() - updating,
         }
         return _finish(line, out, began)
+
+    def _hold(self, phase: Phase) -> jax.Array:
+        limit = np.float32(phase.hold_above_nats(self.progress.phase_step + 1))
+        return jax.device_put(limit, replicated(self.mesh))
 
     # ------------------------------------------------------------- evaluation
 
@@ -290,20 +331,18 @@ class Trainer:
         step = int(self.state.step)
         if any(r["stage"] == stage and r["step"] == step for r in read_evaluations(self.run_dir)):
             return
-        draw = self._evaluation_sampler
         tokens, lengths = encode_prompts(
             plan.problems, self.task.tokenizer, max_prompt_tokens=self.task.max_prompt_tokens
         )
         key = jax.random.fold_in(self.key, np.uint32(0xFFFFFFFF))  # no step's key
+        engine = self._evaluation_engine
+        view = engine.view(self.state.params)
         record = evaluate(
-            lambda params, prompts: draw(params, jax.device_put(prompts, self.rows), key),
-            self.state.params,
+            lambda prompts, answers: self._sample(engine, view, prompts, answers, key, plan.samples),
             prompts=Prompts(tokens, lengths, np.zeros(len(lengths), np.int32)),
             answers=[p.answer for p in plan.problems],
             samples=plan.samples,
-            rows_at_once=plan.rows_at_once,
             decode=self.task.tokenizer.decode,
-            verify=self.task.verify,
         )
         sampling = {
             "temperature": plan.sampling.sampling_temperature,
@@ -318,48 +357,11 @@ class Trainer:
         )
 
     @functools.cached_property
-    def _evaluation_sampler(self) -> Callable[..., Rollout]:
-        """Compiled once: every stage is evaluated by the same program."""
-        assert self.evaluation is not None
-        return jax.jit(self._sampler(self.evaluation.sampling, self.evaluation.max_response_tokens, None))
-
-
-def _sample_on_mesh(model, params, prompts, key, *, sampling, max_response_tokens, stop_ids, rows_at_once):
-    """`sample` with the positional arguments that a jitted step passes."""
-    return sample(
-        model,
-        params,
-        prompts,
-        key,
-        sampling=sampling,
-        max_response_tokens=max_response_tokens,
-        stop_ids=stop_ids,
-        rows_at_once=rows_at_once,
-    )
-
-
-def _rollout_metrics(rollouts: Sequence[Rollout], seconds: float) -> dict[str, Any]:
-    """Facts of everything sampled in a step, kept or not."""
-    lengths = np.concatenate([r.response_length for r in rollouts])
-    stopped = np.concatenate([r.stopped for r in rollouts])
-    return {
-        "rollout/length_mean_tokens": float(lengths.mean()),
-        "rollout/truncated_fraction": float(1.0 - stopped.mean()),
-        "rollout/tokens": int(lengths.sum()),
-        "rollout/tokens_per_s": float(lengths.sum() / max(seconds, 1e-9)),
-    }
-
-
-def _reward_metrics(got: Collected, judged: Sequence[Groups]) -> dict[str, Any]:
-    """Rewards over everything sampled in a step (a mean over the kept groups alone would be near one half always)."""
-    return {
-        "reward/mean": float(np.concatenate([g.reward for g in judged]).mean()),
-        "reward/accuracy_fraction": float(np.concatenate([g.accuracy for g in judged]).mean()),
-        "rollout/groups_kept_fraction": got.informative_groups / got.sampled_groups,
-        "rollout/generation_batches": got.generation_batches,
-        "rollout/groups_filled": got.filled_groups,
-        "rollout/groups_left_over": 0 if got.leftover is None else len(got.leftover),
-    }
+    def _evaluation_engine(self) -> Engine:
+        """Compiled once: every stage is evaluated by the same programs."""
+        plan = self.evaluation
+        assert plan is not None
+        return self._engine(plan.sampling, plan.max_response_tokens, plan.rows_at_once)
 
 
 def _finish(line: dict[str, Any], out: UpdateOut, began: float) -> tuple[dict[str, Any], float]:

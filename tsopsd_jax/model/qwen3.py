@@ -1,9 +1,9 @@
 """Qwen3 in Flax NNX, behind plain functions of a parameter tree.
 
 The NNX module declares the parameters (shapes, initialisation, logical axes) and one block's mathematics; the
-`Qwen3` dataclass is what the rest of the package sees: `hidden`, `logits`, `prefill`, `decode` on a nested
-dict of arrays. Layers are stacked on a leading axis and run under `scan`; decoding unrolls them, so that each
-layer's cache is its own buffer, updated in place.
+`Qwen3` dataclass is what the rest of the package sees: `hidden` and `logits` on a nested dict of arrays. Layers are
+stacked on a leading axis and run under `scan`. Sampling has the same model over again in `decoding`: other weights'
+layout, a cache, no gradient.
 """
 
 import dataclasses
@@ -17,9 +17,6 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from tsopsd_jax.types import PyTree
-
-Cache = tuple[tuple[Array, Array], ...]
-"""Per layer the keys and values, each [B, S, K, H]; slot s of row b holds position s of that row."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,13 +77,6 @@ def attention(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, positions_BT: Array) 
     return jnp.einsum("BKGTS,BSKH->BTKGH", weights, v_BSKH).reshape(b, t, n, h)
 
 
-def _write(cache_BSKH: Array, new_BTKH: Array, start_B: Array) -> Array:
-    """Write T new entries into each row's cache from slot start[b] on."""
-    return jax.vmap(lambda c, u, i: jax.lax.dynamic_update_slice_in_dim(c, u.astype(c.dtype), i, axis=0))(
-        cache_BSKH, new_BTKH, start_B
-    )
-
-
 class Block(nnx.Module):
     """One decoder layer; parameters are kept in the master dtype and cast where they are used."""
 
@@ -114,8 +104,8 @@ class Block(nnx.Module):
         self.up = weight((d, f), ("embed", "mlp"))
         self.down = weight((f, d), ("mlp", "embed"))
 
-    def __call__(self, x_BTD: Array, positions_BT: Array, cache: tuple[Array, Array] | None = None):
-        """x -> (x, cache). Without a cache the T positions attend among themselves."""
+    def __call__(self, x_BTD: Array, positions_BT: Array) -> Array:
+        """x -> x; the T positions attend among themselves."""
         c, dtype = self.config, x_BTD.dtype
         b, t, d = x_BTD.shape
         # M = B * T: on one axis, the gradients of the weights are plain matrix products. With B and T apart XLA writes
@@ -129,15 +119,12 @@ class Block(nnx.Module):
         q_BTNH, k_BTKH, v_BTKH = heads(self.q[...]), heads(self.k[...]), heads(self.v[...])
         q_BTNH = rope(rms_norm(q_BTNH, self.q_norm[...], c.rms_norm_eps), positions_BT, c.rope_theta)
         k_BTKH = rope(rms_norm(k_BTKH, self.k_norm[...], c.rms_norm_eps), positions_BT, c.rope_theta)
-        if cache is not None:
-            start_B = positions_BT[:, 0]
-            k_BTKH, v_BTKH = cache = (_write(cache[0], k_BTKH, start_B), _write(cache[1], v_BTKH, start_B))
         out_MD = attention(q_BTNH, k_BTKH, v_BTKH, positions_BT).reshape(b * t, -1)
         x_MD = x_MD + out_MD @ self.o[...].reshape(-1, d).astype(dtype)
         y_MD = rms_norm(x_MD, self.mlp_norm[...], c.rms_norm_eps)
         gate_MF = jax.nn.silu(y_MD @ self.gate[...].astype(dtype))
         up_MF = y_MD @ self.up[...].astype(dtype)
-        return (x_MD + (gate_MF * up_MF) @ self.down[...].astype(dtype)).reshape(b, t, d), cache
+        return (x_MD + (gate_MF * up_MF) @ self.down[...].astype(dtype)).reshape(b, t, d)
 
 
 class Qwen3Module(nnx.Module):
@@ -220,15 +207,15 @@ class Qwen3:
     def _embed(self, params: PyTree, tokens_BT: Array) -> Array:
         return jnp.take(params["embed"], tokens_BT, axis=0).astype(self.compute_dtype)
 
-    def _block(self, layer: PyTree, x_BTD: Array, positions_BT: Array, cache=None):
-        return nnx.merge(_abstract(self.config)[0], layer)(x_BTD, positions_BT, cache)
+    def _block(self, layer: PyTree, x_BTD: Array, positions_BT: Array) -> Array:
+        return nnx.merge(_abstract(self.config)[0], layer)(x_BTD, positions_BT)
 
     def hidden(self, params: PyTree, tokens: Int[Array, "B L"]) -> Float[Array, "B L D"]:
         """Final hidden states (after the last norm) of whole rows, every position attending causally."""
         positions_BL = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :], tokens.shape)
 
         def body(x_BLD, layer):
-            return self._block(layer, x_BLD, positions_BL)[0], None
+            return self._block(layer, x_BLD, positions_BL), None
 
         step = jax.checkpoint(body, prevent_cse=False) if self.remat else body
         # A few layers are unrolled: the loop's stacked residuals cost more there than it saves in compilation.
@@ -244,32 +231,3 @@ class Qwen3:
     def logits(self, params: PyTree, tokens: Int[Array, "B L"]) -> Float[Array, "B L V"]:
         """Float32 logits of every position. Materialises [B, L, V]: for tests and small models."""
         return self.project(params, self.hidden(params, tokens))
-
-    def prefill(self, params: PyTree, tokens: Int[Array, "B P"], *, slots: int) -> tuple[Float[Array, "B P D"], Cache]:
-        """Hidden states of right-padded prompts, and a cache of `slots` >= P slots per row that holds them.
-
-        Padding lies after each prompt: no prompt position sees it, and decoding overwrites its slots.
-        """
-        b, p = tokens.shape
-        shape = (b, p, self.config.num_key_value_heads, self.config.head_dim)
-        empty = jnp.zeros(shape, self.compute_dtype)
-        cache = tuple((empty, empty) for _ in range(self.config.num_hidden_layers))
-        hidden, cache = self._extend(params, tokens, jnp.zeros((b,), jnp.int32), cache)
-        pad = ((0, 0), (0, slots - p), (0, 0), (0, 0))
-        return hidden, jax.tree.map(lambda c: jnp.pad(c, pad), cache)
-
-    def decode(
-        self, params: PyTree, tokens: Int[Array, " B"], position: Int[Array, " B"], cache: Cache
-    ) -> tuple[Float[Array, "B D"], Cache]:
-        """One token per row at its own position: hidden state of it, and the cache with its slot written."""
-        hidden, cache = self._extend(params, tokens[:, None], position, cache)
-        return hidden[:, 0], cache
-
-    def _extend(self, params: PyTree, tokens_BT: Array, start_B: Array, cache: Cache):
-        positions_BT = start_B[:, None] + jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None, :]
-        x_BTD, new = self._embed(params, tokens_BT), []
-        for i, layer_cache in enumerate(cache):
-            layer = jax.tree.map(lambda w, i=i: w[i], params["layers"])
-            x_BTD, layer_cache = self._block(layer, x_BTD, positions_BT, layer_cache)
-            new.append(layer_cache)
-        return rms_norm(x_BTD, params["final_norm"], self.config.rms_norm_eps), tuple(new)
