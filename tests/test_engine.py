@@ -1,6 +1,8 @@
 """Continuous batching: the same rows whatever the slots, pages, order and devices; and the schedule by itself."""
 
+import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,8 @@ import numpy as np
 import pytest
 
 from tsopsd_jax.rollout import Engine, Sampling, sample
-from tsopsd_jax.sharding import make_mesh
+from tsopsd_jax.rollout.schedule import Geometry, Schedule
+from tsopsd_jax.sharding import make_mesh, tree_shardings
 from tsopsd_jax.types import Prompts
 
 WIDTH, LIMIT = 8, 13
@@ -64,3 +67,141 @@ def test_slots_pages_and_groups_change_nothing(tiny, prompts, whole, slots, segm
     same(rollout, whole)
     assert engine.progress.finished == 12
     assert engine.progress.tokens == whole.response_length.sum()
+
+
+def test_any_arrangement_of_rows(tiny, prompts, whole):
+    """Rows in another order, and some of them alone: a row's tokens follow from key, row id and prompt."""
+    model, params = tiny
+    engine = engine_of(model, slots=4, segment=3)
+    order = np.array([7, 2, 11, 0, 9, 4, 1])
+    some = jax.tree.map(lambda x: x[order], prompts)
+    rollout = engine.run(engine.view(params), some, jax.random.key(11))
+    same(rollout, jax.tree.map(lambda x: x[order], whole))
+
+
+def test_eight_devices_sample_what_one_does(tiny, prompts):
+    model = dataclasses.replace(tiny[0], config=dataclasses.replace(tiny[0].config, vocab_size=40))  # splits in two
+    params = jax.tree.map(lambda x: x * 10 if x.ndim > 2 else x, model.init(jax.random.key(1)))
+    rollouts = []
+    for devices, mesh in ((1, {"fsdp": 1}), (8, {"data": 2, "fsdp": 2, "tensor": 2})):
+        engine = engine_of(model, slots=4, segment=3, devices=devices, **mesh)
+        layout = tree_shardings(model.param_axes(), model.param_shapes(), engine.mesh)
+        view = engine.view(jax.device_put(params, layout))
+        assert {len(x.sharding.device_set) for x in jax.tree.leaves(view)} == {devices}
+        rollouts.append(engine.run(view, prompts, jax.random.key(11), group=2))
+    same(*rollouts)
+
+
+def test_rows_come_as_they_end_and_progress_is_told(tiny, prompts, whole):
+    model, params = tiny
+    engine = engine_of(model, slots=6, segment=3)
+    told = []
+    view, key = engine.view(params), jax.random.key(11)
+    seen = list(engine.stream(view, prompts, key, on_progress=lambda p: told.append((p.finished, p.tokens))))
+    assert sorted(done.row for done in seen) == list(range(12))
+    for done in seen:
+        start, end = whole.prompt_length[done.row], whole.length[done.row]
+        np.testing.assert_array_equal(done.tokens, whole.tokens[done.row, start:end])
+    assert [t[0] for t in told] == sorted(t[0] for t in told)
+    assert told[-1][0] == 12
+    assert told[-1][1] == whole.response_length.sum()
+    again = [done.row for done in engine.stream(view, prompts, key)]
+    assert again == [done.row for done in seen], "the schedule must repeat"
+
+
+def test_a_prompt_is_prefilled_once_per_group(tiny, prompts):
+    """Groups of two rows, three slots: the second row of a group often finds its slot a segment later."""
+    model, params = tiny
+    engine = engine_of(model, slots=3, segment=3)
+    prefilled = []
+    original = engine._prefill
+    engine._prefill = lambda view, tokens: prefilled.extend(np.asarray(tokens).tolist()) or original(view, tokens)
+    list(engine.stream(engine.view(params), prompts, jax.random.key(11), group=2))
+    real = [row for row in prefilled if any(row)]
+    assert len(real) == 6, "six groups, each once"
+
+
+def test_no_weight_is_gathered_while_decoding(tiny, prompts):
+    """FSDP shards are gathered when the view is made; a decoding step moves nothing over fsdp."""
+    model, params = tiny
+    engine = engine_of(model, slots=8, segment=3, devices=8, fsdp=8)
+    layout = tree_shardings(model.param_axes(), model.param_shapes(), engine.mesh)
+    sharded = jax.device_put(params, layout)
+    assert "all-gather" in engine._view.lower(sharded).compile().as_text()
+    texts = []
+    original = engine._segment
+
+    def watched(*args):
+        texts.append(original.lower(*args).compile().as_text())
+        return original(*args)
+
+    engine._segment = watched
+    list(engine.stream(engine.view(sharded), prompts, jax.random.key(11)))
+    for text in texts:
+        moved = re.findall(r"= (\S+) (all-gather|all-to-all|collective-permute|reduce-scatter)\(", text)
+        assert not moved, moved
+        # What is left is the loop's condition: does any slot still run?
+        assert {shape for shape, _ in re.findall(r"= (\S+) (all-reduce)\(", text)} <= {"pred[]", "s32[]"}
+
+
+def test_wrong_prompts_are_refused(tiny, prompts):
+    engine = engine_of(tiny[0], slots=3, segment=3)
+    with pytest.raises(ValueError, match="group 5 does not divide 12 rows"):
+        engine.run(None, prompts, jax.random.key(0), group=5)
+    narrow = Prompts(prompts.tokens[:, :5], np.minimum(prompts.length, 5), prompts.row_id)
+    with pytest.raises(ValueError, match="prompts are 5 wide, expected max_prompt_tokens 8"):
+        engine.run(None, narrow, jax.random.key(0))
+
+
+# ----------------------------------------------------------------- the schedule
+
+
+def simulate(lengths, *, slots, geometry, prompt_length):
+    """Run a schedule with given response lengths; checks its invariants at every turn."""
+    schedule = Schedule(prompt_length, slots=slots, geometry=geometry)
+    ended, sizes = [], set()
+    while not schedule.over:
+        schedule.grow()
+        if schedule.live.any() and geometry.row_pages:
+            page = schedule.commit()
+            assert (page[schedule.live] < schedule.owner.shape[1]).all()
+        schedule.shrink()
+        schedule.admit()
+        sizes.add((schedule.row.shape[1], schedule.owner.shape[1]))
+        rows = schedule.row[schedule.live]
+        assert len(set(rows.tolist())) == len(rows)
+        for shard, slot in np.argwhere(schedule.live).tolist():
+            row, pages = schedule.row[shard, slot], int((schedule.owner[shard] == slot).sum())
+            due = (
+                geometry.prompt_pages(int(prompt_length[row])) + schedule.drawn[shard, slot] // geometry.segment_tokens
+            )
+            assert pages == due, "a row owns a page for each segment drawn and for each of its prompt's"
+        left = np.where(schedule.live, lengths[schedule.row] - schedule.drawn, 0)
+        count = np.minimum(left, geometry.segment_tokens)
+        limit = geometry.max_response_tokens
+        stopped = schedule.live & (left <= geometry.segment_tokens) & (lengths[schedule.row] < limit)
+        ended += [row for row, _ in schedule.advance(count, stopped)]
+    assert sorted(ended) == list(range(len(lengths)))
+    assert schedule.kept_tokens == lengths.sum()
+    assert (schedule.owner < 0).all()
+    return schedule, sizes
+
+
+@pytest.mark.parametrize("shards", [1, 4])
+def test_the_schedule_of_long_tailed_lengths(shards):
+    """Log-normal lengths of mean 1,000 with a limit of 8,192: slots are used, memory fits, few programs."""
+    rng = np.random.default_rng(0)
+    lengths = np.clip(rng.lognormal(np.log(1000) - 0.5, 1.0, 2048).astype(int), 1, 8192)
+    geometry = Geometry(64, 512, 8192, shards)
+    schedule, sizes = simulate(lengths, slots=128, geometry=geometry, prompt_length=rng.integers(20, 512, 2048))
+    assert schedule.kept_tokens / schedule.slot_steps > 0.9
+    assert max(slots * shards for slots, _ in sizes) == 128
+    assert max(pages for _, pages in sizes) < 0.4 * (128 // shards) * geometry.row_pages
+    assert len(sizes) <= 16
+
+
+@pytest.mark.parametrize(("slots", "segment"), [(1, 1), (3, 5), (7, 64), (50, 8)])
+def test_the_schedule_keeps_its_books(slots, segment):
+    rng = np.random.default_rng(slots)
+    lengths = rng.integers(1, 41, 23)
+    simulate(lengths, slots=slots, geometry=Geometry(segment, 30, 40), prompt_length=rng.integers(1, 31, 23))

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from tsopsd_jax.model.qwen3 import Qwen3, attention, rms_norm, rope
+from tsopsd_jax.model.qwen3 import Qwen3, attention, rope_frequency
 from tsopsd_jax.types import PyTree
 
 LayerCache = tuple[Array, Array]
@@ -26,7 +26,7 @@ def rollout_view(model: Qwen3, params: PyTree) -> PyTree:
 
     Returns:
         embed [V, D]; unembed [V, D] (the same array when tied); final_norm [D]; layers, a tuple of dicts of
-        qkv [K, G + 2, H, D] (G query heads, the key and the value of each key-value head), o [D, K, G, H],
+        qkv [K, G + 2, H, D] (G query heads, the key and the value of each key-value head), o [D, K, G H],
         gate_up [2, F, D], down [D, F] and the norms.
     """
     c, dtype = model.config, model.compute_dtype
@@ -37,7 +37,7 @@ def rollout_view(model: Qwen3, params: PyTree) -> PyTree:
         qkv_DKEH = jnp.concatenate([w["q"].reshape(d, k, -1, h), w["k"][:, :, None], w["v"][:, :, None]], axis=2)
         return {
             "qkv": jnp.transpose(qkv_DKEH, (1, 2, 3, 0)),
-            "o": jnp.transpose(w["o"].reshape(k, -1, h, d), (3, 0, 1, 2)),
+            "o": jnp.transpose(w["o"].reshape(k, -1, d), (2, 0, 1)),
             "gate_up": jnp.stack([w["gate"].T, w["up"].T]),
             "down": w["down"].T,
         } | {name: w[name] for name in ("attention_norm", "q_norm", "k_norm", "mlp_norm")}
@@ -55,7 +55,7 @@ def view_axes(model: Qwen3) -> PyTree:
     """The logical axis names of every array of the view, for `sharding.tree_shardings` with `DECODE_RULES`."""
     layer = {
         "qkv": ("kv_heads", "parts", "head_dim", "embed"),
-        "o": ("embed", "kv_heads", "parts", "head_dim"),
+        "o": ("embed", "kv_heads", "parts"),
         "gate_up": ("parts", "mlp", "embed"),
         "down": ("embed", "mlp"),
     } | dict.fromkeys(("attention_norm", "q_norm", "k_norm", "mlp_norm"), ("norm",))
@@ -84,7 +84,7 @@ def prefill(model: Qwen3, view: PyTree, tokens: Int[Array, "B T"]) -> tuple[Laye
 def decode(model: Qwen3, view: PyTree, tokens: Int[Array, " B"], position: Int[Array, " B"], attend: Attend) -> Array:
     """Float32 logits [B, V] after one token per row, each at its own position; `attend` holds the cache."""
     x_DB = _trunk(model, view, tokens[:, None], position[:, None], attend)
-    x_DB = _norm(x_DB, view["final_norm"], model.config.rms_norm_eps)
+    x_DB = _norm(x_DB, view["final_norm"], model.config.rms_norm_eps, axis=0)
     logits_VB = jnp.einsum("VD,DB->VB", view["unembed"], x_DB, preferred_element_type=jnp.float32)
     return _apart(logits_VB).T
 
@@ -92,31 +92,51 @@ def decode(model: Qwen3, view: PyTree, tokens: Int[Array, " B"], position: Int[A
 def _trunk(model: Qwen3, view: PyTree, tokens_BT: Array, positions_BT: Array, attend: Attend) -> Array:
     c = model.config
     b, t = tokens_BT.shape
-    k, h = c.num_key_value_heads, c.head_dim
+    kv, h = c.num_key_value_heads, c.head_dim
+    cos_HM, sin_HM = _rotation(positions_BT.reshape(-1), h, c.rope_theta)
+
+    def rows(x_KEHM: Array) -> Array:
+        """[K, E, H, M] -> [B, T, K * E, H]; apart from the arithmetic before it, which then runs along M."""
+        return jnp.transpose(_apart(x_KEHM), (3, 0, 1, 2)).reshape(b, t, -1, h)
+
+    def position(x_KEHM: Array, scale_H: Array) -> Array:
+        return _rotate(_norm(x_KEHM, scale_H, c.rms_norm_eps, axis=2), cos_HM, sin_HM)
+
     x_DM = jnp.take(view["embed"], tokens_BT.reshape(-1), axis=0).T
     for i, w in enumerate(view["layers"]):
-        y_DM = _norm(x_DM, w["attention_norm"], c.rms_norm_eps)
+        y_DM = _norm(x_DM, w["attention_norm"], c.rms_norm_eps, axis=0)
         qkv_KEHM = _apart(jnp.einsum("KEHD,DM->KEHM", w["qkv"], y_DM))
-        qkv_BTKEH = jnp.transpose(qkv_KEHM, (3, 0, 1, 2)).reshape(b, t, k, -1, h)
-        q_BTNH = qkv_BTKEH[:, :, :, :-2].reshape(b, t, -1, h)
-        q_BTNH = rope(rms_norm(q_BTNH, w["q_norm"], c.rms_norm_eps), positions_BT, c.rope_theta)
-        k_BTKH = rope(rms_norm(qkv_BTKEH[:, :, :, -2], w["k_norm"], c.rms_norm_eps), positions_BT, c.rope_theta)
-        out_BTNH = attend(i, q_BTNH, k_BTKH, qkv_BTKEH[:, :, :, -1])
-        out_KGHM = _apart(jnp.transpose(out_BTNH.reshape(b * t, k, -1, h), (1, 2, 3, 0)))
-        x_DM = x_DM + jnp.einsum("DKGH,KGHM->DM", w["o"], out_KGHM)
-        y_DM = _norm(x_DM, w["mlp_norm"], c.rms_norm_eps)
+        q_BTNH = rows(position(qkv_KEHM[:, :-2], w["q_norm"]))
+        k_BTKH = rows(position(qkv_KEHM[:, -2:-1], w["k_norm"]))
+        out_BTNH = attend(i, q_BTNH, k_BTKH, rows(qkv_KEHM[:, -1:]))
+        out_KEM = _apart(jnp.transpose(out_BTNH.reshape(b * t, kv, -1), (1, 2, 0)))
+        x_DM = x_DM + jax.lax.dot_general(w["o"], out_KEM, (((1, 2), (0, 1)), ((), ())))
+        y_DM = _norm(x_DM, w["mlp_norm"], c.rms_norm_eps, axis=0)
         gate_up_CFM = jnp.einsum("CFD,DM->CFM", w["gate_up"], y_DM)
         x_DM = x_DM + jnp.einsum("DF,FM->DM", w["down"], jax.nn.silu(gate_up_CFM[0]) * gate_up_CFM[1])
     return x_DM
 
 
-def _norm(x_DM: Array, scale_D: Array, eps: float) -> Array:
-    """`rms_norm` over the leading axis."""
-    x32 = x_DM.astype(jnp.float32)
-    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=0, keepdims=True) + eps)
-    return (x32 * inverse * scale_D.astype(jnp.float32)[:, None]).astype(x_DM.dtype)
+def _norm(x: Array, scale: Array, eps: float, *, axis: int) -> Array:
+    """`rms_norm` over an axis that is not the last."""
+    x32 = x.astype(jnp.float32)
+    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=axis, keepdims=True) + eps)
+    along = [-1 if at == axis else 1 for at in range(x.ndim)]
+    return (x32 * inverse * scale.astype(jnp.float32).reshape(along)).astype(x.dtype)
+
+
+def _rotation(position_M: Array, head_dim: int, theta: float) -> tuple[Array, Array]:
+    """Cosine and sine of the rotary angles, [H / 2, M], once for all layers."""
+    angle_HM = rope_frequency(head_dim, theta)[:, None] * position_M.astype(jnp.float32)[None, :]
+    return _apart(jnp.cos(angle_HM)), _apart(jnp.sin(angle_HM))
+
+
+def _rotate(x_KEHM: Array, cos_HM: Array, sin_HM: Array) -> Array:
+    a, b = jnp.split(x_KEHM.astype(jnp.float32), 2, axis=2)
+    cos, sin = cos_HM[None, None], sin_HM[None, None]
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=2).astype(x_KEHM.dtype)
 
 
 def _apart(x: Array) -> Array:
-    """Keeps the transpose beside a product out of it: folded in, XLA's CPU product runs at a third of its rate."""
+    """Keeps a transpose out of the product or loop beside it: folded in, XLA's CPU code runs at a third of its rate."""
     return jax.lax.optimization_barrier(x)

@@ -54,11 +54,16 @@ def rms_norm(x: Float[Array, "*N D"], scale: Float[Array, " D"], eps: float) -> 
     return (x32 * inverse * scale32).astype(x.dtype)
 
 
+def rope_frequency(head_dim: int, theta: float) -> Array:
+    """[head_dim / 2] radians per position."""
+    half = head_dim // 2
+    # A constant made in float64: the position multiplies the error of an accelerator's float32 power.
+    return jnp.asarray(np.power(float(theta), -np.arange(half) / half), jnp.float32)
+
+
 def rope(x_BTNH: Array, positions_BT: Array, theta: float) -> Array:
     """Rotary position embedding, half-split layout; angles in float32 whatever the compute dtype."""
-    half = x_BTNH.shape[-1] // 2
-    # A constant made in float64: the position multiplies the error of an accelerator's float32 power.
-    frequency_H = jnp.asarray(np.power(float(theta), -np.arange(half) / half), jnp.float32)
+    frequency_H = rope_frequency(x_BTNH.shape[-1], theta)
     angle_BTH = positions_BT.astype(jnp.float32)[..., None] * frequency_H[None, None, :]
     cos, sin = jnp.cos(angle_BTH)[:, :, None, :], jnp.sin(angle_BTH)[:, :, None, :]
     a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)

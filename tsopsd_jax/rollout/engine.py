@@ -108,6 +108,16 @@ class Engine:
             donate_argnums=(0, 1),
             out_shardings=(self._heads, self._paged, self._whole),
         )
+        places = self.geometry.home + self.segment
+        self._tails = jax.jit(
+            functools.partial(empty_tails, model, places=places), static_argnames="slots", out_shardings=self._heads
+        )
+        self._nothing = jax.jit(
+            functools.partial(empty_tails, model, 1), static_argnames="places", out_shardings=self._whole
+        )
+        self._pages = jax.jit(
+            functools.partial(_empty_pages, model, r=self.segment), static_argnames="shape", out_shardings=self._paged
+        )
         self._commit = jax.jit(_commit, donate_argnums=0, out_shardings=self._paged)
         self._grow = jax.jit(_grow, static_argnames="size", out_shardings=self._paged)
         self._shrink = jax.jit(_shrink, out_shardings=(self._heads, self._paged))
@@ -209,20 +219,10 @@ class _Rollout:
         self.geometry = engine.geometry
         self.length = np.asarray(prompts.length, np.int32)
         self.schedule = Schedule(self.length, slots=engine.slots, geometry=self.geometry)
-        self.width = _width(int(self.length.max()) - 1, prompts.tokens.shape[1] - 1, engine.segment)
-        slots, r = self.schedule.row.size, engine.segment
-        self.tails = jax.jit(
-            functools.partial(empty_tails, engine.model, slots, self.geometry.home + r), out_shardings=engine._heads
-        )()
-        self.pages = None
-        if self.geometry.row_pages:
-            c, dtype = engine.model.config, engine.model.compute_dtype
-            shape = (*self.schedule.owner.shape, c.num_key_value_heads, c.head_dim, r)
-            make = jax.jit(
-                lambda: ((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype).swapaxes(3, 4)),) * c.num_hidden_layers,
-                out_shardings=engine._paged,
-            )
-            self.pages = make()
+        self.width = _width(int(self.length.max()) - 1, self.geometry)
+        slots = self.schedule.row.size
+        self.tails = engine._tails(slots=slots)
+        self.pages = engine._pages(shape=self.schedule.owner.shape) if self.geometry.row_pages else None
         self.carry: tuple[LayerCache, ...] | None = None  # the cache of the group whose rows did not all find a slot
         self.carried = -1
         self.parts: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {}
@@ -322,7 +322,7 @@ class _Rollout:
         table[1:] = 0
         for shard, entries in enumerate(pages):
             table[:, shard, : len(entries)] = np.asarray(entries, np.int32).reshape(-1, 3).T
-        carry = self.carry if self.carry is not None else jax.tree.map(lambda x: x[:1], store)
+        carry = self.carry if self.carry is not None else self.engine._nothing(places=self.width)
         keep = np.int32(known.index(piece[-1].row // self.group))
         self.tails, self.pages, self.carry = self.engine._place(
             self.tails, self.pages, carry, store, self._put(home), self._put(start), table, keep
@@ -336,6 +336,12 @@ class _Rollout:
 
 
 # ------------------------------------------------------------- device programs
+
+
+def _empty_pages(model: Qwen3, *, shape: tuple[int, int], r: int) -> tuple[LayerCache, ...]:
+    c = model.config
+    keys = jnp.zeros((*shape, c.num_key_value_heads, c.head_dim, r), model.compute_dtype)
+    return ((keys, keys.swapaxes(3, 4)),) * c.num_hidden_layers
 
 
 def _place(tails, pages, carry, store, home_B: Array, start_B: Array, table: Array, keep: Array, *, home: int):
@@ -405,11 +411,13 @@ def _shrink(tails, pages, slot_source: Array, page_source: Array):
     return jax.tree.map(slots, tails), jax.tree.map(lambda p: jax.vmap(lambda x, at: x[at])(p, page_source), pages)
 
 
-def _width(longest: int, limit: int, r: int) -> int:
-    """Prompt positions to prefill: the longest in a power of two of segments; one size for prompts under a segment."""
-    if limit < r or longest <= 0:
-        return limit if longest > 0 else 0
-    return r * _power_of_two(-(-longest // r))
+def _width(longest: int, geometry: Geometry) -> int:
+    """Prompt positions to prefill: the longest in a power of two of segments; one size for prompts without pages."""
+    if longest == 0:
+        return 0
+    if geometry.max_prompt_tokens <= geometry.segment_tokens:
+        return geometry.home
+    return geometry.segment_tokens * _power_of_two(-(-longest // geometry.segment_tokens))
 
 
 def _power_of_two(n: int) -> int:
