@@ -33,6 +33,7 @@ ORDER = [
     "settings",
     "config",
     "run",
+    "generate",
     "cli",
     "__main__",
 ]

@@ -1,4 +1,4 @@
-"""`tsopsd`: demo, train, check, report, convert.
+"""`tsopsd`: demo, train, check, report, convert, generate.
 
 Exit codes: 0 done; 2 bad input (one line says what); 3 a guard stopped the run to protect the policy; 4 a signal stopped
 the run, its step was finished and saved: the same command goes on.
@@ -40,6 +40,22 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--out", type=Path, required=True, help="directory to write; must not hold anything else")
     convert.add_argument("--step", type=int, help="checkpoint to export; default: the latest")
     convert.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of the stored tensors")
+    generate = add("generate", "sample responses to a file of prompts; the same command again goes on")
+    generate.add_argument("--model", type=Path, required=True, metavar="DIR", help="a Hugging Face model directory")
+    generate.add_argument(
+        "--prompts", type=Path, required=True, metavar="FILE", help='JSON lines with "prompt", maybe "id"'
+    )
+    generate.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSON lines, in the order of ending")
+    generate.add_argument("--samples", type=int, default=1, help="responses per prompt; default 1")
+    generate.add_argument("--max-tokens", type=int, default=1024, help="of a response; default 1024")
+    generate.add_argument("--temperature", type=float, default=1.0, help="default 1")
+    generate.add_argument("--top-p", type=float, default=1.0, help="default 1: off")
+    generate.add_argument("--top-k", type=int, default=0, help="default 0: off")
+    generate.add_argument("--template", default="plain", help="text around the prompt: plain, boxed, dapo_answer")
+    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--slots", type=int, default=64, help="responses decoded side by side; default 64")
+    generate.add_argument("--tensor", type=int, default=1, help="devices that share one copy of the weights; default 1")
+    generate.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32 on a CPU, else bfloat16")
     return parser
 
 
@@ -140,7 +156,24 @@ def _convert(args: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
-_COMMANDS = {"demo": _demo, "train": _train, "check": _check, "report": _report, "convert": _convert}
+def _generate(args: argparse.Namespace) -> int:
+    from tsopsd_jax.generate import run_command
+
+    try:
+        return run_command(args)
+    except KeyboardInterrupt:
+        print(f"interrupted; {args.out} keeps what was written, and the same command goes on", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+_COMMANDS = {
+    "demo": _demo,
+    "train": _train,
+    "check": _check,
+    "report": _report,
+    "convert": _convert,
+    "generate": _generate,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

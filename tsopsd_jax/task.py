@@ -45,14 +45,19 @@ def encode_prompts(problems: Sequence[Problem], tokenizer: Tokenizer, *, max_pro
     Raises:
         ValueError: for a prompt that is empty or longer than the limit, naming it.
     """
-    tokens = np.zeros((len(problems), max_prompt_tokens), np.int32)
-    lengths = np.zeros(len(problems), np.int32)
-    for row, problem in enumerate(problems):
-        ids = tokenizer.encode(problem.prompt)
-        if not 0 < len(ids) <= max_prompt_tokens:
+    ids = [tokenizer.encode(problem.prompt) for problem in problems]
+    return pad_prompts([problem.id for problem in problems], ids, max_prompt_tokens=max_prompt_tokens)
+
+
+def pad_prompts(names: Sequence[str], ids: Sequence[Sequence[int]], *, max_prompt_tokens: int):
+    """The same for prompts that are tokens already."""
+    tokens = np.zeros((len(ids), max_prompt_tokens), np.int32)
+    lengths = np.zeros(len(ids), np.int32)
+    for row, (name, prompt) in enumerate(zip(names, ids, strict=True)):
+        if not 0 < len(prompt) <= max_prompt_tokens:
             raise ValueError(
-                f"prompt {problem.id!r} has {len(ids)} tokens, expected 1 to {max_prompt_tokens}; "
+                f"prompt {name!r} has {len(prompt)} tokens, expected 1 to {max_prompt_tokens}; "
                 "raise data.max_prompt_tokens or leave the problem out"
             )
-        tokens[row, : len(ids)], lengths[row] = ids, len(ids)
+        tokens[row, : len(prompt)], lengths[row] = prompt, len(prompt)
     return tokens, lengths

@@ -177,17 +177,19 @@ class Engine:
         prompts: Prompts,
         key: Array,
         *,
-        group: int = 1,
+        group: int | np.ndarray = 1,
         on_progress: Callable[[Progress], None] | None = None,
     ) -> Iterator[Finished]:
         """Rows as they end, in an order that follows from lengths alone.
 
         Args:
             view: from `view`.
-            prompts: host arrays; rows in groups of `group` equal prompts, each prefilled once.
+            prompts: host arrays.
+            group: rows with the same prompt stand side by side, in groups of this many, or [N] with a number for each
+                group; a group's prompt is prefilled once.
             key: the step's; a row's randomness depends on it and on the row's id alone.
         """
-        if len(prompts.length) % group:
+        if isinstance(group, int) and len(prompts.length) % group:
             raise ValueError(f"group {group} does not divide {len(prompts.length)} rows")
         width = prompts.tokens.shape[1]
         if width != self.geometry.max_prompt_tokens:
@@ -214,8 +216,9 @@ class Engine:
 class _Rollout:
     """The state of one rollout: the schedule, the cache on the device, the responses so far."""
 
-    def __init__(self, engine: Engine, prompts: Prompts, group: int):
-        self.engine, self.prompts, self.group = engine, prompts, group
+    def __init__(self, engine: Engine, prompts: Prompts, group: int | np.ndarray):
+        self.engine, self.prompts = engine, prompts
+        self.group = np.arange(len(prompts.length)) // group if isinstance(group, int) else group
         self.geometry = engine.geometry
         self.length = np.asarray(prompts.length, np.int32)
         self.schedule = Schedule(self.length, slots=engine.slots, geometry=self.geometry)
@@ -291,10 +294,10 @@ class _Rollout:
             return
         most = max(1, PREFILL_TOKENS // self.width)
         while admitted:
-            groups = list(dict.fromkeys(entry.row // self.group for entry in admitted))
+            groups = list(dict.fromkeys(int(self.group[entry.row]) for entry in admitted))
             new = [g for g in groups if g != self.carried][:most]
             known = [self.carried, *new]
-            piece = [entry for entry in admitted if entry.row // self.group in known]
+            piece = [entry for entry in admitted if self.group[entry.row] in known]
             admitted = admitted[len(piece) :]
             store = self.carry
             if new or store is None:
@@ -302,18 +305,19 @@ class _Rollout:
                 count = _power_of_two(-(-len(new) // self.engine.shards)) * self.engine.shards
                 tokens = np.zeros((count, self.width), np.int32)
                 for at, g in enumerate(new):
-                    n = min(self.length[g * self.group], self.width)
-                    tokens[at, :n] = self.prompts.tokens[g * self.group, :n]
+                    row = int(np.argmax(self.group == g))
+                    n = min(self.length[row], self.width)
+                    tokens[at, :n] = self.prompts.tokens[row, :n]
                 store = self.engine._prefill(view, self._put(tokens))
             self._hand_over(piece, known, store)
-            self.carried = piece[-1].row // self.group
+            self.carried = int(self.group[piece[-1].row])
 
     def _hand_over(self, piece: list[Admitted], known: list[int], store: tuple[LayerCache, ...]) -> None:
         r, (shards, each) = self.engine.segment, self.schedule.row.shape
         home, start = np.full(shards * each, -1, np.int32), np.zeros(shards * each, np.int32)
         pages: list[list[tuple[int, int, int]]] = [[] for _ in range(shards)]
         for entry in piece:
-            source = known.index(entry.row // self.group)  # 0: what was carried
+            source = known.index(self.group[entry.row])  # 0: what was carried
             home[entry.slot] = source
             start[entry.slot] = self.geometry.prompt_pages(int(self.length[entry.row])) * r
             pages[entry.slot // each] += [(int(page), source, j) for j, page in enumerate(entry.pages)]
@@ -323,7 +327,7 @@ class _Rollout:
         for shard, entries in enumerate(pages):
             table[:, shard, : len(entries)] = np.asarray(entries, np.int32).reshape(-1, 3).T
         carry = self.carry if self.carry is not None else self.engine._nothing(places=self.width)
-        keep = np.int32(known.index(piece[-1].row // self.group))
+        keep = np.int32(known.index(self.group[piece[-1].row]))
         self.tails, self.pages, self.carry = self.engine._place(
             self.tails, self.pages, carry, store, self._put(home), self._put(start), table, keep
         )

@@ -1,0 +1,100 @@
+"""`tsopsd generate`: every prompt and sample once, interrupted or not; what it refuses."""
+
+import json
+
+import pytest
+
+from tsopsd_jax.cli import DEMO_CONFIG, main
+from tsopsd_jax.rewards import verify_countdown
+
+MODEL = DEMO_CONFIG.parent / "countdown-tiny"
+PROBLEMS = {"a": "3 5 7 9 -> 24", "2": "2 4 6 8 -> 20", "c": "1 2 3 4 -> 10"}
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    lines = [{"id": name, "prompt": f"{text} :"} for name, text in PROBLEMS.items()]
+    del lines[1]["id"]  # the line's number
+    path.write_text("\n".join(map(json.dumps, lines)) + "\n\n")
+    return path
+
+
+def run(prompts, out, *more):
+    settings = ["--samples", "3", "--max-tokens", "19", "--top-p", "0.9", "--slots", "8"]
+    return main(["generate", "--model", str(MODEL), "--prompts", str(prompts), "--out", str(out), *settings, *more])
+
+
+def rows(path):
+    return sorted((json.loads(line) for line in path.read_text().splitlines()), key=lambda r: (r["id"], r["sample"]))
+
+
+def test_an_interrupted_file_is_gone_on_with(prompts, tmp_path, capsys):
+    whole, part = tmp_path / "whole.jsonl", tmp_path / "part.jsonl"
+    assert run(prompts, whole) == 0
+    assert "9 responses, 9 of them new" in capsys.readouterr().out
+    written = rows(whole)
+    assert [(r["id"], r["sample"]) for r in written] == [(i, k) for i in sorted(PROBLEMS) for k in range(3)]
+    right = [verify_countdown(r["response"], PROBLEMS[r["id"]]) for r in written if r["stopped"]]
+    assert sum(right) >= 2, "the packaged model solves some of these"
+    assert len({r["response"] for r in written}) > 4, "samples of a prompt differ"
+    # As if killed in the middle of a line.
+    run(prompts, part)
+    lines = part.read_text().splitlines(keepends=True)
+    part.write_text("".join(lines[:4]) + lines[4][:25])
+    capsys.readouterr()
+    assert run(prompts, part) == 0
+    assert "9 responses, 5 of them new" in capsys.readouterr().out
+    assert rows(part) == written
+    assert run(prompts, part) == 0
+    assert "9 responses, 0 of them new" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["--max-tokens", "0"], "max_tokens must be at least 1, got 0"),
+        (["--samples", "0"], "samples must be at least 1, got 0"),
+        (["--top-p", "0"], "top_p must be in (0, 1], got 0.0"),
+        (["--seed", "-1"], "seed must be in 0..2^32-1, got -1"),
+        (["--max-tokens", "100000"], "lower --max-tokens"),
+        (["--template", "boxedd"], "did you mean 'boxed'?"),
+        (["--model", "/nowhere/at-all"], "/nowhere/at-all"),
+        (["--prompts", "/nowhere/at-all"], "/nowhere/at-all: no such file"),
+    ],
+)
+def test_what_is_refused_leaves_nothing(prompts, tmp_path, capsys, more, says):
+    assert run(prompts, tmp_path / "out.jsonl", *more) == 2
+    assert says in capsys.readouterr().err
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('{"prompt": "1"}\n{"prompt": ', "line 2: not JSON"),
+        ('{"text": "1"}\n', 'line 1: expected an object with a text "prompt"'),
+        ("[1]\n", "line 1: expected an object"),
+        ('{"prompt": "1", "id": 7}\n{"prompt": "2", "id": "7"}\n', "id '7' stands in two lines"),
+        ("\n", "expected at least one prompt"),
+    ],
+)
+def test_malformed_prompts_are_named(tmp_path, capsys, text, says):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(text)
+    assert run(path, tmp_path / "out.jsonl") == 2
+    assert says in capsys.readouterr().err
+
+
+def test_a_file_of_other_settings_is_left_alone(prompts, tmp_path, capsys):
+    out = tmp_path / "out.jsonl"
+    assert run(prompts, out) == 0
+    before = out.read_bytes()
+    assert run(prompts, out, "--seed", "1") == 2
+    assert "begun with other settings (seed: 0 != 1)" in capsys.readouterr().err
+    assert out.read_bytes() == before
+    foreign = tmp_path / "notes.jsonl"
+    foreign.write_text("precious")
+    assert run(prompts, foreign) == 2
+    assert "was not written by this command" in capsys.readouterr().err
+    assert foreign.read_text() == "precious"
