@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from tsopsd_jax.model import Qwen3, Qwen3Config, decoding
-from tsopsd_jax.model.qwen3 import attention, rms_norm, rope
+from tsopsd_jax.model.attention import attention
+from tsopsd_jax.model.qwen3 import rms_norm, rope
 from tsopsd_jax.sharding import make_mesh, tree_shardings
 
 CONFIG = Qwen3Config(

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from tsopsd_jax.model.qwen3 import Qwen3, attention, rope_frequency
+from tsopsd_jax.model.attention import causal_attention
+from tsopsd_jax.model.qwen3 import Qwen3, rope_frequency
 from tsopsd_jax.types import PyTree
 
 LayerCache = tuple[Array, Array]
@@ -19,6 +20,9 @@ LayerCache = tuple[Array, Array]
 
 Attend = Callable[[int, Array, Array, Array], Array]
 """(layer, q_BTNH, k_BTKH, v_BTKH) -> out_BTNH"""
+
+Causal = Callable[[Array, Array, Array], Array]
+"""(q_BTNH, k_BTKH, v_BTKH) -> out_BTNH"""
 
 
 def rollout_view(model: Qwen3, params: PyTree) -> PyTree:
@@ -67,15 +71,17 @@ def view_axes(model: Qwen3) -> PyTree:
     }
 
 
-def prefill(model: Qwen3, view: PyTree, tokens: Int[Array, "B T"]) -> tuple[LayerCache, ...]:
+def prefill(
+    model: Qwen3, view: PyTree, tokens: Int[Array, "B T"], *, attention: Causal = causal_attention
+) -> tuple[LayerCache, ...]:
     """The cache of whole prompts, [B, K, H, T] and [B, K, T, H] per layer; what stands beyond a prompt's end is junk
-    that no position of the prompt sees."""
+    that no position of the prompt sees. `attention` is `causal_attention` with an implementation chosen."""
     positions_BT = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :], tokens.shape)
     cache: list[LayerCache] = []
 
     def attend(_, q_BTNH, k_BTKH, v_BTKH):
         cache.append((jnp.transpose(k_BTKH, (0, 2, 3, 1)), jnp.transpose(v_BTKH, (0, 2, 1, 3))))
-        return attention(q_BTNH, k_BTKH, v_BTKH, positions_BT)
+        return attention(q_BTNH, k_BTKH, v_BTKH)
 
     _trunk(model, view, tokens, positions_BT, attend)
     return tuple(cache)

@@ -16,6 +16,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from tsopsd_jax.model.attention import attention
 from tsopsd_jax.types import PyTree
 
 
@@ -68,18 +69,6 @@ def rope(x_BTNH: Array, positions_BT: Array, theta: float) -> Array:
     cos, sin = jnp.cos(angle_BTH)[:, :, None, :], jnp.sin(angle_BTH)[:, :, None, :]
     a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTNH.dtype)
-
-
-def attention(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, positions_BT: Array) -> Array:
-    """Grouped-query attention of queries at `positions` over slots 0..position; softmax in float32."""
-    b, t, n, h = q_BTNH.shape
-    s, kv = k_BSKH.shape[1:3]
-    q_BTKGH = q_BTNH.reshape(b, t, kv, n // kv, h)
-    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32)
-    visible_BTS = jnp.arange(s, dtype=positions_BT.dtype)[None, None, :] <= positions_BT[:, :, None]
-    scores = jnp.where(visible_BTS[:, None, None], scores * h**-0.5, -jnp.inf)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v_BSKH.dtype)
-    return jnp.einsum("BKGTS,BSKH->BTKGH", weights, v_BSKH).reshape(b, t, n, h)
 
 
 class Block(nnx.Module):

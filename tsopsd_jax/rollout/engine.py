@@ -13,9 +13,11 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
+from tsopsd_jax.model.attention import best_causal, causal_attention
 from tsopsd_jax.model.decoding import LayerCache, prefill, rollout_view, view_axes
 from tsopsd_jax.model.qwen3 import Qwen3
 from tsopsd_jax.rollout.distribution import Sampling
+from tsopsd_jax.rollout.paged_attention import pages_attention
 from tsopsd_jax.rollout.schedule import Admitted, Geometry, Schedule
 from tsopsd_jax.rollout.segment import Pool, Slots, decode_segment, empty_tails
 from tsopsd_jax.sharding import DECODE_RULES, row_multiple, tree_shardings
@@ -76,6 +78,7 @@ class Engine:
         max_prompt_tokens: P, the width of the prompts.
         slots: rows decoded together, at most; rounded up to the mesh.
         segment: R, tokens between two looks at the schedule; None: `segment_tokens`.
+        attention: `auto`, the best implementations of the mesh's backend; or `xla`.
     """
 
     def __init__(
@@ -89,6 +92,7 @@ class Engine:
         stop_ids: tuple[int, ...],
         slots: int,
         segment: int | None = None,
+        attention: str = "auto",
     ):
         self.model, self.mesh, self.limit = model, mesh, max_response_tokens
         self.shards = row_multiple(mesh)
@@ -102,7 +106,10 @@ class Engine:
         shapes = jax.eval_shape(functools.partial(rollout_view, model), model.param_shapes())
         layout = tree_shardings(view_axes(model), shapes, mesh, DECODE_RULES)
         self._view = jax.jit(functools.partial(rollout_view, model), out_shardings=layout)
-        self._prefill = jax.jit(functools.partial(prefill, model), out_shardings=self._whole)
+        platform = mesh.devices.flat[0].platform if attention == "auto" else "cpu"
+        causal = functools.partial(_causal, platform, mesh)
+        paged = functools.partial(pages_attention, implementation="pallas" if platform == "tpu" else "xla", mesh=mesh)
+        self._prefill = jax.jit(functools.partial(prefill, model, attention=causal), out_shardings=self._whole)
         self._place = jax.jit(
             functools.partial(_place, home=self.geometry.home),
             donate_argnums=(0, 1),
@@ -122,7 +129,9 @@ class Engine:
         self._grow = jax.jit(_grow, static_argnames="size", out_shardings=self._paged)
         self._shrink = jax.jit(_shrink, out_shardings=(self._heads, self._paged))
         self._segment = jax.jit(
-            functools.partial(decode_segment, model, sampling=sampling, steps=self.segment, stop_ids=stop_ids),
+            functools.partial(
+                decode_segment, model, sampling=sampling, steps=self.segment, stop_ids=stop_ids, paged=paged
+            ),
             donate_argnums=1,
             out_shardings=(None, self._heads),
         )
@@ -340,6 +349,11 @@ class _Rollout:
 
 
 # ------------------------------------------------------------- device programs
+
+
+def _causal(platform: str, mesh: jax.sharding.Mesh, q: Array, k: Array, v: Array) -> Array:
+    name = best_causal(platform, positions=q.shape[1], dtype=q.dtype)
+    return causal_attention(q, k, v, implementation=name, mesh=mesh)
 
 
 def _empty_pages(model: Qwen3, *, shape: tuple[int, int], r: int) -> tuple[LayerCache, ...]:

@@ -6,6 +6,8 @@ tokens, in the first C0 places) and the tokens of the segment, each written wher
 a block, in place. Between segments the R tokens become one page.
 """
 
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -15,7 +17,7 @@ from jaxtyping import Array, Float, Int
 from tsopsd_jax.model.decoding import LayerCache, decode, prefill, rollout_view
 from tsopsd_jax.model.qwen3 import Qwen3
 from tsopsd_jax.rollout.distribution import Sampling, draw
-from tsopsd_jax.rollout.paged_attention import pages_attention
+from tsopsd_jax.rollout.paged_attention import Paged, Partial, pages_attention
 from tsopsd_jax.types import AnyArray, Prompts, PyTree, Rollout
 
 
@@ -72,6 +74,7 @@ def decode_segment(
     sampling: Sampling,
     steps: int,
     stop_ids: tuple[int, ...],
+    paged: Paged = pages_attention,
 ) -> tuple[Segment, tuple[LayerCache, ...]]:
     """Draw up to `steps` tokens for every slot that is not idle; ends sooner when all rows have.
 
@@ -82,6 +85,7 @@ def decode_segment(
         slots: see there.
         key: the step's.
         sampling, steps, stop_ids: what is drawn, how many, what ends a row.
+        paged: attention over pages.
     """
     stops = jnp.asarray(stop_ids, jnp.int32)
     uniform_RB = uniforms(key, slots.row_id, slots.drawn, steps)
@@ -103,8 +107,8 @@ def decode_segment(
             keys = jax.lax.dynamic_update_slice(tails[i][0], jnp.transpose(k_BTKH, (0, 2, 3, 1)), (0, 0, 0, home + t))
             values = jax.lax.dynamic_update_slice(tails[i][1], jnp.transpose(v_BTKH, (0, 2, 1, 3)), (0, 0, home + t, 0))
             new.append((keys, values))
-            pages = None if pool is None else (pool.pages[i], pool.owner)
-            return _attention(q_BTNH[:, 0], (keys, values), seen_BC, pages)[:, None]
+            over = None if pool is None else functools.partial(_over_pages, paged, pool.pages[i], pool.owner)
+            return _attention(q_BTNH[:, 0], (keys, values), seen_BC, over)[:, None]
 
         logits_BV = decode(model, view, token, slots.position + t, attend)
         drawn, drawn_logp = draw(logits_BV, uniform_RB[t], sampling)
@@ -129,25 +133,29 @@ def decode_segment(
     return Segment(tokens, logp, count, stopped), tails
 
 
-def _attention(q_BNH: Array, tail: LayerCache, seen_BC: Array, pages: tuple[LayerCache, AnyArray] | None) -> Array:
+def _over_pages(paged: Paged, pages: LayerCache, owner: AnyArray, q_BKGH: Array) -> Partial:
+    return paged(q_BKGH, pages, owner)
+
+
+def _attention(q_BNH: Array, tail: LayerCache, seen_BC: Array, pages: Callable[[Array], Partial] | None) -> Array:
     """One query per slot over its tail and its pages; softmax in float32."""
     keys_BKHC, values_BKCH = tail
     b, n, h = q_BNH.shape
     q_BKGH = q_BNH.reshape(b, keys_BKHC.shape[1], -1, h) * jnp.asarray(h**-0.5, q_BNH.dtype)
     scores = jnp.einsum("BKGH,BKHC->BKGC", q_BKGH, keys_BKHC, preferred_element_type=jnp.float32)
     scores = jnp.where(seen_BC[:, None, None, :], scores, -jnp.inf)
-    top = jnp.max(scores, axis=-1)
+    top, part = jnp.max(scores, axis=-1), None
     if pages is not None:
-        paged = pages_attention(q_BKGH, *pages)
-        top = jnp.maximum(top, paged.top)
+        part = pages(q_BKGH)
+        top = jnp.maximum(top, part.top)
     weight = jnp.exp(scores - top[..., None])
     total = jnp.sum(weight, axis=-1)
     out = jnp.einsum(
         "BKGC,BKCH->BKGH", weight.astype(values_BKCH.dtype), values_BKCH, preferred_element_type=jnp.float32
     )
-    if pages is not None:
-        scale = jnp.exp(paged.top - top)
-        total, out = total + paged.total * scale, out + paged.out * scale[..., None]
+    if part is not None:
+        scale = jnp.exp(part.top - top)
+        total, out = total + part.total * scale, out + part.out * scale[..., None]
     return (out / total[..., None]).astype(q_BNH.dtype).reshape(b, n, h)
 
 

@@ -1,0 +1,198 @@
+"""Every implementation of attention against the formula; kernels run interpreted here and are compiled for TPUs."""
+
+import functools
+import os
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from tsopsd_jax.model import Qwen3, Qwen3Config
+from tsopsd_jax.model.attention import best_causal, causal_attention
+from tsopsd_jax.model.decoding import rollout_view, view_axes
+from tsopsd_jax.rollout import Engine, Sampling
+from tsopsd_jax.rollout.paged_attention import pages_attention
+from tsopsd_jax.rollout.segment import Pool, Slots, empty_tails
+from tsopsd_jax.sharding import DECODE_RULES, make_mesh, tree_shardings
+
+
+def normal(seed, *shape, dtype=jnp.float32):
+    return jax.random.normal(jax.random.key(seed), shape, jnp.float32).astype(dtype)
+
+
+def dense(q, k, v):
+    """Softmax over all earlier positions, per head, in float64."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    b, t, n, h = q.shape
+    out = np.zeros((b, t, n, h))
+    for head in range(n):
+        kv = head // (n // k.shape[2])
+        scores = np.einsum("bth,bsh->bts", q[:, :, head], k[:, :, kv]) / np.sqrt(h)
+        scores = np.where(np.tri(t, dtype=bool)[None], scores, -np.inf)
+        weight = np.exp(scores - scores.max(-1, keepdims=True))
+        out[:, :, head] = np.einsum("bts,bsh->bth", weight / weight.sum(-1, keepdims=True), v[:, :, kv])
+    return out
+
+
+@pytest.mark.parametrize(
+    ("implementation", "mesh"), [("xla", None), ("splash", None), ("splash", {"fsdp": 2, "tensor": 2})]
+)
+def test_causal_attention(implementation, mesh):
+    q, k, v = normal(0, 2, 128, 4, 128), normal(1, 2, 128, 2, 128), normal(2, 2, 128, 2, 128)
+    on = None if mesh is None else make_mesh(**mesh, devices=jax.devices()[:4])
+    run = functools.partial(causal_attention, implementation=implementation, mesh=on, interpret=True)
+    np.testing.assert_allclose(jax.jit(run)(q, k, v), dense(q, k, v), atol=2e-5)
+
+
+def test_implementations_are_chosen_by_name():
+    q = normal(0, 1, 100, 2, 8)
+    with pytest.raises(ValueError, match="expected one of xla, cudnn, splash, got 'flash'"):
+        causal_attention(q, q, q, implementation="flash")
+    with pytest.raises(ValueError, match="multiple of 128 positions, got 100"):
+        causal_attention(q, q, q, implementation="splash")
+    with pytest.raises(ValueError, match="expected one of xla, pallas, got 'cuda'"):
+        pages_attention(q, (q, q), np.zeros((1, 1), np.int32), implementation="cuda")
+    assert best_causal("cpu", positions=128, dtype=jnp.bfloat16) == "xla"
+    assert best_causal("gpu", positions=100, dtype=jnp.bfloat16) == "cudnn"
+    assert best_causal("gpu", positions=100, dtype=jnp.float32) == "xla"
+    assert best_causal("tpu", positions=256, dtype=jnp.float32) == "splash"
+    assert best_causal("tpu", positions=100, dtype=jnp.bfloat16) == "xla"
+
+
+# Shard 0: slot 0 has two pages that do not lie together, slot 1 none, slot 2 one. Shard 1: only slot 1 has pages.
+OWNER = np.array([[2, 0, -1, 0, -1], [-1, 1, 1, -1, 1]], np.int32)
+
+
+def expected(q, keys, values):
+    """(top, total, out) per slot by the definition, in float64."""
+    q, keys, values = (np.asarray(x, np.float64) for x in (q, keys, values))
+    shards, slots = OWNER.shape[0], q.shape[0] // OWNER.shape[0]
+    top = np.full(q.shape[:3], -np.inf)
+    total, out = np.zeros(q.shape[:3]), np.zeros(q.shape)
+    for shard in range(shards):
+        for slot in range(slots):
+            mine, b = np.flatnonzero(OWNER[shard] == slot), shard * slots + slot
+            if not len(mine):
+                continue
+            scores = np.concatenate([np.einsum("kgh,khr->kgr", q[b], keys[shard, p]) for p in mine], axis=-1)
+            top[b] = scores.max(-1)
+            weight = np.exp(scores - top[b][..., None])
+            total[b] = weight.sum(-1)
+            out[b] = np.einsum("kgr,krh->kgh", weight, np.concatenate([values[shard, p] for p in mine], axis=1))
+    return top, total, out
+
+
+@pytest.mark.parametrize(
+    ("implementation", "mesh"),
+    [("xla", None), ("pallas", None), ("pallas", {"fsdp": 2, "tensor": 2}), ("xla", {"fsdp": 2})],
+)
+def test_paged_attention(implementation, mesh):
+    q, keys, values = normal(0, 6, 2, 3, 8), normal(1, 2, 5, 2, 8, 4) * 3, normal(2, 2, 5, 2, 4, 8)
+    owner, on = OWNER, None
+    if mesh is None and implementation == "pallas":  # without a mesh there is one shard
+        q, keys, values, owner = q[:3], keys[:1], values[:1], OWNER[:1]
+    want = [
+        x[: len(q)] for x in expected(normal(0, 6, 2, 3, 8), normal(1, 2, 5, 2, 8, 4) * 3, normal(2, 2, 5, 2, 4, 8))
+    ]
+    if mesh is not None:
+        on = make_mesh(**mesh, devices=jax.devices()[: np.prod(list(mesh.values()))])
+        q, keys, values = (jax.device_put(x, NamedSharding(on, P(("data", "fsdp")))) for x in (q, keys, values))
+    run = functools.partial(pages_attention, implementation=implementation, mesh=on, interpret=True)
+    got = jax.jit(run)(q, (keys, values), owner)
+    for name, a, b in zip(("top", "total", "out"), got, want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def tpu():
+    """A mesh of four TPU chips that exist for the compiler only."""
+    pytest.importorskip("libtpu", reason="the TPU compiler is not installed (extra `tpu`)")
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    from jax.experimental import topologies
+
+    # Programs for chips that are not there cannot be read back from the cache.
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    try:
+        chips = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
+    except Exception as error:  # another process may hold the library
+        pytest.skip(f"the TPU compiler cannot be used here: {error}")
+    yield make_mesh(fsdp=2, tensor=2, devices=chips)
+    jax.config.update("jax_enable_compilation_cache", True)
+    compilation_cache.reset_cache()
+
+
+def compile_for(mesh, function, *shapes):
+    args = [
+        jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P(("data", "fsdp"), None, *tail)))
+        for shape, dtype, *tail in shapes
+    ]
+    return jax.jit(function).lower(*args).compile()
+
+
+def test_kernels_compile_for_a_tpu(tpu):
+    bf16 = jnp.bfloat16
+    causal = functools.partial(causal_attention, implementation="splash", mesh=tpu)
+    heads = ((4, 256, 32, 128), bf16, "tensor"), ((4, 256, 8, 128), bf16, "tensor"), ((4, 256, 8, 128), bf16, "tensor")
+    assert "custom-call" in compile_for(tpu, causal, *heads).as_text()
+
+    def paged(q, keys, values, owner):
+        return pages_attention(q, (keys, values), owner, implementation="pallas", mesh=tpu)
+
+    rows = ("data", "fsdp")
+    args = [
+        jax.ShapeDtypeStruct((64, 8, 4, 128), bf16, sharding=NamedSharding(tpu, P(rows, "tensor"))),
+        jax.ShapeDtypeStruct((2, 300, 8, 128, 128), bf16, sharding=NamedSharding(tpu, P(rows, None, "tensor"))),
+        jax.ShapeDtypeStruct((2, 300, 8, 128, 128), bf16, sharding=NamedSharding(tpu, P(rows, None, "tensor"))),
+        jax.ShapeDtypeStruct((2, 300), jnp.int32, sharding=NamedSharding(tpu, P(rows))),
+    ]
+    compiled = jax.jit(paged).lower(*args).compile()
+    assert "tpu_custom_call" in compiled.as_text()
+    # The kernel reads the pages where they lie: nothing of their size is copied beside them.
+    assert compiled.memory_analysis().temp_size_in_bytes < 0.1 * 2 * 300 * 8 * 128 * 128 * 2
+
+
+def test_a_decoding_segment_compiles_for_a_tpu(tpu):
+    """The whole program with pages and kernel, for four chips: what moves between chips is activations, never weights."""
+    model = Qwen3(
+        Qwen3Config(
+            vocab_size=4096,
+            hidden_size=512,
+            intermediate_size=1024,
+            num_hidden_layers=2,
+            num_attention_heads=8,
+            num_key_value_heads=4,
+            head_dim=128,
+        ),
+        compute_dtype=jnp.bfloat16,
+    )
+    settings = {"sampling": Sampling(), "max_response_tokens": 1000, "stop_ids": (3,), "slots": 32}
+    engine = Engine(model, tpu, max_prompt_tokens=300, segment=128, **settings)
+    view = jax.eval_shape(functools.partial(rollout_view, model), model.param_shapes())
+    layout = tree_shardings(view_axes(model), view, tpu, DECODE_RULES)
+
+    def placed(tree, sharding):
+        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, sharding)
+
+    def everywhere(tree, spec):
+        return placed(tree, jax.tree.map(lambda _: NamedSharding(tpu, spec), tree))
+
+    rows = ("data", "fsdp")
+    tails = jax.eval_shape(lambda: empty_tails(model, 32, engine.geometry.home + 128))
+    keys = jax.ShapeDtypeStruct((2, 40, 4, 128, 128), jnp.bfloat16)
+    pool = Pool(((keys, keys),) * 2, jax.ShapeDtypeStruct((2, 40), jnp.int32))
+    pool = Pool(everywhere(pool.pages, P(rows, None, "tensor")), everywhere(pool.owner, P(rows)))
+    slots = everywhere(Slots(*(jax.ShapeDtypeStruct((32,), jnp.int32),) * 6), P(rows))
+    key = everywhere(jax.eval_shape(lambda: jax.random.key(0)), P())
+    text = engine._segment.lower(placed(view, layout), everywhere(tails, P(rows, "tensor")), pool, slots, key)
+    text = text.compile().as_text()
+    assert "tpu_custom_call" in text
+    moved = re.findall(r"= \(?(\w+)\[([\d,]*)\]\S* (?:all-gather|all-to-all|all-reduce|collective-permute)", text)
+    largest = max(int(np.prod([int(n) for n in shape.split(",") if n])) for _, shape in moved)
+    weights = min(x.size for x in jax.tree.leaves(view["layers"][0]) if x.ndim > 1)
+    assert largest < weights / 4, (largest, weights)
