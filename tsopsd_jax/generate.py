@@ -135,7 +135,7 @@ def _read_requests(path: Path) -> list[Request]:
     if not path.is_file():
         raise ValueError(f"--prompts: expected a file of JSON lines, got {path}: no such file")
     requests: list[Request] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -185,7 +185,7 @@ def _claim(out: Path, settings: GenerateSettings, requests: Sequence[Request]) -
     whole = raw[: raw.rfind(b"\n") + 1]
     if len(whole) < len(raw):
         out.write_bytes(whole)
-    return {(row["id"], row["sample"]) for row in map(json.loads, whole.decode("utf-8").splitlines())}
+    return {(row["id"], row["sample"]) for row in map(json.loads, whole.splitlines())}
 
 
 def run_command(args: Any) -> int:

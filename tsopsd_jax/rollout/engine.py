@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -16,6 +15,7 @@ from jaxtyping import Array
 from tsopsd_jax.model.attention import best_causal, causal_attention
 from tsopsd_jax.model.decoding import LayerCache, prefill, rollout_view, view_axes
 from tsopsd_jax.model.qwen3 import Qwen3
+from tsopsd_jax.rollout.cache import commit, empty_pages, grow, place, shrink_pages, shrink_tails
 from tsopsd_jax.rollout.distribution import Sampling
 from tsopsd_jax.rollout.paged_attention import pages_attention
 from tsopsd_jax.rollout.schedule import Admitted, Geometry, Schedule
@@ -111,7 +111,7 @@ class Engine:
         paged = functools.partial(pages_attention, implementation="pallas" if platform == "tpu" else "xla", mesh=mesh)
         self._prefill = jax.jit(functools.partial(prefill, model, attention=causal), out_shardings=self._whole)
         self._place = jax.jit(
-            functools.partial(_place, home=self.geometry.home),
+            functools.partial(place, home=self.geometry.home),
             donate_argnums=(0, 1),
             out_shardings=(self._heads, self._paged, self._whole),
         )
@@ -123,11 +123,12 @@ class Engine:
             functools.partial(empty_tails, model, 1), static_argnames="places", out_shardings=self._whole
         )
         self._pages = jax.jit(
-            functools.partial(_empty_pages, model, r=self.segment), static_argnames="shape", out_shardings=self._paged
+            functools.partial(empty_pages, model, r=self.segment), static_argnames="shape", out_shardings=self._paged
         )
-        self._commit = jax.jit(_commit, donate_argnums=0, out_shardings=self._paged)
-        self._grow = jax.jit(_grow, static_argnames="size", out_shardings=self._paged)
-        self._shrink = jax.jit(_shrink, out_shardings=(self._heads, self._paged))
+        self._commit = jax.jit(commit, donate_argnums=0, out_shardings=self._paged)
+        self._grow = jax.jit(grow, static_argnames="size", out_shardings=self._paged)
+        self._shrink_tails = jax.jit(shrink_tails, out_shardings=self._heads)
+        self._shrink_pages = jax.jit(shrink_pages, out_shardings=self._paged)
         self._segment = jax.jit(
             functools.partial(
                 decode_segment, model, sampling=sampling, steps=self.segment, stop_ids=stop_ids, paged=paged
@@ -150,7 +151,8 @@ class Engine:
             self._place,
             self._commit,
             self._grow,
-            self._shrink,
+            self._shrink_tails,
+            self._shrink_pages,
             self._segment,
         )
         return sum(f._cache_size() for f in jits)
@@ -246,20 +248,21 @@ class _Rollout:
         engine, schedule = self.engine, self.schedule
         size = schedule.grow()
         if size is not None and self.pages is not None:
-            before = _bytes(self.pages)
-            self.pages = engine._grow(self.pages, size=size)
-            self._count_bytes(before)
+            layers, self.pages = list(self.pages), None
+            self.pages = self._by_layer(layers, lambda layer: engine._grow(layer, size=size))
         if schedule.live.any() and self.pages is not None:
             self.pages = engine._commit(self.pages, self.tails, self._put(schedule.commit()))
         shrink = schedule.shrink()
         if shrink is not None:
-            before = _bytes((self.tails, self.pages))
             live = schedule.live
             self.last = self.last.reshape(live.shape[0], -1)
             self.last = np.take_along_axis(self.last, shrink.slot_source, axis=1).reshape(-1)
-            sources = self._put(shrink.slot_source), self._put(shrink.page_source)
-            self.tails, self.pages = engine._shrink(self.tails, self.pages, *sources)
-            self._count_bytes(before)
+            slots, pages = self._put(shrink.slot_source), self._put(shrink.page_source)
+            layers, self.tails = list(self.tails), ()
+            self.tails = self._by_layer(layers, lambda layer: engine._shrink_tails(layer, slots))
+            if self.pages is not None:
+                layers, self.pages = list(self.pages), None
+                self.pages = self._by_layer(layers, lambda layer: engine._shrink_pages(layer, pages))
         self._count_bytes()
         self._admit(view, schedule.admit())
 
@@ -344,89 +347,23 @@ class _Rollout:
     def _put(self, x: AnyArray) -> Array:
         return jax.device_put(x, self.engine._rows)
 
-    def _count_bytes(self, also: int = 0) -> None:
-        self.peak_bytes = max(self.peak_bytes, _bytes((self.tails, self.pages)) + also)
+    def _by_layer(self, layers: list[LayerCache], change: Callable[[LayerCache], LayerCache]) -> tuple[LayerCache, ...]:
+        """Change the size of a cache's layers one by one, emptying the list: only one of them ever exists twice."""
+        before, new = _bytes(layers), []
+        while layers:
+            old = layers.pop(0)
+            new.append(change(old))
+            most = max(before, _bytes(new)) + min(_bytes(old), _bytes(new[-1]))
+            self.peak_bytes = max(self.peak_bytes, most + _bytes((self.tails, self.pages)))
+        return tuple(new)
 
-
-# ------------------------------------------------------------- device programs
+    def _count_bytes(self) -> None:
+        self.peak_bytes = max(self.peak_bytes, _bytes((self.tails, self.pages)))
 
 
 def _causal(platform: str, mesh: jax.sharding.Mesh, q: Array, k: Array, v: Array) -> Array:
     name = best_causal(platform, positions=q.shape[1], dtype=q.dtype)
     return causal_attention(q, k, v, implementation=name, mesh=mesh)
-
-
-def _empty_pages(model: Qwen3, *, shape: tuple[int, int], r: int) -> tuple[LayerCache, ...]:
-    c = model.config
-    keys = jnp.zeros((*shape, c.num_key_value_heads, c.head_dim, r), model.compute_dtype)
-    return ((keys, keys.swapaxes(3, 4)),) * c.num_hidden_layers
-
-
-def _place(tails, pages, carry, store, home_B: Array, start_B: Array, table: Array, keep: Array, *, home: int):
-    """Prompts' cache into slots: whole pages into the pool, the rest into the tails.
-
-    Args:
-        carry, store: caches of prompts, one and A of them, [., K, H, W] and [., K, W, H] per layer; numbered together.
-        home_B: for each slot the prompt that it gets, or -1.
-        start_B: where in the prompt its rest begins.
-        table: [3, S, n]: page, prompt, and which of the prompt's pages, to be copied.
-        keep: the prompt to carry on.
-        home: places of a tail for the rest.
-    """
-    take_B = home_B >= 0
-
-    def one(tail, pool, carried, stored, axis):
-        every = jnp.concatenate([carried, stored])
-        if home:
-            rest = jax.vmap(lambda a, i: jax.lax.dynamic_slice_in_dim(every[a], i, home, axis - 1))(
-                jnp.maximum(home_B, 0), start_B
-            )
-            old = jax.lax.slice_in_dim(tail, 0, home, axis=axis)
-            rest = jnp.where(take_B[:, None, None, None], rest, old)
-            tail = jax.lax.dynamic_update_slice_in_dim(tail, rest, 0, axis)
-        if pool is not None and table.shape[2]:
-            r = pool.shape[axis + 1]
-
-            def fill(pool_Q, page, a, j):
-                part = jax.vmap(lambda a, j: jax.lax.dynamic_slice_in_dim(every[a], j * r, r, axis - 1))(a, j)
-                return pool_Q.at[page].set(part, mode="drop")
-
-            pool = jax.vmap(fill)(pool, *table)
-        return tail, pool, jax.lax.dynamic_slice_in_dim(every, keep, 1, 0)
-
-    out = []
-    for i, (tail, carried, stored) in enumerate(zip(tails, carry, store, strict=True)):
-        pair = [
-            one(tail[j], None if pages is None else pages[i][j], carried[j], stored[j], axis)
-            for j, axis in enumerate((3, 2))
-        ]
-        out.append(tuple(zip(*pair, strict=True)))
-    tails, pages_, carry = (tuple(layer[j] for layer in out) for j in range(3))
-    return tails, None if pages is None else pages_, carry
-
-
-def _commit(pages, tails, page_SB: Array):
-    """What each slot drew in the last segment becomes its page `page_SB`; beyond the pool: nothing is kept."""
-
-    def one(pool, tail, axis):
-        r = pool.shape[axis + 1]
-        drawn = jax.lax.slice_in_dim(tail, tail.shape[axis] - r, tail.shape[axis], axis=axis)
-        drawn = drawn.reshape(*page_SB.shape, *drawn.shape[1:])
-        return jax.vmap(lambda p, at, new: p.at[at].set(new, mode="drop"))(pool, page_SB, drawn)
-
-    return tuple((one(k, tk, 3), one(v, tv, 2)) for (k, v), (tk, tv) in zip(pages, tails, strict=True))
-
-
-def _grow(pages, *, size: int):
-    return jax.tree.map(lambda p: jnp.pad(p, [(0, 0), (0, size - p.shape[1]), *[(0, 0)] * 3]), pages)
-
-
-def _shrink(tails, pages, slot_source: Array, page_source: Array):
-    def slots(tail):
-        parts = tail.reshape(slot_source.shape[0], -1, *tail.shape[1:])
-        return jax.vmap(lambda x, at: x[at])(parts, slot_source).reshape(-1, *tail.shape[1:])
-
-    return jax.tree.map(slots, tails), jax.tree.map(lambda p: jax.vmap(lambda x, at: x[at])(p, page_source), pages)
 
 
 def _width(longest: int, geometry: Geometry) -> int:

@@ -1,0 +1,307 @@
+"""Sampling against its peers and its floor: one run, one table, one JSON file.
+
+    python benchmarks/rollout.py --out benchmarks/results/rollout_cpu.json [--shapes demo-64,demo-512,small,0.6b]
+        [--tunix-python PATH] [--rounds 5] [--parts peers,slots,floor,start]
+
+peers   tokens/s of this sampler, of transformers' `generate` (torch) and of Tunix's `Sampler` on equal shapes: random
+        weights, temperature 1, top-p 1, no early stop. Each is a process of its own that waits for its turn; rounds are
+        interleaved. Beside each stands its library's own matrix-product rate.
+slots   share of decoded slot-steps that give a kept token, and peak cache bytes, for log-normal response lengths; a
+        static batch beside it. Follows from lengths alone: no model is run.
+floor   a decoding step's time against the time to read weights and live cache once at the machine's measured rate.
+start   seconds to the first tokens and programs compiled, without and with the persistent compilation cache.
+"""
+
+import argparse
+import datetime
+import importlib.util
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rollout_workers import our_engine, our_prompts
+
+HERE = Path(__file__).resolve().parent
+
+
+def shape(
+    hidden: int, layers: int, vocab: int, heads: int, kv: int, dim: int, inter: int, **run: int
+) -> dict[str, Any]:
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": inter,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv,
+        "head_dim": dim,
+        "vocab_size": vocab,
+        "tie_word_embeddings": True,
+    } | run
+
+
+DEMO = (96, 3, 128, 4, 2, 24, 256)
+SHAPES = {
+    "demo-64": shape(*DEMO, rows=64, prompt_tokens=7, response_tokens=19),
+    "demo-512": shape(*DEMO, rows=512, prompt_tokens=7, response_tokens=19),
+    "small": shape(512, 8, 8192, 8, 2, 64, 1536, rows=32, prompt_tokens=64, response_tokens=128),
+    "0.6b": shape(1024, 28, 151_936, 16, 8, 128, 3072, rows=8, prompt_tokens=64, response_tokens=32),
+}
+LARGE = {  # of the floor, on an accelerator
+    "4b": shape(2560, 36, 151_936, 32, 8, 128, 9728),
+    "8b": shape(4096, 36, 151_936, 32, 8, 128, 12_288) | {"tie_word_embeddings": False},
+}
+
+
+# --------------------------------------------------------------------- parts
+
+
+class Peer:
+    """A worker process that runs when told."""
+
+    def __init__(self, command: list[str], env: dict[str, str] | None = None):
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=env
+        )
+        self.ready = self._line()
+
+    def go(self) -> float:
+        """Tokens per second of one run."""
+        assert self.process.stdin is not None
+        self.process.stdin.write("go\n")
+        self.process.stdin.flush()
+        answer = self._line()
+        return answer["tokens"] / answer["seconds"]
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+    def _line(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"worker ended with code {self.process.wait()}: {' '.join(self.process.args[:4])}")
+        return json.loads(line)
+
+
+def worker(kind: str, asked: dict[str, Any], dtype: str) -> list[str]:
+    return [sys.executable, str(HERE / "rollout_workers.py"), kind, json.dumps(asked), dtype]
+
+
+def peers(shapes: list[str], rounds: int, tunix_python: str | None) -> list[dict[str, Any]]:
+    rows = []
+    for name in shapes:
+        asked = SHAPES[name]
+        commands = [worker("ours", asked, "float32"), worker("ours", asked, "bfloat16")]
+        if importlib.util.find_spec("torch"):
+            commands += [worker("transformers", asked, dtype) for dtype in ("float32", "bfloat16")]
+        if tunix_python:
+            commands.append([tunix_python, str(HERE / "rollout_tunix.py"), json.dumps(asked)])
+        # One at a time while they start: two that compile at once would wait for each other's cores.
+        started = []
+        for command in commands:
+            try:
+                started.append(Peer(command))
+            except RuntimeError as error:
+                print(f"{name}: left out: {error}", file=sys.stderr)
+        rates: dict[str, list[float]] = {p.ready["peer"]: [] for p in started}
+        for _ in range(rounds):
+            for peer in started:
+                rates[peer.ready["peer"]].append(peer.go())
+        for peer in started:
+            peer.close()
+            mine = rates[peer.ready["peer"]]
+            row = {"shape": name, **peer.ready, "tokens_per_s": statistics.median(mine), "all": mine}
+            rows.append(row)
+            low, high = min(mine), max(mine)
+            print(
+                f"{name:9} {row['peer']:22} {row['tokens_per_s']:>10,.0f} tokens/s ({low:,.0f} to {high:,.0f})"
+                f"   its GEMM {row['gemm_gflops']:.0f} GFLOP/s",
+                flush=True,
+            )
+    return rows
+
+
+def slots(rows: int = 4096, at_once: int = 256, limit: int = 8192, mean: int = 1000) -> dict[str, Any]:
+    """Log-normal lengths (sigma 1) cut at the limit, prompts of 20 to 512 tokens."""
+    from tsopsd_jax.rollout.schedule import Geometry, Schedule
+
+    rng = np.random.default_rng(0)
+    lengths = np.clip(rng.lognormal(np.log(mean) - 0.5, 1.0, rows).astype(int), 1, limit)
+    prompts = rng.integers(20, 513, rows)
+    geometry = Geometry(64, 512, limit)
+    schedule = Schedule(prompts, slots=at_once, geometry=geometry)
+    peak, programs = 0, set()
+    while not schedule.over:
+        before = schedule.owner.shape[1]
+        grown = schedule.grow()
+        if schedule.live.any():
+            schedule.commit()
+        if schedule.shrink() is None and grown is None:
+            before = 0
+        schedule.admit()
+        size = schedule.owner.shape[1]
+        # While it is copied, one of the pool's layers exists twice: of 36, say.
+        tails = schedule.row.size * (geometry.home + geometry.segment_tokens)
+        peak = max(peak, (max(size, before) + min(size, before) / 36) * geometry.segment_tokens + tails)
+        programs.add((schedule.row.size, size))
+        left = np.where(schedule.live, lengths[schedule.row] - schedule.drawn, 0)
+        schedule.advance(np.minimum(left, geometry.segment_tokens), schedule.live & (left <= geometry.segment_tokens))
+    # A static batch: every slot waits for the longest row of its batch.
+    static = lengths.sum() / (lengths.reshape(-1, at_once).max(axis=1) * at_once).sum()
+    result = {
+        "rows": rows,
+        "slots": at_once,
+        "mean_tokens": float(lengths.mean()),
+        "limit_tokens": limit,
+        "slot_use": schedule.kept_tokens / schedule.slot_steps,
+        "slot_use_static_batch": float(static),
+        "peak_cache_positions": int(peak),
+        "full_cache_positions": at_once * (limit + 512),
+        "segment_programs": len(programs),
+    }
+    result["peak_share_of_full"] = result["peak_cache_positions"] / result["full_cache_positions"]
+    print(
+        f"slots     {result['slot_use']:.1%} of slot-steps give a kept token (a static batch: {static:.1%}); peak cache "
+        f"{result['peak_share_of_full']:.1%} of slots x limit; {len(programs)} segment programs",
+        flush=True,
+    )
+    return result
+
+
+def copy_bandwidth() -> float:
+    """Bytes/s read and written by a large copy on the device."""
+    import jax
+    import jax.numpy as jnp
+
+    cpu = jax.default_backend() == "cpu"
+    x = jnp.ones((1 << (27 if cpu else 30),), jnp.float32)
+    step = jax.jit(lambda x: x + 1, donate_argnums=0)
+    best = float("inf")
+    for _ in range(6):
+        began = time.perf_counter()
+        x = step(x).block_until_ready()
+        best = min(best, time.perf_counter() - began)
+    return 2 * x.nbytes / best
+
+
+def floor(cases: list[tuple[str, int, int]], dtype: str) -> list[dict[str, Any]]:
+    """(shape, rows, live tokens a row): steps of a segment in the middle of a response, over pages."""
+    import jax
+
+    rate = copy_bandwidth()
+    print(f"floor     measured copy rate {rate / 1e9:.0f} GB/s")
+    rows = []
+    for name, count, length in cases:
+        asked = (SHAPES | LARGE)[name] | {"rows": count, "prompt_tokens": length, "response_tokens": 257}
+        model, engine = our_engine(asked, dtype)
+        params = model.init(jax.random.key(0))
+        view = engine.view(params)
+        weights = sum(x.nbytes for x in jax.tree.leaves(view)) - (
+            view["embed"].nbytes if asked["tie_word_embeddings"] else 0
+        )
+        del params
+        segments: list[float] = []
+
+        def told(progress, into=segments):
+            into.append(progress.seconds)
+
+        for turn in range(2):  # the first compiles
+            segments.clear()
+            for _ in engine.stream(view, our_prompts(asked), jax.random.key(turn), on_progress=told):
+                pass
+        steps = np.diff(segments)[:-1] / engine.segment  # whole segments; the first one holds the prefill
+        c = model.config
+        token_bytes = (
+            2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * np.dtype(jax.numpy.dtype(dtype)).itemsize
+        )
+        live = count * (length + 2 * engine.segment) * token_bytes
+        seconds = float(np.median(steps))
+        row = {
+            "shape": name,
+            "dtype": dtype,
+            "rows": count,
+            "live_tokens": length,
+            "step_ms": 1e3 * seconds,
+            "tokens_per_s": count / seconds,
+            "weights_bytes": int(weights),
+            "cache_bytes": int(live),
+            "floor_share": (weights + live) / rate / seconds,
+        }
+        rows.append(row)
+        print(
+            f"floor     {name} {dtype} {count} rows x {length} tokens: {row['step_ms']:.2f} ms a step, "
+            f"{row['tokens_per_s']:,.0f} tokens/s, {row['floor_share']:.0%} of the bandwidth floor",
+            flush=True,
+        )
+    return rows
+
+
+def start(shapes: list[str]) -> list[dict[str, Any]]:
+    rows = []
+    for name in shapes:
+        with tempfile.TemporaryDirectory() as cache:
+            env = dict(os.environ, JAX_COMPILATION_CACHE_DIR=cache, JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0")
+            for state in ("cold", "warm"):
+                peer = Peer(worker("ours", SHAPES[name], "float32"), env)
+                rate = peer.go()
+                peer.close()
+                row = {"shape": name, "cache": state} | {
+                    key: peer.ready[key] for key in ("programs", "start_s", "first_tokens_s", "first_run_s")
+                }
+                row["steady_run_s"] = SHAPES[name]["rows"] * SHAPES[name]["response_tokens"] / rate
+                rows.append(row)
+                print(
+                    f"start     {name} {state}: {row['programs']} programs, first run {row['first_run_s']:.1f} s, "
+                    f"later runs {row['steady_run_s']:.2f} s",
+                    flush=True,
+                )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", default="demo-64,demo-512,small")
+    parser.add_argument("--parts", default="peers,slots,floor,start")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tunix-python", help="python of an environment with google-tunix")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    shapes, parts = args.shapes.split(","), args.parts.split(",")
+    result: dict[str, Any] = {
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "python": platform.python_version(),
+    }
+    if "peers" in parts:
+        result["peers"] = peers(shapes, args.rounds, args.tunix_python)
+    if "slots" in parts:
+        result["slots"] = slots()
+    if "floor" in parts:
+        import jax
+
+        result["device"] = jax.devices()[0].device_kind
+        if jax.default_backend() == "cpu":
+            result["floor"] = floor([("small", 32, 512), ("small", 8, 2048)], "float32")
+        else:
+            cases = [(name, rows, length) for name in LARGE for rows in (64, 128, 256) for length in (512, 1536)]
+            result["floor"] = floor(cases, "bfloat16")
+    if "start" in parts:
+        result["start"] = start(shapes)
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(result, indent=1) + "\n")
+        print(args.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""Device programs on the cache between segments: prompts in, segments into pages, other sizes."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from tsopsd_jax.model.decoding import LayerCache
+from tsopsd_jax.model.qwen3 import Qwen3
+
+
+def empty_pages(model: Qwen3, *, shape: tuple[int, int], r: int) -> tuple[LayerCache, ...]:
+    c = model.config
+    keys = jnp.zeros((*shape, c.num_key_value_heads, c.head_dim, r), model.compute_dtype)
+    return ((keys, keys.swapaxes(3, 4)),) * c.num_hidden_layers
+
+
+def place(tails, pages, carry, store, home_B: Array, start_B: Array, table: Array, keep: Array, *, home: int):
+    """Prompts' cache into slots: whole pages into the pool, the rest into the tails.
+
+    Args:
+        carry, store: caches of prompts, one and A of them, [., K, H, W] and [., K, W, H] per layer; numbered together.
+        home_B: for each slot the prompt that it gets, or -1.
+        start_B: where in the prompt its rest begins.
+        table: [3, S, n]: page, prompt, and which of the prompt's pages, to be copied.
+        keep: the prompt to carry on.
+        home: places of a tail for the rest.
+    """
+    take_B = home_B >= 0
+
+    def one(tail, pool, carried, stored, axis):
+        every = jnp.concatenate([carried, stored])
+        if home:
+            rest = jax.vmap(lambda a, i: jax.lax.dynamic_slice_in_dim(every[a], i, home, axis - 1))(
+                jnp.maximum(home_B, 0), start_B
+            )
+            old = jax.lax.slice_in_dim(tail, 0, home, axis=axis)
+            rest = jnp.where(take_B[:, None, None, None], rest, old)
+            tail = jax.lax.dynamic_update_slice_in_dim(tail, rest, 0, axis)
+        if pool is not None and table.shape[2]:
+            r = pool.shape[axis + 1]
+
+            def fill(pool_Q, page, a, j):
+                part = jax.vmap(lambda a, j: jax.lax.dynamic_slice_in_dim(every[a], j * r, r, axis - 1))(a, j)
+                return pool_Q.at[page].set(part, mode="drop")
+
+            pool = jax.vmap(fill)(pool, *table)
+        return tail, pool, jax.lax.dynamic_slice_in_dim(every, keep, 1, 0)
+
+    out = []
+    for i, (tail, carried, stored) in enumerate(zip(tails, carry, store, strict=True)):
+        pair = [
+            one(tail[j], None if pages is None else pages[i][j], carried[j], stored[j], axis)
+            for j, axis in enumerate((3, 2))
+        ]
+        out.append(tuple(zip(*pair, strict=True)))
+    tails, pages_, carry = (tuple(layer[j] for layer in out) for j in range(3))
+    return tails, None if pages is None else pages_, carry
+
+
+def commit(pages, tails, page_SB: Array):
+    """What each slot drew in the last segment becomes its page `page_SB`; beyond the pool: nothing is kept."""
+
+    def one(pool, tail, axis):
+        r = pool.shape[axis + 1]
+        drawn = jax.lax.slice_in_dim(tail, tail.shape[axis] - r, tail.shape[axis], axis=axis)
+        drawn = drawn.reshape(*page_SB.shape, *drawn.shape[1:])
+        return jax.vmap(lambda p, at, new: p.at[at].set(new, mode="drop"))(pool, page_SB, drawn)
+
+    return tuple((one(k, tk, 3), one(v, tv, 2)) for (k, v), (tk, tv) in zip(pages, tails, strict=True))
+
+
+def grow(pages: LayerCache, *, size: int) -> LayerCache:
+    return jax.tree.map(lambda p: jnp.pad(p, [(0, 0), (0, size - p.shape[1]), *[(0, 0)] * 3]), pages)
+
+
+def shrink_pages(pages: LayerCache, source_SQ: Array) -> LayerCache:
+    return jax.tree.map(lambda p: jax.vmap(lambda x, at: x[at])(p, source_SQ), pages)
+
+
+def shrink_tails(tails: LayerCache, source_SB: Array) -> LayerCache:
+    def slots(tail):
+        parts = tail.reshape(source_SB.shape[0], -1, *tail.shape[1:])
+        return jax.vmap(lambda x, at: x[at])(parts, source_SB).reshape(-1, *tail.shape[1:])
+
+    return jax.tree.map(slots, tails)
