@@ -180,7 +180,7 @@ def simulate(lengths, *, slots, geometry, prompt_length):
         count = np.minimum(left, geometry.segment_tokens)
         limit = geometry.max_response_tokens
         stopped = schedule.live & (left <= geometry.segment_tokens) & (lengths[schedule.row] < limit)
-        ended += [row for row, _ in schedule.advance(count, stopped)]
+        ended += [row for row, _, _ in schedule.advance(count, stopped)]
     assert sorted(ended) == list(range(len(lengths)))
     assert schedule.kept_tokens == lengths.sum()
     assert (schedule.owner < 0).all()

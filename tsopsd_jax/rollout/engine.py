@@ -239,8 +239,13 @@ class _Rollout:
         self.pages = engine._pages(shape=self.schedule.owner.shape) if self.geometry.row_pages else None
         self.carry: tuple[LayerCache, ...] | None = None  # the cache of the group whose rows did not all find a slot
         self.carried = -1
-        self.parts: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {}
-        self.last = np.zeros(slots, np.int32)
+        self.last = np.zeros(slots, np.int32)  # each slot's last token, and all of its response so far
+        self.tokens = np.zeros((slots, engine.limit + engine.segment), np.int32)
+        self.logp = np.zeros(self.tokens.shape, np.float32)
+        first: dict[int, int] = {}
+        for row, g in enumerate(self.group.tolist()):
+            first.setdefault(g, row)
+        self.first = first  # a row of each group
         self.peak_bytes = 0
 
     def turn(self, view: PyTree) -> None:
@@ -254,9 +259,10 @@ class _Rollout:
             self.pages = engine._commit(self.pages, self.tails, self._put(schedule.commit()))
         shrink = schedule.shrink()
         if shrink is not None:
-            live = schedule.live
-            self.last = self.last.reshape(live.shape[0], -1)
-            self.last = np.take_along_axis(self.last, shrink.slot_source, axis=1).reshape(-1)
+            shards = len(shrink.slot_source)
+            before = np.arange(self.last.size).reshape(shards, -1)
+            stay = np.take_along_axis(before, shrink.slot_source, axis=1).reshape(-1)
+            self.last, self.tokens, self.logp = self.last[stay], self.tokens[stay], self.logp[stay]
             slots, pages = self._put(shrink.slot_source), self._put(shrink.page_source)
             layers, self.tails = list(self.tails), ()
             self.tails = self._by_layer(layers, lambda layer: engine._shrink_tails(layer, slots))
@@ -287,59 +293,62 @@ class _Rollout:
     def collect(self, segment) -> list[Finished]:
         """Wait for a segment and take in what it drew."""
         tokens, logp, count, stopped = jax.device_get(tuple(segment))
-        schedule, row = self.schedule, self.schedule.row.reshape(-1)
-        for slot in np.flatnonzero(row >= 0):
-            n = count[slot]
-            self.parts.setdefault(int(row[slot]), []).append((tokens[:n, slot], logp[:n, slot]))
-            self.last[slot] = tokens[n - 1, slot]
-        finished = []
-        for row_, stop in schedule.advance(count.reshape(schedule.row.shape), stopped.reshape(schedule.row.shape)):
-            drawn, nats = zip(*self.parts.pop(row_), strict=True)
-            finished.append(Finished(row_, np.concatenate(drawn), np.concatenate(nats), stop))
-        return finished
+        schedule = self.schedule
+        live, drawn = np.flatnonzero(schedule.live), schedule.drawn.reshape(-1)
+        at = drawn[live, None] + np.arange(len(tokens))[None, :]
+        self.tokens[live[:, None], at], self.logp[live[:, None], at] = tokens.T[live], logp.T[live]
+        self.last[live] = tokens[count[live] - 1, live]
+        length = drawn + count
+        ended = schedule.advance(count.reshape(schedule.row.shape), stopped.reshape(schedule.row.shape))
+        return [
+            Finished(row, self.tokens[slot, : length[slot]].copy(), self.logp[slot, : length[slot]].copy(), stop)
+            for row, slot, stop in ended
+        ]
 
     def _admit(self, view: PyTree, admitted: list[Admitted]) -> None:
         """Prefill the prompts of new groups, in pieces, and hand their cache to the slots."""
-        for entry in admitted:
-            self.last[entry.slot] = self.prompts.tokens[entry.row, self.length[entry.row] - 1]
+        if not admitted:
+            return
+        rows = [entry.row for entry in admitted]
+        self.last[[entry.slot for entry in admitted]] = np.asarray(self.prompts.tokens)[rows, self.length[rows] - 1]
         if self.width == 0:
             return
         most = max(1, PREFILL_TOKENS // self.width)
         while admitted:
-            groups = list(dict.fromkeys(int(self.group[entry.row]) for entry in admitted))
-            new = [g for g in groups if g != self.carried][:most]
-            known = [self.carried, *new]
-            piece = [entry for entry in admitted if self.group[entry.row] in known]
-            admitted = admitted[len(piece) :]
+            of_entry = self.group[[entry.row for entry in admitted]].tolist()
+            new = [g for g in dict.fromkeys(of_entry) if g != self.carried][:most]
+            known = {g: at for at, g in enumerate([self.carried, *new])}  # 0: what was carried
+            count = next((at for at, g in enumerate(of_entry) if g not in known), len(admitted))
+            piece, admitted = admitted[:count], admitted[count:]
             store = self.carry
             if new or store is None:
                 # Few sizes, spread over all devices.
-                count = _power_of_two(-(-len(new) // self.engine.shards)) * self.engine.shards
-                tokens = np.zeros((count, self.width), np.int32)
-                for at, g in enumerate(new):
-                    row = int(np.argmax(self.group == g))
-                    n = min(self.length[row], self.width)
-                    tokens[at, :n] = self.prompts.tokens[row, :n]
+                size = _power_of_two(-(-len(new) // self.engine.shards)) * self.engine.shards
+                tokens = np.zeros((size, self.width), np.int32)
+                rows = [self.first[g] for g in new]
+                take = np.asarray(self.prompts.tokens)[rows, : self.width]
+                inside = np.arange(take.shape[1])[None, :] < self.length[rows, None]
+                tokens[: len(new), : take.shape[1]] = np.where(inside, take, 0)
                 store = self.engine._prefill(view, self._put(tokens))
-            self._hand_over(piece, known, store)
-            self.carried = int(self.group[piece[-1].row])
+            source = [known[g] for g in of_entry[: len(piece)]]
+            self._hand_over(piece, source, store)
+            self.carried = of_entry[len(piece) - 1]
 
-    def _hand_over(self, piece: list[Admitted], known: list[int], store: tuple[LayerCache, ...]) -> None:
+    def _hand_over(self, piece: list[Admitted], source: list[int], store: tuple[LayerCache, ...]) -> None:
         r, (shards, each) = self.engine.segment, self.schedule.row.shape
         home, start = np.full(shards * each, -1, np.int32), np.zeros(shards * each, np.int32)
         pages: list[list[tuple[int, int, int]]] = [[] for _ in range(shards)]
-        for entry in piece:
-            source = known.index(self.group[entry.row])  # 0: what was carried
-            home[entry.slot] = source
-            start[entry.slot] = self.geometry.prompt_pages(int(self.length[entry.row])) * r
-            pages[entry.slot // each] += [(int(page), source, j) for j, page in enumerate(entry.pages)]
+        for entry, prompt in zip(piece, source, strict=True):
+            home[entry.slot] = prompt
+            start[entry.slot] = len(entry.pages) * r
+            pages[entry.slot // each] += [(page, prompt, j) for j, page in enumerate(entry.pages.tolist())]
         longest = _power_of_two(max(len(p) for p in pages)) if any(pages) else 0
         table = np.full((3, shards, longest), self.schedule.owner.shape[1], np.int32)  # beyond the pool: dropped
         table[1:] = 0
         for shard, entries in enumerate(pages):
             table[:, shard, : len(entries)] = np.asarray(entries, np.int32).reshape(-1, 3).T
         carry = self.carry if self.carry is not None else self.engine._nothing(places=self.width)
-        keep = np.int32(known.index(self.group[piece[-1].row]))
+        keep = np.int32(source[-1])
         self.tails, self.pages, self.carry = self.engine._place(
             self.tails, self.pages, carry, store, self._put(home), self._put(start), table, keep
         )

@@ -18,6 +18,9 @@ SMALLEST_SHARE = 16
 """At the end of a rollout the slots are halved as rows run out, down to this fraction of them."""
 
 
+NO_PAGES = np.zeros(0, np.int64)
+
+
 class Admitted(NamedTuple):
     """A row that takes a slot, and the pages that its prompt gets."""
 
@@ -103,11 +106,11 @@ class Schedule:
     def over(self) -> bool:
         return self.waiting == len(self.prompt_length) and not self.live.any()
 
-    def advance(self, count: np.ndarray, stopped: np.ndarray) -> list[tuple[int, bool]]:
+    def advance(self, count: np.ndarray, stopped: np.ndarray) -> list[tuple[int, int, bool]]:
         """Take in a segment's counts and stops [S, b]; free the slots and pages of rows that ended.
 
         Returns:
-            (row, stopped) of these.
+            (row, slot, stopped) of these.
         """
         self.drawn += np.where(self.live, count, 0).astype(np.int32)
         self.slot_steps += int(count.max()) * self.row.size
@@ -115,20 +118,24 @@ class Schedule:
         ended = self.live & (stopped | (self.drawn >= self.geometry.max_response_tokens))
         finished = []
         for shard, slot in np.argwhere(ended).tolist():
-            finished.append((int(self.row[shard, slot]), bool(stopped[shard, slot])))
-            self.owner[shard, self.owner[shard] == slot] = -1
+            finished.append((int(self.row[shard, slot]), self._number(shard, slot), bool(stopped[shard, slot])))
+        for shard, gone in enumerate(ended):
+            free = self.owner[shard] >= 0
+            free[free] = gone[self.owner[shard][free]]
+            self.owner[shard, free] = -1
         self.row[ended], self.drawn[ended] = -1, 0
         return finished
 
     def grow(self) -> int | None:
         """Enlarge the pool if the pages of the coming segment do not fit. Returns its new size per shard, or None."""
-        coming = self._coming()
+        if self.geometry.row_pages == 0:
+            return None
         need = self.live.sum(axis=1)  # each takes a page of what it has just drawn
-        for row, (shard, _) in coming:
+        for row, (shard, _) in self._coming():
             need[shard] += self.geometry.prompt_pages(self.prompt_length[row])
         used = (self.owner >= 0).sum(axis=1)
         size = self.owner.shape[1]
-        if self.geometry.row_pages == 0 or (used + need).max() <= size:
+        if (used + need).max() <= size:
             return None
         size = next(s for s in self.geometry.pool_sizes(self.row.shape[1]) if s >= (used + need).max())
         self.owner = np.pad(self.owner, ((0, 0), (0, size - self.owner.shape[1])), constant_values=-1)
@@ -187,6 +194,8 @@ class Schedule:
         return shard * self.row.shape[1] + slot
 
     def _take(self, shard: int, slot: int, count: int) -> np.ndarray:
+        if count == 0:
+            return NO_PAGES
         pages = np.flatnonzero(self.owner[shard] < 0)[:count]
         assert len(pages) == count, "the pool was not grown before pages were taken"
         self.owner[shard, pages] = slot
