@@ -1,13 +1,15 @@
 """Rollout -> Batch on the host: rewards, the informative filter, drawing until full, advantages per token."""
 
 import inspect
+import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tsopsd_jax.judge import Groups, RewardRule, accuracies, collect, informative, join, judge, to_batch
+from tsopsd_jax.judge import Groups, RewardRule, accuracies, collect, informative, join, judge, score_while, to_batch
+from tsopsd_jax.rollout import Finished
 from tsopsd_jax.types import Rollout
 
 GROUP = 2
@@ -192,3 +194,44 @@ def test_reward_rule_refuses(setting, words):
 
 def test_judge_takes_what_the_loop_needs_and_no_config():
     assert list(inspect.signature(judge).parameters) == ["rollout", "accuracy", "group", "rule"]
+
+
+def sampling(lengths, *, between=lambda: None):
+    """A sampler of rows whose tokens are their number, which end in falling order."""
+
+    def sample(on_finished):
+        for row in reversed(range(len(lengths))):
+            on_finished(Finished(row, np.full(lengths[row], row, np.int32), np.zeros(lengths[row], np.float32), True))
+            between()
+        return "the rollout"
+
+    return sample
+
+
+def test_responses_are_scored_while_others_are_sampled():
+    seen = []
+
+    def wait():  # every row but the one that ended last can be scored before the next ends
+        deadline = time.monotonic() + 5
+        before = len(seen)
+        while len(seen) == before and time.monotonic() < deadline:
+            time.sleep(0.001)
+
+    def verify(text, answer):
+        seen.append(text)
+        return float(text == answer)
+
+    got = score_while(
+        sampling([1, 2, 3], between=wait), ["0", "1 1", "no"], lambda ids: " ".join(map(str, ids)), verify
+    )
+    assert seen == ["2 2 2", "1 1", "0"], "in the order of ending, before the rollout was over"
+    np.testing.assert_array_equal(got.accuracy, [1, 1, 0])
+    assert got.rollout == "the rollout"
+
+
+def test_what_a_verifier_raises_while_sampling_is_raised():
+    def verify(_text, _answer):
+        raise RuntimeError("broken verifier")
+
+    with pytest.raises(RuntimeError, match="broken verifier"):
+        score_while(sampling([1]), ["0"], str, verify)
