@@ -80,6 +80,7 @@ def expected(q, keys, values):
             if not len(mine):
                 continue
             scores = np.concatenate([np.einsum("kgh,khr->kgr", q[b], keys[shard, p]) for p in mine], axis=-1)
+            scores /= np.sqrt(q.shape[-1])
             top[b] = scores.max(-1)
             weight = np.exp(scores - top[b][..., None])
             total[b] = weight.sum(-1)

@@ -15,6 +15,8 @@ from tsopsd_jax.model.attention import causal_attention
 from tsopsd_jax.model.qwen3 import Qwen3, rope_frequency
 from tsopsd_jax.types import PyTree
 
+NORMS = ("attention_norm", "q_norm", "k_norm", "mlp_norm")
+
 LayerCache = tuple[Array, Array]
 """Keys [B, K, H, C] and values [B, K, C, H] of a layer."""
 
@@ -31,26 +33,27 @@ def rollout_view(model: Qwen3, params: PyTree) -> PyTree:
     Returns:
         embed [V, D]; unembed [V, D] (the same array when tied); final_norm [D]; layers, a tuple of dicts of
         qkv [K, G + 2, H, D] (G query heads, the key and the value of each key-value head), o [D, K, G H],
-        gate_up [2, F, D], down [D, F] and the norms.
+        gate_up [2, F, D], down [D, F] and the norms. Norms stay in the master dtype, as training uses them.
     """
     c, dtype = model.config, model.compute_dtype
     k, h, d = c.num_key_value_heads, c.head_dim, c.hidden_size
 
     def one(i: int) -> PyTree:
-        w = jax.tree.map(lambda x: x[i].astype(dtype), params["layers"])
+        norms = {name: params["layers"][name][i] for name in NORMS}
+        w = {name: x[i].astype(dtype) for name, x in params["layers"].items() if name not in NORMS}
         qkv_DKEH = jnp.concatenate([w["q"].reshape(d, k, -1, h), w["k"][:, :, None], w["v"][:, :, None]], axis=2)
         return {
             "qkv": jnp.transpose(qkv_DKEH, (1, 2, 3, 0)),
             "o": jnp.transpose(w["o"].reshape(k, -1, d), (2, 0, 1)),
             "gate_up": jnp.stack([w["gate"].T, w["up"].T]),
             "down": w["down"].T,
-        } | {name: w[name] for name in ("attention_norm", "q_norm", "k_norm", "mlp_norm")}
+        } | norms
 
     embed = params["embed"].astype(dtype)
     return {
         "embed": embed,
         "unembed": embed if c.tie_word_embeddings else params["head"].astype(dtype).T,
-        "final_norm": params["final_norm"].astype(dtype),
+        "final_norm": params["final_norm"],
         "layers": tuple(one(i) for i in range(c.num_hidden_layers)),
     }
 
@@ -62,7 +65,7 @@ def view_axes(model: Qwen3) -> PyTree:
         "o": ("embed", "kv_heads", "parts"),
         "gate_up": ("parts", "mlp", "embed"),
         "down": ("embed", "mlp"),
-    } | dict.fromkeys(("attention_norm", "q_norm", "k_norm", "mlp_norm"), ("norm",))
+    } | dict.fromkeys(NORMS, ("norm",))
     return {
         "embed": ("vocab", "embed"),
         "unembed": ("vocab", "embed"),

@@ -46,7 +46,7 @@ def pages_attention(
     """The partial softmax of each slot's query over its pages.
 
     Args:
-        q_BKGH: scaled queries; slots are divided evenly over the S shards, in order.
+        q_BKGH: queries; scores are scaled by H^-0.5; slots are divided evenly over the S shards, in order.
         pages: keys [S, Q, K, H, R] and values [S, Q, K, R, H].
         owner: slot within the shard, -1 for a free page.
         implementation: `xla` or `pallas`.
@@ -84,7 +84,7 @@ def _xla(q_BKGH: Array, keys_QKHR: Array, values_QKRH: Array, owner_Q: Array) ->
     near_Q = jnp.minimum(mine_Q, b - 1)
     live = (owner_Q >= 0)[:, None, None, None]
     scores = jnp.einsum("QKGH,QKHR->QKGR", q_BKGH[near_Q], keys_QKHR, preferred_element_type=jnp.float32)
-    scores = jnp.where(live, scores, -jnp.inf)
+    scores = jnp.where(live, scores * q_BKGH.shape[-1] ** -0.5, -jnp.inf)
     top_BKG = jax.ops.segment_max(jnp.max(scores, axis=-1), mine_Q, num_segments=b + 1)[:b]
     weight = jnp.where(live, jnp.exp(scores - top_BKG[near_Q][..., None]), 0.0)
     total_BKG = jax.ops.segment_sum(jnp.sum(weight, axis=-1), mine_Q, num_segments=b + 1)[:b]
@@ -154,6 +154,7 @@ def _page_kernel(order, slot, q_ref, keys_ref, values_ref, top_ref, total_ref, o
 
     for head in range(q_ref.shape[1]):
         scores = jnp.dot(q_ref[0, head], keys_ref[0, head], preferred_element_type=jnp.float32)
+        scores = scores * q_ref.shape[-1] ** -0.5
         before = top_ref[0, head]
         top = jnp.maximum(before, jnp.max(scores, axis=-1, keepdims=True))
         scale, weight = jnp.exp(before - top), jnp.exp(scores - top)

@@ -141,9 +141,9 @@ def _attention(q_BNH: Array, tail: LayerCache, seen_BC: Array, pages: Callable[[
     """One query per slot over its tail and its pages; softmax in float32."""
     keys_BKHC, values_BKCH = tail
     b, n, h = q_BNH.shape
-    q_BKGH = q_BNH.reshape(b, keys_BKHC.shape[1], -1, h) * jnp.asarray(h**-0.5, q_BNH.dtype)
+    q_BKGH = q_BNH.reshape(b, keys_BKHC.shape[1], -1, h)
     scores = jnp.einsum("BKGH,BKHC->BKGC", q_BKGH, keys_BKHC, preferred_element_type=jnp.float32)
-    scores = jnp.where(seen_BC[:, None, None, :], scores, -jnp.inf)
+    scores = jnp.where(seen_BC[:, None, None, :], scores * h**-0.5, -jnp.inf)
     top, part = jnp.max(scores, axis=-1), None
     if pages is not None:
         part = pages(q_BKGH)
