@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from tsopsd_jax.model.attention import causal_attention
-from tsopsd_jax.model.qwen3 import Qwen3, rope_frequency
+from tsopsd_jax.model.qwen3 import Qwen3, rms_norm, rope_frequency
 from tsopsd_jax.types import PyTree
 
 NORMS = ("attention_norm", "q_norm", "k_norm", "mlp_norm")
@@ -93,7 +93,7 @@ def prefill(
 def decode(model: Qwen3, view: PyTree, tokens: Int[Array, " B"], position: Int[Array, " B"], attend: Attend) -> Array:
     """Float32 logits [B, V] after one token per row, each at its own position; `attend` holds the cache."""
     x_DB = _trunk(model, view, tokens[:, None], position[:, None], attend)
-    x_DB = _norm(x_DB, view["final_norm"], model.config.rms_norm_eps, axis=0)
+    x_DB = _norm(x_DB, view["final_norm"], model.config.rms_norm_eps)
     logits_VB = jnp.einsum("VD,DB->VB", view["unembed"], x_DB, preferred_element_type=jnp.float32)
     return _apart(logits_VB).T
 
@@ -102,48 +102,47 @@ def _trunk(model: Qwen3, view: PyTree, tokens_BT: Array, positions_BT: Array, at
     c = model.config
     b, t = tokens_BT.shape
     kv, h = c.num_key_value_heads, c.head_dim
-    cos_HM, sin_HM = _rotation(positions_BT.reshape(-1), h, c.rope_theta)
+    cos_MH, sin_MH = _rotation(positions_BT.reshape(-1), h, c.rope_theta)
 
-    def rows(x_KEHM: Array) -> Array:
-        """[K, E, H, M] -> [B, T, K * E, H]; apart from the arithmetic before it, which then runs along M."""
-        return jnp.transpose(_apart(x_KEHM), (3, 0, 1, 2)).reshape(b, t, -1, h)
+    def rows(x_MKEH: Array) -> Array:
+        return x_MKEH.reshape(b, t, -1, h)
 
-    def position(x_KEHM: Array, scale_H: Array) -> Array:
-        return _rotate(_norm(x_KEHM, scale_H, c.rms_norm_eps, axis=2), cos_HM, sin_HM)
+    def position(x_MKEH: Array, scale_H: Array) -> Array:
+        return _rotate(rms_norm(x_MKEH, scale_H, c.rms_norm_eps), cos_MH, sin_MH)
 
     x_DM = jnp.take(view["embed"], tokens_BT.reshape(-1), axis=0).T
     for i, w in enumerate(view["layers"]):
-        y_DM = _norm(x_DM, w["attention_norm"], c.rms_norm_eps, axis=0)
+        y_DM = _norm(x_DM, w["attention_norm"], c.rms_norm_eps)
         qkv_KEHM = _apart(jnp.einsum("KEHD,DM->KEHM", w["qkv"], y_DM))
-        q_BTNH = rows(position(qkv_KEHM[:, :-2], w["q_norm"]))
-        k_BTKH = rows(position(qkv_KEHM[:, -2:-1], w["k_norm"]))
-        out_BTNH = attend(i, q_BTNH, k_BTKH, rows(qkv_KEHM[:, -1:]))
+        qkv_MKEH = _apart(jnp.transpose(qkv_KEHM, (3, 0, 1, 2)))
+        q_BTNH = rows(position(qkv_MKEH[:, :, :-2], w["q_norm"]))
+        k_BTKH = rows(position(qkv_MKEH[:, :, -2:-1], w["k_norm"]))
+        out_BTNH = attend(i, q_BTNH, k_BTKH, rows(qkv_MKEH[:, :, -1:]))
         out_KEM = _apart(jnp.transpose(out_BTNH.reshape(b * t, kv, -1), (1, 2, 0)))
         x_DM = x_DM + jax.lax.dot_general(w["o"], out_KEM, (((1, 2), (0, 1)), ((), ())))
-        y_DM = _norm(x_DM, w["mlp_norm"], c.rms_norm_eps, axis=0)
+        y_DM = _norm(x_DM, w["mlp_norm"], c.rms_norm_eps)
         gate_up_CFM = jnp.einsum("CFD,DM->CFM", w["gate_up"], y_DM)
         x_DM = x_DM + jnp.einsum("DF,FM->DM", w["down"], jax.nn.silu(gate_up_CFM[0]) * gate_up_CFM[1])
     return x_DM
 
 
-def _norm(x: Array, scale: Array, eps: float, *, axis: int) -> Array:
-    """`rms_norm` over an axis that is not the last."""
-    x32 = x.astype(jnp.float32)
-    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=axis, keepdims=True) + eps)
-    along = [-1 if at == axis else 1 for at in range(x.ndim)]
-    return (x32 * inverse * scale.astype(jnp.float32).reshape(along)).astype(x.dtype)
+def _norm(x_DM: Array, scale_D: Array, eps: float) -> Array:
+    """`rms_norm` over the leading axis."""
+    x32 = x_DM.astype(jnp.float32)
+    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=0, keepdims=True) + eps)
+    return (x32 * inverse * scale_D.astype(jnp.float32)[:, None]).astype(x_DM.dtype)
 
 
 def _rotation(position_M: Array, head_dim: int, theta: float) -> tuple[Array, Array]:
-    """Cosine and sine of the rotary angles, [H / 2, M], once for all layers."""
-    angle_HM = rope_frequency(head_dim, theta)[:, None] * position_M.astype(jnp.float32)[None, :]
-    return _apart(jnp.cos(angle_HM)), _apart(jnp.sin(angle_HM))
+    """Cosine and sine of the rotary angles, [M, H / 2], once for all layers."""
+    angle_MH = position_M.astype(jnp.float32)[:, None] * rope_frequency(head_dim, theta)[None, :]
+    return _apart(jnp.cos(angle_MH)), _apart(jnp.sin(angle_MH))
 
 
-def _rotate(x_KEHM: Array, cos_HM: Array, sin_HM: Array) -> Array:
-    a, b = jnp.split(x_KEHM.astype(jnp.float32), 2, axis=2)
-    cos, sin = cos_HM[None, None], sin_HM[None, None]
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=2).astype(x_KEHM.dtype)
+def _rotate(x_MKEH: Array, cos_MH: Array, sin_MH: Array) -> Array:
+    a, b = jnp.split(x_MKEH.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos_MH[:, None, None], sin_MH[:, None, None]
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_MKEH.dtype)
 
 
 def _apart(x: Array) -> Array:
