@@ -99,7 +99,7 @@ def test_report_can_be_written_again(finished, capsys):
 
 def test_a_run_of_another_configuration_is_refused_and_left_alone(finished, capsys):
     before = {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()}
-    assert demo(finished, "phases.1.optimizer.learning_rate=1e-4") == 2
+    assert demo(finished, "phases.1.optimizer.learning_rate=1e-4") == 2  # of a phase that is finished
     error = capsys.readouterr().err
     assert "another configuration (phases.1.optimizer.learning_rate: 2e-05 != 0.0001)" in error
     assert {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()} == before
@@ -120,6 +120,7 @@ def test_settings_of_the_machine_may_change_between_starts(finished):
         ("mesh.tensor=3", "does not fit 8 devices"),
         ("model.path=/nowhere/at-all", "/nowhere/at-all: no such directory"),
         ("data.max_prompt_tokens=6 evaluation.data.max_prompt_tokens=6", "has 7 tokens, expected 1 to 6"),
+        ("phases.0.reward.overlong_buffer_tokens=20", "phase 'rl': "),
         ("phases.0.objective.name=dappo", "objective 'dappo' is unknown; known: dapo, ts_opsd"),
         ("phases.0.objective.hyperparameters.clip_lo=0.1", "clip_lo"),
         ("phases.0.sampling.sampling_temperature=1.2", "dapo's ratio compares the policy at temperature 1"),
@@ -176,6 +177,37 @@ def test_bad_files_are_one_line(tmp_path, capsys):
         assert error.count("\n") == 1, error
     assert not (tmp_path / "r").exists()
     assert (foreign / "thesis.tex").read_text() == "precious"
+
+
+def test_a_start_that_fails_does_not_keep_the_directory_for_its_configuration(tmp_path, capsys):
+    broken, run = tmp_path / "broken", tmp_path / "run"
+    shutil.copytree(ASSETS, broken)
+    (broken / "model.safetensors").write_bytes(b"torn")
+    assert demo(run, f"model.path={broken}") == 2
+    assert "truncated or corrupt" in capsys.readouterr().err
+    assert (run / "config.yaml").is_file()
+    (broken / "model.safetensors").unlink()
+    assert demo(tmp_path / "other", f"model.path={broken}") == 2
+    assert "got no model.safetensors" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
+    assert demo(run) == 0
+
+
+def test_check_finds_a_prompt_of_the_evaluation_that_is_too_long(tmp_path, capsys):
+    file = tmp_path / "problems.jsonl"
+    file.write_text(json.dumps({"id": "long", "problem": "1 2 3 4 5 6 7 8 9 -> 1 :", "answer": "1"}) + "\n")
+    data = f"evaluation.data={{name: jsonl, path: {file}, verifier: countdown, max_prompt_tokens: 7}}"
+    assert main(["check", str(DEMO_CONFIG), "--set", data]) == 2
+    assert "evaluation.data: prompt 'long' has 12 tokens, expected 1 to 7" in capsys.readouterr().err
+
+
+def test_a_guards_remedy_can_be_followed(tmp_path, capsys):
+    run = tmp_path / "run"
+    assert demo(run, "phases.1.guard.max_start_entropy_nats=1e-6") == 3
+    assert "raise guard.max_start_entropy_nats" in capsys.readouterr().err
+    assert demo(run, "phases.1.guard.max_start_entropy_nats=9") == 0
+    out = capsys.readouterr().out
+    assert "goes on with changed settings: phases.1.guard.max_start_entropy_nats: 1e-06 -> 9.0" in out
 
 
 def test_check_reads_configurations(capsys, tmp_path):

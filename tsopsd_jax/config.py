@@ -18,7 +18,7 @@ from tsopsd_jax import settings
 from tsopsd_jax.data import SOURCES, TEMPLATES
 from tsopsd_jax.judge import RewardRule
 from tsopsd_jax.learner import make_optimizer
-from tsopsd_jax.objectives import Objective, make_objective
+from tsopsd_jax.objectives import make_objective
 from tsopsd_jax.phases import Guard, Phase, StopRule
 from tsopsd_jax.rewards import VERIFIERS
 from tsopsd_jax.rollout import Sampling
@@ -278,23 +278,22 @@ def model_folder(config: Config) -> Path:
     return Path(config.model.path)
 
 
-def make_phase_objective(phase: PhaseSettings) -> Objective:
-    """The phase's objective; errors name the phase."""
+def make_phase(phase: PhaseSettings) -> Phase:
+    """The trainer's phase; errors name it."""
     try:
-        return make_objective(phase.objective.name, phase.objective.hyperparameters)
+        return _phase(phase)
     except ValueError as error:
         raise ValueError(f"phase {phase.name!r}: {error}") from error
 
 
-def make_phase(phase: PhaseSettings) -> Phase:
-    """The trainer's phase."""
+def _phase(phase: PhaseSettings) -> Phase:
     reward = None
     if phase.reward is not None:
         reward = RewardRule(max_response_tokens=phase.max_response_tokens, **_fields(phase.reward))
     return Phase(
         name=phase.name,
         outcome=phase.outcome or f"after {phase.name}",
-        objective=make_phase_objective(phase),
+        objective=make_objective(phase.objective.name, phase.objective.hyperparameters),
         optimizer=make_optimizer(**_fields(phase.optimizer)),
         reset_optimizer=phase.optimizer_state == "reset",
         sampling=phase.sampling,
