@@ -26,7 +26,8 @@ class RewardRule:
 
     `overlong_buffer_tokens` 0: no length penalty. `max_generation_batches` 0: no dynamic sampling. `surplus` says what
     happens to informative groups beyond a full batch (`drop`, or `keep` for the next step), `on_shortage` what happens
-    when the limit of generation batches is reached (`error`, or `fill` with uninformative groups of advantage 0).
+    when the limit of generation batches is reached (`error`, or `fill` with uninformative groups: their accuracy gives
+    no advantage, though the length penalty may).
     """
 
     max_response_tokens: int
