@@ -258,6 +258,21 @@ def test_override_sets_and_makes_what_is_missing():
     assert data["data"]["path"] == "a=b"
 
 
+def test_an_override_changes_one_phase_where_anchors_share_settings(tmp_path):
+    rl = yaml.safe_dump(minimal()["phases"][0], default_flow_style=True, width=10**6).strip()
+    file = tmp_path / "c.yaml"
+    file.write_text(
+        "model: {path: somewhere}\n"
+        "data: {name: countdown, verifier: countdown}\n"
+        f"phases:\n  - &rl {rl}\n  - {{<<: *rl, name: again}}\n"
+        "  - {<<: *rl, name: third, stop: &stop {steps: 5}}\n  - {<<: *rl, name: fourth, stop: *stop}\n"
+    )
+    changed = ["phases.1.optimizer.learning_rate=0.5", "phases.2.stop.steps=9"]
+    phases = load_config(file, changed).phases
+    assert [p.optimizer.learning_rate for p in phases] == [1e-6, 0.5, 1e-6, 1e-6]
+    assert [p.stop.steps for p in phases] == [3, 3, 9, 5]
+
+
 @pytest.mark.parametrize(
     ("assignment", "words"),
     [
@@ -372,7 +387,7 @@ def test_one_step_of_each_phase_with_the_real_tokenizer_and_prompts(shared_data,
     # Random weights of standard deviation 0.02 are nearly uniform: ln 151,936 = 11.931 nats.
     assert rl["policy/entropy_nats"] == pytest.approx(11.93, abs=0.02)
     assert reheat["policy/entropy_nats"] == pytest.approx(11.93, abs=0.02)
-    # No group is informative: two generation batches, then four filled groups whose advantage is 0.
+    # No group is informative: two generation batches, then four filled groups, whose accuracy gives no advantage.
     assert rl["rollout/generation_batches"] == 2
     assert rl["rollout/groups_filled"] == 4
     assert rl["optim/skipped"] == reheat["optim/skipped"] == 0

@@ -145,7 +145,7 @@ class RewardSettings:
     surplus: str = "drop"
     """Informative groups beyond a full batch: drop [V], or keep for the next step."""
     on_shortage: str = "error"
-    """When the limit is reached: error [V], or fill with uninformative groups (advantage 0)."""
+    """When the limit is reached: error [V], or fill with uninformative groups (no advantage by accuracy)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,6 +258,9 @@ def load_config(path: str | Path, overrides: list[str]) -> Config:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"configuration {path}: not valid YAML: {' '.join(str(error).split())}") from error
     try:
+        data = settings.plain(
+            data
+        )  # what YAML's anchors and merges share becomes separate: an override changes one place
         for assignment in overrides:
             settings.override(data, assignment)
         return settings.build(Config, data)
