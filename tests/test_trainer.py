@@ -1,5 +1,6 @@
 """The loop: resume equals uninterrupted, signals, guards, skipped updates, evaluation between phases."""
 
+import functools
 import io
 import json
 import os
@@ -169,6 +170,44 @@ def test_resume_equals_uninterrupted_bit_for_bit(trainer_in, tmp_path):
     assert same(whole, broken)
     assert facts(tmp_path / "whole") == facts(run)
     assert [r["stage"] for r in read_evaluations(run)] == ["base", "after rl", "after reheat", "after again"]
+    assert read_evaluations(tmp_path / "whole") == read_evaluations(run)
+
+
+@pytest.mark.parametrize(("phase", "when"), [(0, "sampling"), (1, "sampling"), (0, "scoring"), (2, "scoring")])
+def test_a_signal_during_an_evaluation_takes_no_step(phase, when, trainer_in, tmp_path):
+    phases = (reheat_phase(stop=StopRule(steps=1)), rl_phase(stop=StopRule(steps=1)))
+    whole = finish(trainer_in(tmp_path / "whole", phases=phases, evaluate=True))
+    run, stepping, scored = tmp_path / "broken", [], []
+
+    def terminate(during: str) -> None:
+        if during == when and trainer.progress.phase == phase and not stepping and trainer.stop_signal is None:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def verify(response, gold):
+        scored.append(response)
+        if len(scored) % 12 == 0:  # the last of an evaluation's 3 x 4 responses
+            terminate("scoring")
+        return even(response, gold)
+
+    def run_phase(of, original):
+        stepping.append(of)
+        original(of)
+        stepping.clear()
+        scored.clear()
+
+    trainer = trainer_in(run, phases=phases, evaluate=True, verify=verify)
+    trainer._run_phase = functools.partial(run_phase, original=trainer._run_phase)
+    trainer.table.sampling = lambda _: terminate("sampling")
+    if phase < 2:
+        said = "left the evaluation of" if when == "sampling" else "took no step after"
+        with pytest.raises(Interrupted, match=rf"SIGTERM: {said} step {phase}$"):
+            trainer.run()
+    else:
+        trainer.run()  # nothing is left to do: it may end
+    assert int(trainer.state.step) == phase
+    assert len(read_evaluations(run)) == phase + (when == "scoring"), "an evaluation that was left has no record"
+    assert same(whole, finish(trainer_in(run, phases=phases, evaluate=True)))
+    assert facts(tmp_path / "whole") == facts(run)
     assert read_evaluations(tmp_path / "whole") == read_evaluations(run)
 
 
