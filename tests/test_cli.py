@@ -193,6 +193,39 @@ def test_a_start_that_fails_does_not_keep_the_directory_for_its_configuration(tm
     assert demo(run) == 0
 
 
+def test_a_run_directory_that_is_a_file_or_broken_is_one_line(tmp_path, capsys):
+    file, run = tmp_path / "file", tmp_path / "run"
+    file.write_text("precious")
+    run.mkdir()
+    (run / "config.yaml").write_text("a: [1")
+    cases = [
+        (["demo", "--run-dir", str(file)], "expected a run directory, got a file"),
+        (["demo", "--run-dir", str(run)], "invalid YAML"),
+        (["convert", str(run), "--out", str(tmp_path / "o")], "invalid YAML"),
+        (["report", str(run)], "no such file in it"),
+    ]
+    for arguments, says in cases:
+        assert main(arguments) == 2, arguments
+        error = capsys.readouterr().err
+        assert says in error
+        assert error.count("\n") == 1, error
+    (run / "metrics.jsonl").write_text('{"step": 1, "phase": "rl"}\n')
+    assert main(["report", str(run)]) == 0  # what was measured can be shown without it
+    assert file.read_text() == "precious"
+    assert (run / "config.yaml").read_text() == "a: [1"
+
+
+def test_a_broken_objective_of_ones_own_leaves_no_trace(tmp_path, capsys):
+    mine = tmp_path / "mine.py"
+    mine.write_text("import no_such_module_at_all")
+    assert demo(tmp_path / "run", f"phases.2.objective={{name: '{mine}:f'}}") == 2
+    error = capsys.readouterr().err
+    assert "phase 'rl-again': objective file" in error
+    assert "ModuleNotFoundError" in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
 def test_check_finds_a_prompt_of_the_evaluation_that_is_too_long(tmp_path, capsys):
     file = tmp_path / "problems.jsonl"
     file.write_text(json.dumps({"id": "long", "problem": "1 2 3 4 5 6 7 8 9 -> 1 :", "answer": "1"}) + "\n")

@@ -206,7 +206,12 @@ def test_plain_is_the_reverse_of_build():
         ({"model__compute_dtype": "float16"}, ["compute_dtype", "float32, bfloat16", "'float16'"]),
         ({"data__name": "gsm"}, ["data", "name", "countdown"]),
         ({"data__verifier": "judge"}, ["data", "verifier", "math"]),
-        ({"seed": -1}, ["seed must be >= 0"]),
+        ({"seed": -1}, ["seed must be >= 0 and < 2**32, got -1"]),
+        ({"seed": 2**32}, ["seed must be >= 0 and < 2**32, got 4294967296"]),
+        ({"keep_checkpoints": 0}, ["keep_checkpoints must be at least 1, got 0"]),
+        ({"phases__0__guard__max_skipped_in_row": 0}, ["phases.0.guard", "max_skipped_in_row must be at least 1"]),
+        ({"phases__0__guard__runaway_entropy_nats": 0}, ["phases.0.guard", "runaway_entropy_nats must be positive"]),
+        ({"phases__0__guard__max_start_entropy_nats": -1}, ["max_start_entropy_nats must be positive, got -1.0"]),
     ],
 )
 def test_bad_settings_are_one_line_that_names_the_place(overrides, words):

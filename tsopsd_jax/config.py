@@ -240,8 +240,11 @@ class Config:
         names = [p.name for p in self.phases]
         if len(set(names)) != len(names):
             raise ValueError(f"phases: expected different names, got {names}")
-        if self.seed < 0 or self.checkpoint_every_steps < 1 or self.keep_checkpoints < 1:
-            raise ValueError("seed must be >= 0, checkpoint_every_steps and keep_checkpoints >= 1")
+        if not 0 <= self.seed < 2**32:  # a random key holds 32 bits of it
+            raise ValueError(f"seed must be >= 0 and < 2**32, got {self.seed}")
+        for name in ("checkpoint_every_steps", "keep_checkpoints"):
+            if vars(self)[name] < 1:
+                raise ValueError(f"{name} must be at least 1, got {vars(self)[name]}")
 
 
 def load_config(path: str | Path, overrides: list[str]) -> Config:

@@ -83,6 +83,14 @@ class Guard:
     runaway_entropy_nats: float | None = None
     max_skipped_in_row: int = 3
 
+    def __post_init__(self):
+        for name in ("max_start_entropy_nats", "runaway_entropy_nats"):
+            limit = vars(self)[name]
+            if limit is not None and limit <= 0:
+                raise ValueError(f"{name} must be positive, got {limit}; null: no limit")
+        if self.max_skipped_in_row < 1:
+            raise ValueError(f"max_skipped_in_row must be at least 1, got {self.max_skipped_in_row}")
+
     def check(self, *, phase: str, phase_step: int, entropy_nats: float, skipped_in_row: int) -> None:
         """Raise GuardError if the step just taken broke a limit."""
         start, runaway = self.max_start_entropy_nats, self.runaway_entropy_nats
