@@ -1,7 +1,9 @@
 """The command line: every kind of bad input is one line and exit code 2, and nothing is overwritten; export round trip."""
 
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -12,6 +14,7 @@ import yaml
 from tsopsd_jax.cli import DEMO_CONFIG, main, transitions
 from tsopsd_jax.config import PACKAGED_MODEL
 from tsopsd_jax.model import load_pretrained
+from tsopsd_jax.trainer import Trainer
 
 ASSETS = DEMO_CONFIG.parent / PACKAGED_MODEL
 QUICK = (
@@ -224,6 +227,18 @@ def test_a_broken_objective_of_ones_own_leaves_no_trace(tmp_path, capsys):
     assert "ModuleNotFoundError" in error
     assert error.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_a_second_signal_is_one_line_and_exit_code_4(tmp_path, capsys, monkeypatch):
+    def evaluate(_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Trainer, "_evaluate_stage", evaluate)
+    assert demo(tmp_path / "run") == 4
+    error = capsys.readouterr().err
+    assert "interrupted; the same command goes on" in error
+    assert error.count("\n") == 1
 
 
 def test_check_finds_a_prompt_of_the_evaluation_that_is_too_long(tmp_path, capsys):

@@ -1,5 +1,6 @@
 """The loop: resume equals uninterrupted, signals, guards, skipped updates, evaluation between phases."""
 
+import dataclasses
 import functools
 import io
 import json
@@ -299,6 +300,28 @@ def test_recovery_keeps_the_policy_that_was_measured(trainer_in, tmp_path):
     assert int(trainer.state.step) == 1
     assert read_metrics(tmp_path)[0]["optim/held"] == 1.0
     assert same(before, jax.device_get(trainer.state.params))
+
+
+def test_a_shortage_of_informative_groups_stops_like_a_guard(trainer_in, tmp_path):
+    rule = RewardRule(max_response_tokens=5, max_generation_batches=2)
+    trainer = trainer_in(tmp_path, phases=(rl_phase(reward=rule),), verify=lambda *_: 1.0)
+    with pytest.raises(GuardError, match=r"phase 'rl' stopped: dynamic sampling: 0 of 4 groups .* reward.on_shortage"):
+        trainer.run()
+
+
+@pytest.mark.parametrize(
+    ("limit", "named"),
+    [
+        ({"stop": StopRule(collapsed_below_nats=0.1, steps=3)}, "stop.collapsed_below_nats"),
+        ({"guard": Guard(runaway_entropy_nats=5.0)}, "guard.runaway_entropy_nats"),
+    ],
+)
+def test_limits_of_the_entropy_need_an_objective_that_reports_it(limit, named, trainer_in, tmp_path):
+    objective = dapo()
+    silent = objective._replace(loss=lambda stats, batch: dataclasses.replace(objective.loss(stats, batch), metrics={}))
+    with pytest.raises(GuardError, match=rf"{named} expects its objective to report policy/entropy_nats"):
+        trainer_in(tmp_path, phases=(rl_phase(objective=silent, **limit),)).run()
+    assert read_metrics(tmp_path) == [], "it refuses before a step is logged"
 
 
 def test_a_runaway_stops(trainer_in, tmp_path):

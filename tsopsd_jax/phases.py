@@ -136,6 +136,21 @@ class Phase:
         """Rows of a batch: prompts x responses."""
         return self.prompts_per_step * self.responses_per_prompt
 
+    def check_measured(self, entropy: bool) -> None:
+        """Raise GuardError if a limit of the phase looks at the entropy and its objective does not report one."""
+        limits = {
+            "stop.collapsed_below_nats": self.stop.collapsed_below_nats,
+            "stop.recovered_above_nats": self.stop.recovered_above_nats,
+            "guard.max_start_entropy_nats": self.guard.max_start_entropy_nats,
+            "guard.runaway_entropy_nats": self.guard.runaway_entropy_nats,
+        }
+        asked = [name for name, limit in limits.items() if limit is not None]
+        if asked and not entropy:
+            raise GuardError(
+                f"phase {self.name!r} refuses to start: {asked[0]} expects its objective to report "
+                "policy/entropy_nats, got no such metric; report it, or set the limit to null and stop by steps or epochs"
+            )
+
     def hold_above_nats(self, phase_step: int) -> float:
         """Entropy from which the update of step `phase_step` (from 1) is measured but not applied, because the phase
         will be refused, stopped or complete on it; infinity: never."""

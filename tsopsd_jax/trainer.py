@@ -19,7 +19,7 @@ from tsopsd_jax.checkpoint import Checkpoints, Progress
 from tsopsd_jax.console import LiveTable
 from tsopsd_jax.data import indices
 from tsopsd_jax.evaluate import evaluate
-from tsopsd_jax.judge import Groups, Scored, accuracies, collect, judge, score_while, to_batch
+from tsopsd_jax.judge import Groups, Scored, ShortageError, accuracies, collect, judge, score_while, to_batch
 from tsopsd_jax.learner import (
     ENTROPY,
     UpdateOut,
@@ -30,7 +30,7 @@ from tsopsd_jax.learner import (
     make_update,
 )
 from tsopsd_jax.model import Qwen3
-from tsopsd_jax.phases import Phase
+from tsopsd_jax.phases import GuardError, Phase
 from tsopsd_jax.rollout import Engine, Sampling, sample
 from tsopsd_jax.runlog import RunLog, append_evaluation, read_evaluations
 from tsopsd_jax.sharding import replicated, row_sharding
@@ -174,6 +174,7 @@ class Trainer:
             skipped_in_row=skipped,
         )
         step = self.progress.phase_step
+        phase.check_measured(ENTROPY in line)
         head = {
             "step": int(self.state.step),
             "phase": phase.name,
@@ -306,7 +307,10 @@ class Trainer:
             seconds["judge"] += scored.waited_s
             return groups
 
-        got = collect(generate, prompts=phase.prompts_per_step, leftover=self.leftover, rule=rule)
+        try:
+            got = collect(generate, prompts=phase.prompts_per_step, leftover=self.leftover, rule=rule)
+        except ShortageError as error:
+            raise GuardError(f"phase {phase.name!r} stopped: {error}") from error
         del view  # the update needs its memory
         self.leftover = got.leftover
         updating = time.monotonic()
