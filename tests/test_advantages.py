@@ -35,8 +35,17 @@ def test_a_group_of_one_keeps_its_reward(normalize_std):
     np.testing.assert_array_equal(got, [[0.25], [1.0]])
 
 
-def test_equal_rewards_have_no_advantage():
-    np.testing.assert_array_equal(group_relative(jnp.full((2, 4), 0.5)), np.zeros((2, 4)))
+@pytest.mark.parametrize("normalize_std", [True, False])
+@pytest.mark.parametrize(("reward", "group"), [(0.5, 4), (-0.7, 8), (-0.7, 7), (0.1, 3), (1e-8, 5)])
+def test_equal_rewards_have_no_advantage(reward, group, normalize_std):
+    # The float32 mean of some of these is not the number itself.
+    got = group_relative(jnp.full((2, group), reward), normalize_std=normalize_std)
+    np.testing.assert_array_equal(got, np.zeros((2, group)))
+
+
+def test_one_groups_equal_rewards_leave_the_others_alone():
+    got = group_relative(jnp.array([[-0.7] * 8, [1.0] * 4 + [0.0] * 4]), normalize_std=False)
+    np.testing.assert_array_equal(got, [[0.0] * 8, [0.5] * 4 + [-0.5] * 4])
 
 
 @pytest.mark.parametrize("shape", [(4,), (2, 2, 2)])

@@ -1,7 +1,9 @@
 """The command line: every kind of bad input is one line and exit code 2, and nothing is overwritten; export round trip."""
 
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -12,6 +14,7 @@ import yaml
 from tsopsd_jax.cli import DEMO_CONFIG, main, transitions
 from tsopsd_jax.config import PACKAGED_MODEL
 from tsopsd_jax.model import load_pretrained
+from tsopsd_jax.trainer import Trainer
 
 ASSETS = DEMO_CONFIG.parent / PACKAGED_MODEL
 QUICK = (
@@ -99,7 +102,7 @@ def test_report_can_be_written_again(finished, capsys):
 
 def test_a_run_of_another_configuration_is_refused_and_left_alone(finished, capsys):
     before = {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()}
-    assert demo(finished, "phases.1.optimizer.learning_rate=1e-4") == 2
+    assert demo(finished, "phases.1.optimizer.learning_rate=1e-4") == 2  # of a phase that is finished
     error = capsys.readouterr().err
     assert "another configuration (phases.1.optimizer.learning_rate: 2e-05 != 0.0001)" in error
     assert {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()} == before
@@ -120,6 +123,7 @@ def test_settings_of_the_machine_may_change_between_starts(finished):
         ("mesh.tensor=3", "does not fit 8 devices"),
         ("model.path=/nowhere/at-all", "/nowhere/at-all: no such directory"),
         ("data.max_prompt_tokens=6 evaluation.data.max_prompt_tokens=6", "has 7 tokens, expected 1 to 6"),
+        ("phases.0.reward.overlong_buffer_tokens=20", "phase 'rl': "),
         ("phases.0.objective.name=dappo", "objective 'dappo' is unknown; known: dapo, ts_opsd"),
         ("phases.0.objective.hyperparameters.clip_lo=0.1", "clip_lo"),
         ("phases.0.sampling.sampling_temperature=1.2", "dapo's ratio compares the policy at temperature 1"),
@@ -176,6 +180,82 @@ def test_bad_files_are_one_line(tmp_path, capsys):
         assert error.count("\n") == 1, error
     assert not (tmp_path / "r").exists()
     assert (foreign / "thesis.tex").read_text() == "precious"
+
+
+def test_a_start_that_fails_does_not_keep_the_directory_for_its_configuration(tmp_path, capsys):
+    broken, run = tmp_path / "broken", tmp_path / "run"
+    shutil.copytree(ASSETS, broken)
+    (broken / "model.safetensors").write_bytes(b"torn")
+    assert demo(run, f"model.path={broken}") == 2
+    assert "truncated or corrupt" in capsys.readouterr().err
+    assert (run / "config.yaml").is_file()
+    (broken / "model.safetensors").unlink()
+    assert demo(tmp_path / "other", f"model.path={broken}") == 2
+    assert "got no model.safetensors" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
+    assert demo(run) == 0
+
+
+def test_a_run_directory_that_is_a_file_or_broken_is_one_line(tmp_path, capsys):
+    file, run = tmp_path / "file", tmp_path / "run"
+    file.write_text("precious")
+    run.mkdir()
+    (run / "config.yaml").write_text("a: [1")
+    cases = [
+        (["demo", "--run-dir", str(file)], "expected a run directory, got a file"),
+        (["demo", "--run-dir", str(run)], "invalid YAML"),
+        (["convert", str(run), "--out", str(tmp_path / "o")], "invalid YAML"),
+        (["report", str(run)], "no such file in it"),
+    ]
+    for arguments, says in cases:
+        assert main(arguments) == 2, arguments
+        error = capsys.readouterr().err
+        assert says in error
+        assert error.count("\n") == 1, error
+    (run / "metrics.jsonl").write_text('{"step": 1, "phase": "rl"}\n')
+    assert main(["report", str(run)]) == 0  # what was measured can be shown without it
+    assert file.read_text() == "precious"
+    assert (run / "config.yaml").read_text() == "a: [1"
+
+
+def test_a_broken_objective_of_ones_own_leaves_no_trace(tmp_path, capsys):
+    mine = tmp_path / "mine.py"
+    mine.write_text("import no_such_module_at_all")
+    assert demo(tmp_path / "run", f"phases.2.objective={{name: '{mine}:f'}}") == 2
+    error = capsys.readouterr().err
+    assert "phase 'rl-again': objective file" in error
+    assert "ModuleNotFoundError" in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_second_signal_is_one_line_and_exit_code_4(tmp_path, capsys, monkeypatch):
+    def evaluate(_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Trainer, "_evaluate_stage", evaluate)
+    assert demo(tmp_path / "run") == 4
+    error = capsys.readouterr().err
+    assert "interrupted; the same command goes on" in error
+    assert error.count("\n") == 1
+
+
+def test_check_finds_a_prompt_of_the_evaluation_that_is_too_long(tmp_path, capsys):
+    file = tmp_path / "problems.jsonl"
+    file.write_text(json.dumps({"id": "long", "problem": "1 2 3 4 5 6 7 8 9 -> 1 :", "answer": "1"}) + "\n")
+    data = f"evaluation.data={{name: jsonl, path: {file}, verifier: countdown, max_prompt_tokens: 7}}"
+    assert main(["check", str(DEMO_CONFIG), "--set", data]) == 2
+    assert "evaluation.data: prompt 'long' has 12 tokens, expected 1 to 7" in capsys.readouterr().err
+
+
+def test_a_guards_remedy_can_be_followed(tmp_path, capsys):
+    run = tmp_path / "run"
+    assert demo(run, "phases.1.guard.max_start_entropy_nats=1e-6") == 3
+    assert "raise guard.max_start_entropy_nats" in capsys.readouterr().err
+    assert demo(run, "phases.1.guard.max_start_entropy_nats=9") == 0
+    out = capsys.readouterr().out
+    assert "goes on with changed settings: phases.1.guard.max_start_entropy_nats: 1e-06 -> 9.0" in out
 
 
 def test_check_reads_configurations(capsys, tmp_path):

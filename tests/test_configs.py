@@ -206,7 +206,12 @@ def test_plain_is_the_reverse_of_build():
         ({"model__compute_dtype": "float16"}, ["compute_dtype", "float32, bfloat16", "'float16'"]),
         ({"data__name": "gsm"}, ["data", "name", "countdown"]),
         ({"data__verifier": "judge"}, ["data", "verifier", "math"]),
-        ({"seed": -1}, ["seed must be >= 0"]),
+        ({"seed": -1}, ["seed must be >= 0 and < 2**32, got -1"]),
+        ({"seed": 2**32}, ["seed must be >= 0 and < 2**32, got 4294967296"]),
+        ({"keep_checkpoints": 0}, ["keep_checkpoints must be at least 1, got 0"]),
+        ({"phases__0__guard__max_skipped_in_row": 0}, ["phases.0.guard", "max_skipped_in_row must be at least 1"]),
+        ({"phases__0__guard__runaway_entropy_nats": 0}, ["phases.0.guard", "runaway_entropy_nats must be positive"]),
+        ({"phases__0__guard__max_start_entropy_nats": -1}, ["max_start_entropy_nats must be positive, got -1.0"]),
     ],
 )
 def test_bad_settings_are_one_line_that_names_the_place(overrides, words):
@@ -256,6 +261,21 @@ def test_override_sets_and_makes_what_is_missing():
     assert (config.phases[0].stop.steps, config.mesh.fsdp, config.evaluation.sampling.top_p) == (7, 2, 0.5)
     settings.override(data, "data.path=a=b")  # only the first = separates
     assert data["data"]["path"] == "a=b"
+
+
+def test_an_override_changes_one_phase_where_anchors_share_settings(tmp_path):
+    rl = yaml.safe_dump(minimal()["phases"][0], default_flow_style=True, width=10**6).strip()
+    file = tmp_path / "c.yaml"
+    file.write_text(
+        "model: {path: somewhere}\n"
+        "data: {name: countdown, verifier: countdown}\n"
+        f"phases:\n  - &rl {rl}\n  - {{<<: *rl, name: again}}\n"
+        "  - {<<: *rl, name: third, stop: &stop {steps: 5}}\n  - {<<: *rl, name: fourth, stop: *stop}\n"
+    )
+    changed = ["phases.1.optimizer.learning_rate=0.5", "phases.2.stop.steps=9"]
+    phases = load_config(file, changed).phases
+    assert [p.optimizer.learning_rate for p in phases] == [1e-6, 0.5, 1e-6, 1e-6]
+    assert [p.stop.steps for p in phases] == [3, 3, 9, 5]
 
 
 @pytest.mark.parametrize(
@@ -372,7 +392,7 @@ def test_one_step_of_each_phase_with_the_real_tokenizer_and_prompts(shared_data,
     # Random weights of standard deviation 0.02 are nearly uniform: ln 151,936 = 11.931 nats.
     assert rl["policy/entropy_nats"] == pytest.approx(11.93, abs=0.02)
     assert reheat["policy/entropy_nats"] == pytest.approx(11.93, abs=0.02)
-    # No group is informative: two generation batches, then four filled groups whose advantage is 0.
+    # No group is informative: two generation batches, then four filled groups, whose accuracy gives no advantage.
     assert rl["rollout/generation_batches"] == 2
     assert rl["rollout/groups_filled"] == 4
     assert rl["optim/skipped"] == reheat["optim/skipped"] == 0

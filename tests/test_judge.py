@@ -8,7 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tsopsd_jax.judge import Groups, RewardRule, accuracies, collect, informative, join, judge, score_while, to_batch
+from tsopsd_jax.judge import (
+    Groups,
+    RewardRule,
+    ShortageError,
+    accuracies,
+    collect,
+    informative,
+    join,
+    judge,
+    score_while,
+    to_batch,
+)
 from tsopsd_jax.rollout import Finished
 from tsopsd_jax.types import Rollout
 
@@ -134,7 +145,7 @@ def test_leftover_comes_first_and_may_suffice():
 def test_shortage_is_an_error_that_counts():
     rule = RewardRule(max_response_tokens=6, max_generation_batches=2)
     draw, served = drawing([YES, MIXED], [NO, NO], [MIXED, MIXED])
-    with pytest.raises(ValueError, match="1 of 2 groups are informative after 2 generation batches"):
+    with pytest.raises(ShortageError, match="1 of 2 groups are informative after 2 generation batches"):
         collect(draw, prompts=2, leftover=None, rule=rule)
     assert served == [0, 1]
 

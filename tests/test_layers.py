@@ -32,6 +32,7 @@ ORDER = [
     "report",
     "settings",
     "config",
+    "rundir",
     "run",
     "generate",
     "cli",

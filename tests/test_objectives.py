@@ -1,6 +1,7 @@
 """The contract of every objective, the user's own included, and the library's metrics by hand."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -234,3 +235,33 @@ def test_an_objective_is_two_functions():
     batch = batch_of([0], [0], [True])
     out = objective.loss(objective.stats(jnp.zeros((1, 1, 4)), batch.tokens), batch)
     np.testing.assert_allclose(out.loss.value, -np.log(4), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("def f(:", "importing it raised SyntaxError"),
+        ("import no_such_module_at_all", "importing it raised ModuleNotFoundError: No module named"),
+        ("1 / 0", "importing it raised ZeroDivisionError"),
+        ("raise SystemExit(3)", "importing it raised SystemExit: 3"),
+        ("f = 3", "has no function 'f'"),
+        ("def f():\n    return {}['k']", "its function raised KeyError: 'k'"),
+        ("def f():\n    return 3", "expected its function to return an Objective of two functions, got 3"),
+        (
+            "from tsopsd_jax.objectives import Objective\ndef f():\n    return Objective(1, 2)",
+            "Objective of two functions",
+        ),
+    ],
+)
+def test_files_of_ones_own_that_cannot_be_used_are_named(source, words, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(source)
+    with pytest.raises(ValueError, match=re.escape(words)) as error:
+        make_objective(f"{file}:f", {})
+    assert "mine.py" in str(error.value)
+
+
+def test_a_file_of_ones_own_is_python(tmp_path):
+    (tmp_path / "mine.txt").write_text(OWN)
+    with pytest.raises(ValueError, match=r"mine.txt: expected a Python file"):
+        make_objective(f"{tmp_path / 'mine.txt'}:renyi", {})

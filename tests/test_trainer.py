@@ -1,5 +1,7 @@
 """The loop: resume equals uninterrupted, signals, guards, skipped updates, evaluation between phases."""
 
+import dataclasses
+import functools
 import io
 import json
 import os
@@ -172,6 +174,44 @@ def test_resume_equals_uninterrupted_bit_for_bit(trainer_in, tmp_path):
     assert read_evaluations(tmp_path / "whole") == read_evaluations(run)
 
 
+@pytest.mark.parametrize(("phase", "when"), [(0, "sampling"), (1, "sampling"), (0, "scoring"), (2, "scoring")])
+def test_a_signal_during_an_evaluation_takes_no_step(phase, when, trainer_in, tmp_path):
+    phases = (reheat_phase(stop=StopRule(steps=1)), rl_phase(stop=StopRule(steps=1)))
+    whole = finish(trainer_in(tmp_path / "whole", phases=phases, evaluate=True))
+    run, stepping, scored = tmp_path / "broken", [], []
+
+    def terminate(during: str) -> None:
+        if during == when and trainer.progress.phase == phase and not stepping and trainer.stop_signal is None:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def verify(response, gold):
+        scored.append(response)
+        if len(scored) % 12 == 0:  # the last of an evaluation's 3 x 4 responses
+            terminate("scoring")
+        return even(response, gold)
+
+    def run_phase(of, original):
+        stepping.append(of)
+        original(of)
+        stepping.clear()
+        scored.clear()
+
+    trainer = trainer_in(run, phases=phases, evaluate=True, verify=verify)
+    trainer._run_phase = functools.partial(run_phase, original=trainer._run_phase)
+    trainer.table.sampling = lambda _: terminate("sampling")
+    if phase < 2:
+        said = "left the evaluation of" if when == "sampling" else "took no step after"
+        with pytest.raises(Interrupted, match=rf"SIGTERM: {said} step {phase}$"):
+            trainer.run()
+    else:
+        trainer.run()  # nothing is left to do: it may end
+    assert int(trainer.state.step) == phase
+    assert len(read_evaluations(run)) == phase + (when == "scoring"), "an evaluation that was left has no record"
+    assert same(whole, finish(trainer_in(run, phases=phases, evaluate=True)))
+    assert facts(tmp_path / "whole") == facts(run)
+    assert read_evaluations(tmp_path / "whole") == read_evaluations(run)
+
+
 def test_killed_run_takes_the_lost_steps_again(trainer_in, tmp_path):
     whole = finish(trainer_in(tmp_path / "whole"))
     run = tmp_path / "killed"
@@ -260,6 +300,28 @@ def test_recovery_keeps_the_policy_that_was_measured(trainer_in, tmp_path):
     assert int(trainer.state.step) == 1
     assert read_metrics(tmp_path)[0]["optim/held"] == 1.0
     assert same(before, jax.device_get(trainer.state.params))
+
+
+def test_a_shortage_of_informative_groups_stops_like_a_guard(trainer_in, tmp_path):
+    rule = RewardRule(max_response_tokens=5, max_generation_batches=2)
+    trainer = trainer_in(tmp_path, phases=(rl_phase(reward=rule),), verify=lambda *_: 1.0)
+    with pytest.raises(GuardError, match=r"phase 'rl' stopped: dynamic sampling: 0 of 4 groups .* reward.on_shortage"):
+        trainer.run()
+
+
+@pytest.mark.parametrize(
+    ("limit", "named"),
+    [
+        ({"stop": StopRule(collapsed_below_nats=0.1, steps=3)}, "stop.collapsed_below_nats"),
+        ({"guard": Guard(runaway_entropy_nats=5.0)}, "guard.runaway_entropy_nats"),
+    ],
+)
+def test_limits_of_the_entropy_need_an_objective_that_reports_it(limit, named, trainer_in, tmp_path):
+    objective = dapo()
+    silent = objective._replace(loss=lambda stats, batch: dataclasses.replace(objective.loss(stats, batch), metrics={}))
+    with pytest.raises(GuardError, match=rf"{named} expects its objective to report policy/entropy_nats"):
+        trainer_in(tmp_path, phases=(rl_phase(objective=silent, **limit),)).run()
+    assert read_metrics(tmp_path) == [], "it refuses before a step is logged"
 
 
 def test_a_runaway_stops(trainer_in, tmp_path):

@@ -14,7 +14,7 @@ def group_relative(rewards: Float[Array, "P G"], *, normalize_std: bool = True) 
         normalize_std: False leaves (s - mean).
 
     Returns:
-        [P, G]. A group of one has nothing to be relative to: its advantage is its reward.
+        [P, G]. A group of one has nothing to be relative to: its advantage is its reward. Equal rewards: exactly 0.
 
     Raises:
         ValueError: if `rewards` is not two-dimensional.
@@ -25,6 +25,9 @@ def group_relative(rewards: Float[Array, "P G"], *, normalize_std: bool = True) 
     if rewards.shape[1] == 1:
         return rewards
     centred = rewards - jnp.mean(rewards, axis=1, keepdims=True)
+    # The mean of equal numbers rounds (eight times -0.7), and the residue over 1e-6 would be an advantage of 0.06.
+    equal = jnp.max(rewards, axis=1, keepdims=True) == jnp.min(rewards, axis=1, keepdims=True)
+    centred = jnp.where(equal, 0.0, centred)
     if not normalize_std:
         return centred
     return centred / (jnp.std(rewards, axis=1, keepdims=True, ddof=1) + STD_EPSILON)

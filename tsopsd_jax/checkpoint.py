@@ -81,10 +81,16 @@ class Checkpoints:
         if has_leftover:
             items["leftover"] = ocp.args.PyTreeRestore()
         got = self._manager.restore(step, args=ocp.args.Composite(**items))
-        progress = dict(got["progress"])
-        progress["entropies_nats"] = tuple(progress["entropies_nats"])
         state = TrainState(**got["state"])
-        return state, Progress(**progress), _groups(got["leftover"]) if has_leftover else None
+        return state, _progress(got["progress"]), _groups(got["leftover"]) if has_leftover else None
+
+    def progress(self) -> Progress | None:
+        """Where the newest checkpoint stands, without its arrays; None if there is none."""
+        if (step := self.latest()) is None:
+            return None
+        return _progress(
+            self._manager.restore(step, args=ocp.args.Composite(progress=ocp.args.JsonRestore()))["progress"]
+        )
 
     def close(self) -> None:
         """Wait for what is being written."""
@@ -94,6 +100,12 @@ class Checkpoints:
 
 def _fields(state: TrainState) -> dict[str, Any]:
     return {f.name: vars(state)[f.name] for f in dataclasses.fields(TrainState)}
+
+
+def _progress(stored: dict[str, Any]) -> Progress:
+    values = dict(stored)
+    values["entropies_nats"] = tuple(values["entropies_nats"])
+    return Progress(**values)
 
 
 def _flat(groups: Groups) -> dict[str, np.ndarray]:

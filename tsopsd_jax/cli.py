@@ -1,7 +1,7 @@
 """`tsopsd`: demo, train, check, report, convert, generate.
 
 Exit codes: 0 done; 2 bad input (one line says what); 3 a guard stopped the run to protect the policy; 4 a signal stopped
-the run, its step was finished and saved: the same command goes on.
+the run (its step was finished and saved, unless the signal came twice): the same command goes on.
 """
 
 import argparse
@@ -102,6 +102,9 @@ def _run(path: Path, run_dir: Path, overrides: list[str], command: str) -> int:
     except GuardError as reason:
         print(f"tsopsd {command}: {reason}", file=sys.stderr)
         code = EXIT_GUARD
+    except KeyboardInterrupt:  # a second signal, or one before the first step
+        print(f"tsopsd {command}: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return EXIT_INTERRUPTED
     if evaluations := read_evaluations(run_dir):
         print(results_table(evaluations))
         for line in transitions(evaluations, read_metrics(run_dir)):

@@ -18,7 +18,7 @@ from tsopsd_jax import settings
 from tsopsd_jax.data import SOURCES, TEMPLATES
 from tsopsd_jax.judge import RewardRule
 from tsopsd_jax.learner import make_optimizer
-from tsopsd_jax.objectives import Objective, make_objective
+from tsopsd_jax.objectives import make_objective
 from tsopsd_jax.phases import Guard, Phase, StopRule
 from tsopsd_jax.rewards import VERIFIERS
 from tsopsd_jax.rollout import Sampling
@@ -145,7 +145,7 @@ class RewardSettings:
     surplus: str = "drop"
     """Informative groups beyond a full batch: drop [V], or keep for the next step."""
     on_shortage: str = "error"
-    """When the limit is reached: error [V], or fill with uninformative groups (advantage 0)."""
+    """When the limit is reached: error [V], or fill with uninformative groups (no advantage by accuracy)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,8 +240,11 @@ class Config:
         names = [p.name for p in self.phases]
         if len(set(names)) != len(names):
             raise ValueError(f"phases: expected different names, got {names}")
-        if self.seed < 0 or self.checkpoint_every_steps < 1 or self.keep_checkpoints < 1:
-            raise ValueError("seed must be >= 0, checkpoint_every_steps and keep_checkpoints >= 1")
+        if not 0 <= self.seed < 2**32:  # a random key holds 32 bits of it
+            raise ValueError(f"seed must be >= 0 and < 2**32, got {self.seed}")
+        for name in ("checkpoint_every_steps", "keep_checkpoints"):
+            if vars(self)[name] < 1:
+                raise ValueError(f"{name} must be at least 1, got {vars(self)[name]}")
 
 
 def load_config(path: str | Path, overrides: list[str]) -> Config:
@@ -258,6 +261,9 @@ def load_config(path: str | Path, overrides: list[str]) -> Config:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"configuration {path}: not valid YAML: {' '.join(str(error).split())}") from error
     try:
+        data = settings.plain(
+            data
+        )  # what YAML's anchors and merges share becomes separate: an override changes one place
         for assignment in overrides:
             settings.override(data, assignment)
         return settings.build(Config, data)
@@ -278,23 +284,22 @@ def model_folder(config: Config) -> Path:
     return Path(config.model.path)
 
 
-def make_phase_objective(phase: PhaseSettings) -> Objective:
-    """The phase's objective; errors name the phase."""
+def make_phase(phase: PhaseSettings) -> Phase:
+    """The trainer's phase; errors name it."""
     try:
-        return make_objective(phase.objective.name, phase.objective.hyperparameters)
+        return _phase(phase)
     except ValueError as error:
         raise ValueError(f"phase {phase.name!r}: {error}") from error
 
 
-def make_phase(phase: PhaseSettings) -> Phase:
-    """The trainer's phase."""
+def _phase(phase: PhaseSettings) -> Phase:
     reward = None
     if phase.reward is not None:
         reward = RewardRule(max_response_tokens=phase.max_response_tokens, **_fields(phase.reward))
     return Phase(
         name=phase.name,
         outcome=phase.outcome or f"after {phase.name}",
-        objective=make_phase_objective(phase),
+        objective=make_objective(phase.objective.name, phase.objective.hyperparameters),
         optimizer=make_optimizer(**_fields(phase.optimizer)),
         reset_optimizer=phase.optimizer_state == "reset",
         sampling=phase.sampling,

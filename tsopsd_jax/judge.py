@@ -20,13 +20,18 @@ Verifier = Callable[[str, str], float]
 """(response, gold answer) -> 1.0 or 0.0"""
 
 
+class ShortageError(RuntimeError):
+    """Dynamic sampling did not find enough informative groups; the message says how many and what to do."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RewardRule:
     """How a phase turns verified responses into advantages, and what dynamic sampling does.
 
     `overlong_buffer_tokens` 0: no length penalty. `max_generation_batches` 0: no dynamic sampling. `surplus` says what
     happens to informative groups beyond a full batch (`drop`, or `keep` for the next step), `on_shortage` what happens
-    when the limit of generation batches is reached (`error`, or `fill` with uninformative groups of advantage 0).
+    when the limit of generation batches is reached (`error`, or `fill` with uninformative groups: their accuracy gives
+    no advantage, though the length penalty may).
     """
 
     max_response_tokens: int
@@ -165,7 +170,7 @@ def collect(draw: Callable[[], Groups], *, prompts: int, leftover: Groups | None
         rule: the phase's reward rule.
 
     Raises:
-        ValueError: when `rule.max_generation_batches` did not suffice and `rule.on_shortage` is `error`.
+        ShortageError: when `rule.max_generation_batches` did not suffice and `rule.on_shortage` is `error`.
     """
     if not rule.max_generation_batches:
         groups = draw()
@@ -183,9 +188,9 @@ def collect(draw: Callable[[], Groups], *, prompts: int, leftover: Groups | None
         have += int(keep.sum())
     filled = max(prompts - have, 0)
     if filled and rule.on_shortage == "error":
-        raise ValueError(
+        raise ShortageError(
             f"dynamic sampling: {have} of {prompts} groups are informative after {drawn} generation batches; the task "
-            "is too easy or too hard for this policy: raise max_generation_batches or set on_shortage: fill"
+            "is too easy or too hard for this policy: raise reward.max_generation_batches or set reward.on_shortage: fill"
         )
     every = join([*kept, *spare])  # informative ones first, in the order drawn
     rest = every.take(slice(prompts, have)) if rule.surplus == "keep" and have > prompts else None

@@ -106,7 +106,8 @@ def make_objective(name: str, hyperparameters: dict[str, Any]) -> Objective:
     """The objective called `name`: an entry of OBJECTIVES, or `path/to/file.py:function` for one of your own.
 
     Raises:
-        ValueError: unknown name, missing file or function, or hyperparameters that the factory does not take.
+        ValueError: unknown name; a file or function that is missing or fails; hyperparameters that the factory does not
+            take; a factory that returns something else.
     """
     if ":" in name:
         file, _, function = name.rpartition(":")
@@ -116,19 +117,34 @@ def make_objective(name: str, hyperparameters: dict[str, Any]) -> Objective:
     else:
         raise ValueError(f"objective {name!r} is unknown; known: {', '.join(OBJECTIVES)}, or path/to/file.py:function")
     try:
-        return factory(**hyperparameters)
+        made = factory(**hyperparameters)
+    except ValueError:
+        raise
     except TypeError as error:
         raise ValueError(f"objective {name!r}: {error}") from error
+    except Exception as error:
+        raise ValueError(f"objective {name!r}: its function raised {type(error).__name__}: {error}") from error
+    if not (isinstance(made, Objective) and callable(made.stats) and callable(made.loss)):
+        raise ValueError(
+            f"objective {name!r}: expected its function to return an Objective of two functions, got {made!r}; "
+            "return tsopsd_jax.objectives.Objective(stats, loss)"
+        )
+    return made
 
 
 def _function_of(file: Path, function: str) -> Callable[..., Objective]:
     if not file.is_file():
         raise ValueError(f"objective file {file} does not exist (paths are relative to the working directory)")
+    if file.suffix != ".py":
+        raise ValueError(f"objective file {file}: expected a Python file, path/to/file.py:function; rename it")
     spec = importlib.util.spec_from_file_location(file.stem, file)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if function not in vars(module):
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"objective file {file}: importing it raised {type(error).__name__}: {error}") from error
+    if not callable(vars(module).get(function)):
         raise ValueError(f"objective file {file} has no function {function!r}")
     return vars(module)[function]

@@ -83,6 +83,14 @@ class Guard:
     runaway_entropy_nats: float | None = None
     max_skipped_in_row: int = 3
 
+    def __post_init__(self):
+        for name in ("max_start_entropy_nats", "runaway_entropy_nats"):
+            limit = vars(self)[name]
+            if limit is not None and limit <= 0:
+                raise ValueError(f"{name} must be positive, got {limit}; null: no limit")
+        if self.max_skipped_in_row < 1:
+            raise ValueError(f"max_skipped_in_row must be at least 1, got {self.max_skipped_in_row}")
+
     def check(self, *, phase: str, phase_step: int, entropy_nats: float, skipped_in_row: int) -> None:
         """Raise GuardError if the step just taken broke a limit."""
         start, runaway = self.max_start_entropy_nats, self.runaway_entropy_nats
@@ -127,6 +135,21 @@ class Phase:
     def rows(self) -> int:
         """Rows of a batch: prompts x responses."""
         return self.prompts_per_step * self.responses_per_prompt
+
+    def check_measured(self, entropy: bool) -> None:
+        """Raise GuardError if a limit of the phase looks at the entropy and its objective does not report one."""
+        limits = {
+            "stop.collapsed_below_nats": self.stop.collapsed_below_nats,
+            "stop.recovered_above_nats": self.stop.recovered_above_nats,
+            "guard.max_start_entropy_nats": self.guard.max_start_entropy_nats,
+            "guard.runaway_entropy_nats": self.guard.runaway_entropy_nats,
+        }
+        asked = [name for name, limit in limits.items() if limit is not None]
+        if asked and not entropy:
+            raise GuardError(
+                f"phase {self.name!r} refuses to start: {asked[0]} expects its objective to report "
+                "policy/entropy_nats, got no such metric; report it, or set the limit to null and stop by steps or epochs"
+            )
 
     def hold_above_nats(self, phase_step: int) -> float:
         """Entropy from which the update of step `phase_step` (from 1) is measured but not applied, because the phase

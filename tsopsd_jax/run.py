@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import yaml
 
-from tsopsd_jax import settings
+from tsopsd_jax import rundir, settings
 from tsopsd_jax.checkpoint import Checkpoints
 from tsopsd_jax.config import (
     DTYPES,
@@ -17,22 +16,20 @@ from tsopsd_jax.config import (
     DataSettings,
     cache_folder,
     make_phase,
-    make_phase_objective,
     model_folder,
 )
 from tsopsd_jax.console import LiveTable
 from tsopsd_jax.data import Problem, Tokenizer, load_problems
 from tsopsd_jax.learner import abstract_state
 from tsopsd_jax.model import Qwen3, load_pretrained, save_pretrained
-from tsopsd_jax.model.hf_config import read_config
+from tsopsd_jax.model.hf import INDEX, WEIGHTS
+from tsopsd_jax.model.hf_config import read_config, read_json
+from tsopsd_jax.phases import Phase
 from tsopsd_jax.rewards import VERIFIERS
 from tsopsd_jax.sharding import make_mesh, row_multiple, tree_shardings
-from tsopsd_jax.task import EvaluationPlan, Task
+from tsopsd_jax.task import EvaluationPlan, Task, encode_prompts
 from tsopsd_jax.trainer import Trainer
 from tsopsd_jax.types import PyTree
-
-RUNTIME_KEYS = ("checkpoint_every_steps", "keep_checkpoints", "wandb_project", "cache_dir")
-"""Settings that may change between two starts of the same run."""
 
 
 class Parts(NamedTuple):
@@ -40,6 +37,7 @@ class Parts(NamedTuple):
 
     model: Qwen3
     mesh: jax.sharding.Mesh
+    phases: list[Phase]
     task: Task
     evaluation: EvaluationPlan | None
     load_params: Callable[[], PyTree]
@@ -83,17 +81,43 @@ def _problems(data: DataSettings, config: Config) -> list[Problem] | Any:
     )
 
 
+def check_weights(folder: Path) -> None:
+    """The weight files of a model directory are there (their content is read when the run starts).
+
+    Raises:
+        ValueError: naming what is missing.
+    """
+    files = [WEIGHTS]
+    if (folder / INDEX).is_file() and not (folder / WEIGHTS).is_file():
+        where = read_json(folder / INDEX).get("weight_map")
+        files = sorted({str(shard) for shard in where.values()}) if isinstance(where, dict) else []
+    missing = [name for name in files if not (folder / name).is_file()]
+    if missing:
+        raise ValueError(
+            f"model.path: expected weight files in {folder}, got no {missing[0]} ({len(missing)} missing in all); "
+            "fetch them, or set model.random_init: true"
+        )
+
+
+def _check_prompts(evaluation: EvaluationPlan, task: Task) -> None:
+    try:
+        encode_prompts(evaluation.problems, task.tokenizer, max_prompt_tokens=task.max_prompt_tokens)
+    except ValueError as error:
+        raise ValueError(f"evaluation.data: {error}") from error
+
+
 def prepare(config: Config) -> Parts:
     """Build and check everything but the parameters. Writes only prepared data sets, to the cache.
 
     Raises:
         ValueError: one line naming what is wrong and the remedy.
     """
-    for phase in config.phases:
-        make_phase_objective(phase)
+    phases = [make_phase(phase) for phase in config.phases]
     folder = model_folder(config)
     if not folder.is_dir():
         raise ValueError(f"model.path: expected a Hugging Face model directory, got {folder}: no such directory")
+    if not config.model.random_init:
+        check_weights(folder)
     shape = read_config(folder / "config.json")
     dtype = DTYPES[config.model.compute_dtype]
     model = Qwen3(shape, compute_dtype=dtype, remat=config.model.remat)
@@ -129,64 +153,41 @@ def prepare(config: Config) -> Parts:
             max_response_tokens=asked.max_response_tokens,
             rows_at_once=asked.rows_at_once,
         )
+        _check_prompts(evaluation, task)
 
     def load_params() -> PyTree:
         if config.model.random_init:
             return model.init(jax.random.key(config.seed), shardings=shardings)
         return load_pretrained(folder, mesh=mesh)[1]
 
-    return Parts(model, mesh, task, evaluation, load_params)
-
-
-def claim_run_dir(run_dir: Path, config: Config) -> None:
-    """Write config.yaml into a new run directory, or check that the one there is the same run's.
-
-    Raises:
-        ValueError: the directory holds something else, or a run of another configuration; nothing is changed then.
-    """
-    file, resolved = run_dir / "config.yaml", settings.plain(config)
-    if file.is_file():
-        before = yaml.safe_load(file.read_text(encoding="utf-8"))
-        if not isinstance(before, dict):
-            raise ValueError(f"{file} is not a configuration; choose another --run-dir")
-        differs = settings.first_difference(
-            {k: v for k, v in before.items() if k not in RUNTIME_KEYS},
-            {k: v for k, v in resolved.items() if k not in RUNTIME_KEYS},
-        )
-        if differs:
-            raise ValueError(
-                f"{run_dir} holds a run of another configuration ({differs}); choose another --run-dir, or the old settings"
-            )
-    elif run_dir.exists() and any(run_dir.iterdir()):
-        raise ValueError(f"{run_dir} is not empty and holds no run; choose another --run-dir")
-    run_dir.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(yaml.safe_dump(resolved, sort_keys=False), encoding="utf-8")
-    temporary.replace(file)
+    return Parts(model, mesh, phases, task, evaluation, load_params)
 
 
 @contextlib.contextmanager
 def open_trainer(config: Config, run_dir: Path, table: LiveTable) -> Iterator[Trainer]:
-    """A trainer in `run_dir`, resuming what stands there."""
+    """A trainer in `run_dir`, resuming what stands there; no other process may run there meanwhile."""
     use_compilation_cache(cache_folder(config))
     parts = prepare(config)
-    claim_run_dir(run_dir, config)
-    trainer = Trainer(
-        model=parts.model,
-        load_params=parts.load_params,
-        phases=[make_phase(p) for p in config.phases],
-        task=parts.task,
-        evaluation=parts.evaluation,
-        mesh=parts.mesh,
-        seed=config.seed,
-        run_dir=run_dir,
-        checkpoint_every_steps=config.checkpoint_every_steps,
-        keep_checkpoints=config.keep_checkpoints,
-        wandb_project=config.wandb_project,
-        table=table,
-    )
-    with table:
-        yield trainer
+    with rundir.held(run_dir):
+        changed = rundir.claim(run_dir, config)
+        trainer = Trainer(
+            model=parts.model,
+            load_params=parts.load_params,
+            phases=parts.phases,
+            task=parts.task,
+            evaluation=parts.evaluation,
+            mesh=parts.mesh,
+            seed=config.seed,
+            run_dir=run_dir,
+            checkpoint_every_steps=config.checkpoint_every_steps,
+            keep_checkpoints=config.keep_checkpoints,
+            wandb_project=config.wandb_project,
+            table=table,
+        )
+        with table:
+            if changed:
+                table.note(f"goes on with changed settings: {'; '.join(changed)}")
+            yield trainer
 
 
 def resolved_config(run_dir: Path) -> Config:
@@ -195,10 +196,10 @@ def resolved_config(run_dir: Path) -> Config:
     Raises:
         ValueError: if there is none.
     """
-    file = run_dir / "config.yaml"
+    file = run_dir / rundir.CONFIG_FILE
     if not file.is_file():
-        raise ValueError(f"{run_dir} is not a run directory: it has no config.yaml")
-    return settings.build(Config, yaml.safe_load(file.read_text(encoding="utf-8")))
+        raise ValueError(f"{run_dir} is not a run directory: it has no {rundir.CONFIG_FILE}")
+    return settings.build(Config, rundir.read_settings(file))
 
 
 def export(run_dir: Path, out: Path, *, step: int | None, dtype: str) -> Path:

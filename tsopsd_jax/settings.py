@@ -5,8 +5,8 @@ import difflib
 import math
 import types
 import typing
-from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import yaml
 
@@ -128,18 +128,30 @@ def plain(value: Any) -> Any:
     return value
 
 
-def first_difference(a: Any, b: Any, where: str = "") -> str | None:
-    """The first place where two trees of plain data differ, `path: a != b`, or None."""
+class Difference(NamedTuple):
+    """A place where two trees of plain data differ."""
+
+    key: str
+    old: Any
+    new: Any
+
+    def words(self, sign: str) -> str:
+        """`key: old sign new`."""
+        return f"{self.key}: {self.old!r} {sign} {self.new!r}"
+
+
+def differences(a: Any, b: Any, where: str = "") -> Iterator[Difference]:
+    """Every place where two trees of plain data differ, in the order of `a`."""
     if isinstance(a, dict) and isinstance(b, dict):
         for key in [*a, *(k for k in b if k not in a)]:
-            found = first_difference(a.get(key), b.get(key), _join(where, key))
-            if found:
-                return found
-        return None
-    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+            yield from differences(a.get(key), b.get(key), _join(where, key))
+    elif isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
         for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            found = first_difference(x, y, _join(where, i))
-            if found:
-                return found
-        return None
-    return None if a == b else f"{where}: {a!r} != {b!r}"
+            yield from differences(x, y, _join(where, i))
+    elif a != b:
+        yield Difference(where, a, b)
+
+
+def first_difference(a: Any, b: Any) -> str | None:
+    """The first place where two trees of plain data differ, `path: a != b`, or None."""
+    return next((found.words("!=") for found in differences(a, b)), None)

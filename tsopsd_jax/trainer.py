@@ -19,7 +19,7 @@ from tsopsd_jax.checkpoint import Checkpoints, Progress
 from tsopsd_jax.console import LiveTable
 from tsopsd_jax.data import indices
 from tsopsd_jax.evaluate import evaluate
-from tsopsd_jax.judge import Groups, Scored, accuracies, collect, judge, score_while, to_batch
+from tsopsd_jax.judge import Groups, Scored, ShortageError, accuracies, collect, judge, score_while, to_batch
 from tsopsd_jax.learner import (
     ENTROPY,
     UpdateOut,
@@ -30,7 +30,7 @@ from tsopsd_jax.learner import (
     make_update,
 )
 from tsopsd_jax.model import Qwen3
-from tsopsd_jax.phases import Phase
+from tsopsd_jax.phases import GuardError, Phase
 from tsopsd_jax.rollout import Engine, Sampling, sample
 from tsopsd_jax.runlog import RunLog, append_evaluation, read_evaluations
 from tsopsd_jax.sharding import replicated, row_sharding
@@ -40,7 +40,7 @@ from tsopsd_jax.types import Prompts, PyTree, Rollout, TrainState
 
 
 class Interrupted(Exception):
-    """A signal asked the run to stop; the step was finished and saved."""
+    """A signal asked the run to stop; a step was finished and saved, an evaluation left without a record."""
 
 
 class Trainer:
@@ -112,13 +112,14 @@ class Trainer:
         """Run what is left of the schedule.
 
         Raises:
-            Interrupted: SIGTERM or SIGINT arrived; the step was finished and saved.
+            Interrupted: SIGTERM or SIGINT arrived; the step was finished and saved, or the evaluation left.
             GuardError: a guard of a phase stopped the run; nothing was saved after the last checkpoint.
         """
         previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
         try:
             self._evaluate_stage()
             while self.progress.phase < len(self.phases):
+                self._leave_if_asked("took no step after")  # asked while it evaluated
                 self._run_phase(self.phases[self.progress.phase])
                 self._evaluate_stage()
         finally:
@@ -131,6 +132,10 @@ class Trainer:
         if self.stop_signal is not None:
             raise KeyboardInterrupt  # asked twice: do not wait for the step
         self.stop_signal = number
+
+    def _leave_if_asked(self, what: str) -> None:
+        if self.stop_signal is not None:
+            raise Interrupted(f"{signal.Signals(self.stop_signal).name}: {what} step {int(self.state.step)}")
 
     def _run_phase(self, phase: Phase) -> None:
         """Take steps until the phase is over, then advance to the next and save."""
@@ -154,8 +159,7 @@ class Trainer:
             due = int(self.state.step) % self.every == 0
             if reason is not None or due or self.stop_signal is not None:
                 self._save()
-            if self.stop_signal is not None:
-                raise Interrupted(f"{signal.Signals(self.stop_signal).name}: saved step {int(self.state.step)}")
+            self._leave_if_asked("saved")
             if reason is not None:
                 return
 
@@ -170,6 +174,7 @@ class Trainer:
             skipped_in_row=skipped,
         )
         step = self.progress.phase_step
+        phase.check_measured(ENTROPY in line)
         head = {
             "step": int(self.state.step),
             "phase": phase.name,
@@ -228,11 +233,12 @@ class Trainer:
         )
 
     def _sample(
-        self, engine: Engine, view: PyTree, prompts: Prompts, answers: Sequence[str], key, group: int
+        self, engine: Engine, view: PyTree, prompts: Prompts, answers: Sequence[str], key, group: int, watch=None
     ) -> Scored:
-        """Sample, and score each response while others are still decoded."""
+        """Sample, and score each response while others are still decoded; `watch` (default: the table) sees progress."""
+        watch = watch or self.table.sampling
         return score_while(
-            lambda seen: engine.run(view, prompts, key, group=group, on_finished=seen, on_progress=self.table.sampling),
+            lambda seen: engine.run(view, prompts, key, group=group, on_finished=seen, on_progress=watch),
             answers,
             self.task.tokenizer.decode,
             self.task.verify,
@@ -301,7 +307,10 @@ class Trainer:
             seconds["judge"] += scored.waited_s
             return groups
 
-        got = collect(generate, prompts=phase.prompts_per_step, leftover=self.leftover, rule=rule)
+        try:
+            got = collect(generate, prompts=phase.prompts_per_step, leftover=self.leftover, rule=rule)
+        except ShortageError as error:
+            raise GuardError(f"phase {phase.name!r} stopped: {error}") from error
         del view  # the update needs its memory
         self.leftover = got.leftover
         updating = time.monotonic()
@@ -337,8 +346,13 @@ class Trainer:
         key = jax.random.fold_in(self.key, np.uint32(0xFFFFFFFF))  # no step's key
         engine = self._evaluation_engine
         view = engine.view(self.state.params)
+
+        def watch(progress: Any) -> None:
+            self.table.sampling(progress)
+            self._leave_if_asked("left the evaluation of")  # no step is lost: the next start evaluates again
+
         record = evaluate(
-            lambda prompts, answers: self._sample(engine, view, prompts, answers, key, plan.samples),
+            lambda prompts, answers: self._sample(engine, view, prompts, answers, key, plan.samples, watch),
             prompts=Prompts(tokens, lengths, np.zeros(len(lengths), np.int32)),
             answers=[p.answer for p in plan.problems],
             samples=plan.samples,
