@@ -1,7 +1,7 @@
 """Sampling against its peers and its floor: one run, one table, one JSON file.
 
     python benchmarks/rollout.py --out benchmarks/results/rollout_cpu.json [--shapes demo-64,demo-512,small,0.6b]
-        [--tunix-python PATH] [--rounds 5] [--parts peers,slots,floor,start]
+        [--tunix-python PATH] [--rounds 5] [--parts peers,slots,floor,gap,start]
 
 peers   tokens/s of this sampler, of transformers' `generate` (torch) and of Tunix's `Sampler` on equal shapes: random
         weights, temperature 1, top-p 1, no early stop. Each is a process of its own that waits for its turn; rounds are
@@ -9,6 +9,7 @@ peers   tokens/s of this sampler, of transformers' `generate` (torch) and of Tun
 slots   share of decoded slot-steps that give a kept token, and peak cache bytes, for log-normal response lengths; a
         static batch beside it. Follows from lengths alone: no model is run.
 floor   a decoding step's time against the time to read weights and live cache once at the machine's measured rate.
+gap     |sampler's - learner's log-probability| of the same tokens, of the packaged pretrained model.
 start   seconds to the first tokens and programs compiled, without and with the persistent compilation cache.
 """
 
@@ -246,6 +247,47 @@ def floor(cases: list[tuple[str, int, int]], dtype: str) -> list[dict[str, Any]]
     return rows
 
 
+def gap(rows: int = 512) -> list[dict[str, Any]]:
+    """nats, over the response tokens of `rows` samples at temperature 1."""
+    import jax
+    import jax.numpy as jnp
+
+    from tsopsd_jax.cli import DEMO_CONFIG
+    from tsopsd_jax.data import Tokenizer, load_problems
+    from tsopsd_jax.learner import per_token_stats
+    from tsopsd_jax.model import load_pretrained
+    from tsopsd_jax.objectives import OBJECTIVES
+    from tsopsd_jax.rollout import Engine, Sampling
+    from tsopsd_jax.sharding import make_mesh
+    from tsopsd_jax.task import pad_prompts
+    from tsopsd_jax.types import Prompts
+
+    folder = DEMO_CONFIG.parent / "countdown-tiny"
+    tokenizer, objective = Tokenizer.load(folder), OBJECTIVES["dapo"]()
+    with tempfile.TemporaryDirectory() as cache:
+        problems = load_problems("countdown", split="test", path=None, directory=cache, first=rows, template="plain")
+    ids = [tokenizer.encode(p.prompt) for p in problems]
+    tokens, length = pad_prompts([p.id for p in problems], ids, max_prompt_tokens=max(map(len, ids)))
+    prompts = Prompts(tokens, length, np.arange(rows, dtype=np.uint32))
+    found = []
+    for dtype in ("float32", "bfloat16"):
+        model, _ = load_pretrained(folder, dtype=jnp.dtype(dtype))
+        params = load_pretrained(folder)[1]  # float32 master weights, as in training
+        mesh = make_mesh(fsdp=1, devices=jax.devices()[:1])
+        settings = {"max_prompt_tokens": tokens.shape[1], "max_response_tokens": 19, "stop_ids": tokenizer.stop_ids}
+        engine = Engine(model, mesh, sampling=Sampling(), slots=rows // 2, segment=8, **settings)
+        rollout = engine.run(engine.view(params), prompts, jax.random.key(0))
+
+        def learner(params, tokens, model=model):
+            return per_token_stats(model, params, tokens, objective, chunk_positions=512)["logp"]
+
+        difference = np.abs(np.asarray(jax.jit(learner)(params, rollout.tokens)) - rollout.logp)[rollout.mask]
+        row = {"dtype": dtype, "tokens": len(difference), "mean_nats": float(difference.mean())}
+        found.append(row | {"max_nats": float(difference.max())})
+        print(f"gap       {dtype}: mean {difference.mean():.2e} nats, largest {difference.max():.2e}", flush=True)
+    return found
+
+
 def start(shapes: list[str]) -> list[dict[str, Any]]:
     rows = []
     for name in shapes:
@@ -271,7 +313,7 @@ def start(shapes: list[str]) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", default="demo-64,demo-512,small")
-    parser.add_argument("--parts", default="peers,slots,floor,start")
+    parser.add_argument("--parts", default="peers,slots,floor,gap,start")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tunix-python", help="python of an environment with google-tunix")
     parser.add_argument("--out", type=Path)
@@ -295,6 +337,8 @@ def main() -> None:
         else:
             cases = [(name, rows, length) for name in LARGE for rows in (64, 128, 256) for length in (512, 1536)]
             result["floor"] = floor(cases, "bfloat16")
+    if "gap" in parts:
+        result["gap"] = gap()
     if "start" in parts:
         result["start"] = start(shapes)
     if args.out:
