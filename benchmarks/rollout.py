@@ -254,7 +254,7 @@ def gap(rows: int = 512) -> list[dict[str, Any]]:
 
     from tsopsd_jax.cli import DEMO_CONFIG
     from tsopsd_jax.data import Tokenizer, load_problems
-    from tsopsd_jax.learner import per_token_stats
+    from tsopsd_jax.learner import distillation_batch, per_token_stats
     from tsopsd_jax.model import load_pretrained
     from tsopsd_jax.objectives import OBJECTIVES
     from tsopsd_jax.rollout import Engine, Sampling
@@ -278,10 +278,11 @@ def gap(rows: int = 512) -> list[dict[str, Any]]:
         engine = Engine(model, mesh, sampling=Sampling(), slots=rows // 2, segment=8, **settings)
         rollout = engine.run(engine.view(params), prompts, jax.random.key(0))
 
-        def learner(params, tokens, model=model):
-            return per_token_stats(model, params, tokens, objective, chunk_positions=512)["logp"]
+        def learner(params, batch, model=model):
+            return per_token_stats(model, params, batch, objective)["logp"]
 
-        difference = np.abs(np.asarray(jax.jit(learner)(params, rollout.tokens)) - rollout.logp)[rollout.mask]
+        logp = jax.jit(learner)(params, distillation_batch(rollout))
+        difference = np.abs(np.asarray(logp) - rollout.logp)[rollout.mask]
         row = {"dtype": dtype, "tokens": len(difference), "mean_nats": float(difference.mean())}
         found.append(row | {"max_nats": float(difference.max())})
         print(f"gap       {dtype}: mean {difference.mean():.2e} nats, largest {difference.max():.2e}", flush=True)

@@ -20,11 +20,13 @@ CHECKED = [
     "advantages",
     "rewards",
     "model",
+    "logit_stats",
     "head",
     "objectives",
     "rollout",
     "judge",
     "learner",
+    "packing",
     "evaluate",
 ]
 _hook = install_import_hook([f"tsopsd_jax.{name}" for name in CHECKED], "beartype.beartype")

@@ -162,7 +162,7 @@ def test_every_setting_of_the_paper_files_names_its_source(path):
 def test_the_minimum_and_the_defaults():
     config = build()
     assert config.seed == 0
-    assert config.phases[0].micro_batches == 1
+    assert config.phases[0].micro_batches is None
     assert config.phases[0].guard.max_skipped_in_row == 3
     assert (config.evaluation.sampling.top_p, config.phases[0].sampling.top_p) == (0.7, 1.0)
 
@@ -185,7 +185,7 @@ def test_plain_is_the_reverse_of_build():
         ({"seed": 1.5}, ["seed", "expected int", "1.5"]),
         ({"seed": True}, ["seed", "expected int", "True"]),
         ({"seed": None}, ["seed", "expected int", "None"]),
-        ({"model__remat": 1}, ["model.remat", "expected bool"]),
+        ({"model__remat": "half"}, ["remat", "expected one of none, dots, full"]),
         ({"phases__0__optimizer__learning_rate": "fast"}, ["phases.0.optimizer.learning_rate", "expected float"]),
         ({"phases__0__optimizer__learning_rate": True}, ["phases.0.optimizer.learning_rate", "expected float"]),
         ({"phases": "rl"}, ["phases", "expected a list"]),

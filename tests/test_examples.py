@@ -57,7 +57,7 @@ def test_example_runs_in_the_learner(tiny):
     model, params = tiny
     objective = make_objective(NAME, {"coefficient": 1.0})
     optimizer = make_optimizer(learning_rate=1e-2)
-    update = jax.jit(make_update(model, objective, optimizer, micro_batches=2, chunk_positions=3))
+    update = jax.jit(make_update(model, objective, optimizer, micro_batches=2, chunk_tokens=3))
     batch = Batch.of(
         tokens=jax.random.randint(jax.random.key(1), (4, 8), 0, 37),
         mask=jnp.arange(8)[None, :].repeat(4, axis=0) >= 3,

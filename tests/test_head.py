@@ -1,4 +1,6 @@
-"""The head: chunks change nothing, gradients pass, and the one shift by one is right."""
+"""The head: tiles change nothing, gradients pass, no [tokens, V] exists, and the one shift by one is right."""
+
+import re
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +8,10 @@ import numpy as np
 import pytest
 
 from tsopsd_jax import losses
-from tsopsd_jax.head import LibraryStats, VocabStats, logits_stats, next_token_stats, vocab_stats
+from tsopsd_jax.head import Cut, batch_loss, batch_stats, token_loss, token_stats, vocab_stats
+from tsopsd_jax.logit_stats import LibraryStats, VocabStats, logits_stats
+from tsopsd_jax.sharding import make_mesh
+from tsopsd_jax.types import Batch, LossOutput, Mean
 
 N, D, V = 7, 5, 11
 T = 1.3
@@ -80,24 +85,187 @@ def test_a_teacher_needs_a_positive_temperature(case, temperature):
         vocab_stats(*case, teacher_temperature=temperature)
 
 
-@pytest.mark.parametrize("chunk", [1, 2, 4, 9])
-def test_next_token_stats_refer_to_the_token_at_their_index(chunk):
+def some_batch(rng, b, length, v=V):
+    prompt, end = rng.integers(1, length - 1, (b, 1)), rng.integers(length - 1, length + 1, (b, 1))
+    at = np.arange(length)[None, :]
+    return Batch.of(
+        tokens=rng.integers(0, v, (b, length)),
+        mask=(at >= prompt) & (at < end),
+        advantage=rng.normal(size=(b, length)),
+        old_logp=-rng.random((b, length)),
+    )
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 4, 9, 100])
+def test_batch_stats_refer_to_the_token_at_their_index(chunk):
     rng = np.random.default_rng(1)
     b, length = 3, 5
     hidden, unembed = rng.normal(size=(b, length, D)), rng.normal(size=(D, V))
-    tokens = rng.integers(0, V, size=(b, length))
+    batch = some_batch(rng, b, length)
     want = np.zeros((b, length))
-    for row in range(b):
-        for t in range(1, length):  # the state before token t predicts it; nothing precedes token 0
-            z = hidden[row, t - 1] @ unembed
-            want[row, t] = z[tokens[row, t]] - np.log(np.exp(z).sum())
-    got = next_token_stats(
+    for row, t in np.argwhere(batch.mask):  # the state before token t predicts it
+        z = hidden[row, t - 1] @ unembed
+        want[row, t] = z[batch.tokens[row, t]] - np.log(np.exp(z).sum())
+    got = batch_stats(
         lambda z, token: {"logp": losses.token_logp(z, token), "token": token.astype(jnp.float32)},
         jnp.asarray(hidden, jnp.float32),
         jnp.asarray(unembed, jnp.float32),
-        jnp.asarray(tokens, jnp.int32),
-        chunk_positions=chunk,
+        batch,
+        chunk_tokens=chunk,
     )
     np.testing.assert_allclose(got["logp"], want, rtol=1e-5, atol=1e-5)
-    np.testing.assert_array_equal(got["token"][:, 1:], tokens[:, 1:])
-    np.testing.assert_array_equal(got["logp"][:, 0], np.zeros(b))
+    np.testing.assert_array_equal(got["token"], np.where(batch.mask, batch.tokens, 0))
+
+
+def loss_of(stats, batch):
+    """A different weight for every statistic; nonlinear in one of them."""
+    per_token = batch.advantage * jnp.exp(stats["logp"]) + 0.3 * stats["entropy"] - 2.0 * stats["forward_kl"]
+    return LossOutput(
+        Mean.of(per_token + 0.7 * stats["reverse_kl"], batch.mask), {"h": Mean.of(stats["entropy"], batch.mask)}
+    )
+
+
+ALL = LibraryStats(VocabStats._fields, T)
+
+
+def generic(z, tokens):
+    teacher = jax.lax.stop_gradient(z) / T
+    return VocabStats(
+        losses.token_logp(z, tokens), losses.entropy(z), losses.forward_kl(teacher, z), losses.reverse_kl(teacher, z)
+    )._asdict()
+
+
+@pytest.mark.parametrize("mesh", [None, {"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 1, "tensor": 4}])
+def test_one_pass_equals_two_and_the_formula_on_full_logits(mesh):
+    """Loss, metrics, gap and both gradients: formed in the forward pass, or in the backward pass, or from all logits."""
+    rng = np.random.default_rng(2)
+    b, length, v = 8, 6, 12
+    mesh = mesh and make_mesh(**mesh, devices=jax.devices()[: int(np.prod(list(mesh.values())))])
+    hidden = jnp.asarray(rng.normal(size=(b, length, D)), jnp.float32)
+    unembed = jnp.asarray(rng.normal(size=(D, v)), jnp.float32)
+    batch = some_batch(rng, b, length, v)
+
+    def on_full(hidden, unembed):
+        stats = generic(hidden[:, :-1] @ unembed, batch.tokens[:, 1:])
+        stats = {name: jnp.pad(x, ((0, 0), (1, 0))) for name, x in stats.items()}
+        return loss_of(stats, batch).loss.total, (loss_of(stats, batch), stats["logp"])
+
+    def through(stats, tokenwise):
+        def f(hidden, unembed):
+            found = batch_loss(stats, loss_of, hidden, unembed, batch, tokenwise=tokenwise, chunk_tokens=4, mesh=mesh)
+            return found.out.loss.total, found
+
+        return jax.jit(jax.value_and_grad(f, argnums=(0, 1), has_aux=True))(hidden, unembed)
+
+    (total, (out, logp)), grads = jax.value_and_grad(on_full, argnums=(0, 1), has_aux=True)(hidden, unembed)
+    gap = np.abs(np.asarray(logp) - batch.old_logp)[np.asarray(batch.mask)]
+    for stats, tokenwise in ((ALL, True), (ALL, False), (generic, True), (generic, False)):
+        (value, found), pulled = through(stats, tokenwise)
+        np.testing.assert_allclose(value, total, rtol=1e-5)
+        np.testing.assert_allclose(found.gap, gap.max(), rtol=1e-5)
+        metrics = dict(found.out.metrics)
+        np.testing.assert_allclose(metrics.pop("rollout/logp_gap_mean_nats").value, gap.mean(), rtol=1e-5)
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5), metrics, out.metrics)
+        for got, want in zip(pulled, grads, strict=True):
+            np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+def buffers(text):
+    """Elements of every array that a compiled program names, largest first."""
+    shapes = re.findall(r"\b(?:f32|bf16|s32|pred)\[([\d,]+)\]", text)
+    return sorted({int(np.prod([int(n) for n in shape.split(",")])) for shape in shapes}, reverse=True)
+
+
+def compiled(n, *, one_pass, v=3000, chunk=16, d=24):
+    def total(hidden, unembed, batch):
+        if one_pass:
+            return token_loss(ALL, loss_of, Cut(chunk), hidden, unembed, batch).out.loss.total
+        stats = token_stats(ALL, Cut(chunk), hidden, unembed, batch.tokens[0], batch.mask[0])
+        return loss_of({name: x[None] for name, x in stats.items()}, batch).loss.total
+
+    rows = [jax.ShapeDtypeStruct((1, n), t) for t in (jnp.int32, bool, jnp.float32, jnp.float32)]
+    shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((n, d), (d, v))]
+    return jax.jit(jax.grad(total, argnums=(0, 1))).lower(*shapes, Batch(*rows)).compile()
+
+
+@pytest.mark.parametrize("one_pass", [True, False])
+def test_no_logits_of_all_tokens_exist_and_memory_does_not_grow_with_them(one_pass):
+    v, chunk, d = 3000, 16, 24
+    few, many = compiled(64, one_pass=one_pass), compiled(1024, one_pass=one_pass)
+    assert buffers(many.as_text())[0] == d * v  # the unembedding; a tile is 16 x 3000, all logits would be 1024 x 3000
+    per_token = 4 * (2 * d + 40)  # bytes: hidden states, and a few numbers
+    grown = many.memory_analysis().temp_size_in_bytes - few.memory_analysis().temp_size_in_bytes
+    assert grown < 960 * per_token < 0.05 * (960 * v * 4)
+
+
+def test_a_vocabulary_over_devices_is_never_gathered():
+    mesh = make_mesh(fsdp=2, tensor=4)
+    rng, v = np.random.default_rng(0), 4096
+    batch = some_batch(rng, 4, 17, v)
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp", "tensor"))
+    unembed = jax.device_put(jnp.asarray(rng.normal(size=(D * 2, v)), jnp.float32), sharding)
+    hidden = jnp.asarray(rng.normal(size=(4, 17, D * 2)), jnp.float32)
+
+    def total(hidden, unembed):
+        found = batch_loss(ALL, loss_of, hidden, unembed, batch, tokenwise=True, chunk_tokens=8, mesh=mesh)
+        return found.out.loss.total
+
+    text = jax.jit(jax.grad(total, argnums=(0, 1)), out_shardings=(None, sharding)).lower(hidden, unembed).compile().as_text()
+    moved = [line for line in text.splitlines() if re.search(r" (all-gather|all-reduce|all-to-all|collective-permute)", line)]
+    assert moved
+    tile = 8 * v // 4
+    for line in moved:  # of V, only the unembedding's own shards over fsdp: [D, V / 4]
+        of_tokens = [n for n in buffers(line.split(" = ")[1].split("(")[0] + line.split("=")[1]) if n >= tile]
+        assert all(n <= D * 2 * v // 4 for n in of_tokens), line
+
+
+@pytest.mark.parametrize("temperature", [1.01, 1.2, 2.0])
+@pytest.mark.parametrize("nats", [1e-4, 1e-3, 1e-2, 0.1])
+def test_collapsed_distributions_keep_their_digits(temperature, nats):
+    """One entry 30 above the bulk; a few between, placed so that the entropy is `nats`. Against float64, 1e-4."""
+    rng = np.random.default_rng(5)
+    v, n = 5000, 4
+
+    def float64(z, token):
+        s = z - z.max(-1, keepdims=True)
+        logp = s - np.log(np.exp(s).sum(-1, keepdims=True))
+        u = s / temperature
+        logq = u - np.log(np.exp(u).sum(-1, keepdims=True))
+        p, q = np.exp(logp), np.exp(logq)
+        h, fkl, rkl = -(p * logp).sum(-1), (q * (logq - logp)).sum(-1), (p * (logp - logq)).sum(-1)
+        one = np.eye(v)[token]
+        grads = one - p, -p * (logp + h[:, None]), p - q, p * (logp - logq - rkl[:, None])
+        return (np.take_along_axis(logp, token[:, None], 1)[:, 0], h, fkl, rkl), grads
+
+    z = np.concatenate([np.zeros((n, 1)), -30 + rng.normal(size=(n, v - 1))], axis=1)
+    low, high = np.full(n, -40.0), np.full(n, 0.0)
+    for _ in range(60):
+        middle = (low + high) / 2
+        z[:, 1:6] = middle[:, None] - np.arange(5)
+        below = float64(z, np.zeros(n, int))[0][1] < nats
+        low, high = np.where(below, middle, low), np.where(below, high, middle)
+    z = (z + rng.normal(size=(n, 1))).astype(np.float32)
+    for token in (0, 2, 3000):
+        tokens = np.full(n, token)
+        want, want_grads = float64(z.astype(np.float64), tokens)
+        np.testing.assert_allclose(want[1], nats, rtol=0.01)
+        got = jax.jit(lambda z, t: logits_stats(z, t, teacher_temperature=temperature))(z, jnp.asarray(tokens, jnp.int32))
+        assert (np.asarray(got.logp) <= 0).all()
+        assert (np.asarray(got.forward_kl) >= 0).all()
+        assert (np.asarray(got.reverse_kl) >= 0).all()
+        for i, name in enumerate(VocabStats._fields):
+            np.testing.assert_allclose(got[i], want[i], rtol=1e-4, err_msg=name)
+            grad = jax.jit(
+                jax.grad(lambda z, t, i=i: jnp.sum(logits_stats(z, t, teacher_temperature=temperature)[i]))
+            )(z, jnp.asarray(tokens, jnp.int32))
+            error = np.linalg.norm(grad - want_grads[i], axis=-1) / np.linalg.norm(want_grads[i], axis=-1)
+            assert error.max() < 1e-4, (name, error.max())
+
+
+def test_ties_and_impossible_entries():
+    # Two largest entries and one of probability 0: p = (1/2, 1/2, 0). H = ln 2 for every temperature, both KLs 0.
+    z = jnp.array([[3.0, 3.0, -jnp.inf]])
+    got = logits_stats(z, jnp.array([1], jnp.int32), teacher_temperature=1.5)
+    np.testing.assert_allclose([float(x[0]) for x in got], [-np.log(2), np.log(2), 0, 0], atol=1e-7)
+    grad = jax.grad(lambda z: logits_stats(z, jnp.array([1], jnp.int32), teacher_temperature=1.5).logp[0])(z)
+    np.testing.assert_allclose(grad, [[-0.5, 0.5, 0.0]], atol=1e-7)

@@ -1,5 +1,6 @@
 """The contract of every objective, the user's own included, and the library's metrics by hand."""
 
+import dataclasses
 import functools
 import re
 
@@ -11,6 +12,7 @@ import pytest
 from tsopsd_jax import losses
 from tsopsd_jax.learner import make_gradient
 from tsopsd_jax.objectives import OBJECTIVES, Objective, make_objective
+from tsopsd_jax.packing import pack
 from tsopsd_jax.sharding import make_mesh, replicated, row_sharding
 from tsopsd_jax.types import Batch, LossOutput, Mean
 
@@ -84,18 +86,19 @@ def close(a, b):
 
 @pytest.fixture(scope="module")
 def case(objective, tiny):
-    """(objective, number of traces, jitted gradient of micro_batches and chunk_positions, batch, reference)."""
+    """(traces of stats, jitted gradient of micro_batches and chunk_tokens, batch, reference)."""
     traces = []
 
     def stats(logits, tokens):
         traces.append(logits.shape)
         return objective.stats(logits, tokens)
 
-    counted = Objective(stats, objective.loss)
+    counted = Objective(stats, objective.loss, objective.tokenwise)
 
-    @functools.partial(jax.jit, static_argnames=("micro_batches", "chunk_positions"))
-    def gradient(params, batch, micro_batches=1, chunk_positions=512):
-        made = make_gradient(tiny[0], counted, micro_batches=micro_batches, chunk_positions=chunk_positions)
+    @functools.partial(jax.jit, static_argnames=("micro_batches", "chunk_tokens", "tokenwise", "mesh"))
+    def gradient(params, batch, micro_batches=1, chunk_tokens=512, tokenwise=objective.tokenwise, mesh=None):
+        asked, model = counted._replace(tokenwise=tokenwise), dataclasses.replace(tiny[0], mesh=mesh)
+        made = make_gradient(model, asked, micro_batches=micro_batches, chunk_tokens=chunk_tokens)
         return made(params, batch)
 
     batch = Batch.of(**fields())
@@ -114,7 +117,7 @@ def test_loss_counts_the_mask_and_the_gradient_is_alive(case):
 
 def test_micro_batches_and_chunks_change_nothing(case, tiny):
     _, gradient, batch, reference = case
-    close(gradient(tiny[1], batch, micro_batches=4, chunk_positions=4), reference)
+    close(gradient(tiny[1], batch, micro_batches=4, chunk_tokens=4), reference)
 
 
 def test_eight_devices_equal_one(case, tiny):
@@ -122,7 +125,28 @@ def test_eight_devices_equal_one(case, tiny):
     mesh = make_mesh(data=2, fsdp=4)
     spread = jax.device_put(batch, row_sharding(mesh))
     assert len(spread.tokens.sharding.device_set) == 8
-    close(gradient(jax.device_put(tiny[1], replicated(mesh)), spread), reference)
+    close(gradient(jax.device_put(tiny[1], replicated(mesh)), spread, mesh=mesh), reference)
+
+
+def test_one_pass_equals_two(case, tiny):
+    """What `tokenwise` promises; both of this file's own objectives keep it, the one that does not say so too."""
+    _, gradient, batch, reference = case
+    for tokenwise in (True, False):
+        close(gradient(tiny[1], batch, tokenwise=tokenwise, chunk_tokens=4), reference)
+
+
+def test_packed_rows_equal_padded_ones(case, tiny):
+    """Several responses in a row: no attention across, positions from 0, fewer pieces; also on eight devices."""
+    _, gradient, batch, reference = case
+    length = np.array([6, 3, 4, 7, 5, 2, 6, 7])
+    packed = pack(batch, length, micro_batches=4)
+    assert packed.tokens.shape == batch.tokens.shape
+    assert np.asarray(packed.mask).any(axis=1).sum() == 6 < B  # 7 | 7 | 6 | 6 | 5 2 | 4 3
+    close(gradient(tiny[1], jax.device_put(packed), micro_batches=4, chunk_tokens=4, tokenwise=True), reference)
+    mesh = make_mesh(data=2, fsdp=2, devices=jax.devices()[:4])
+    packed = jax.device_put(pack(batch, length, micro_batches=2), row_sharding(mesh))
+    params = jax.device_put(tiny[1], replicated(mesh))
+    close(gradient(params, packed, micro_batches=2, tokenwise=True, mesh=mesh), reference)
 
 
 def test_row_order_and_junk_change_nothing_and_nothing_is_traced_again(case, tiny):

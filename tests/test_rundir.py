@@ -131,7 +131,7 @@ CHANGEABLE = [
     "reward.max_generation_batches=5",
     "rows_at_once=4",
     "micro_batches=2",
-    "chunk_positions=64",
+    "chunk_tokens=64",
 ]
 
 

@@ -66,7 +66,7 @@ def rl_phase(name="rl", **changes) -> Phase:
         "responses_per_prompt": 2,  # half of the groups are uninformative: more are drawn, and some are left over
         "rows_at_once": 8,
         "micro_batches": 1,
-        "chunk_positions": 4,
+        "chunk_tokens": 4,
         # Keeps surplus groups: the checkpoint must carry them.
         "reward": RewardRule(
             max_response_tokens=5,

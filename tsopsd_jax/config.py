@@ -16,8 +16,10 @@ import yaml
 
 from tsopsd_jax import settings
 from tsopsd_jax.data import SOURCES, TEMPLATES
+from tsopsd_jax.head import CHUNK_TOKENS
 from tsopsd_jax.judge import RewardRule
 from tsopsd_jax.learner import make_optimizer
+from tsopsd_jax.model.qwen3 import REMAT
 from tsopsd_jax.objectives import make_objective
 from tsopsd_jax.phases import Guard, Phase, StopRule
 from tsopsd_jax.rewards import VERIFIERS
@@ -42,11 +44,12 @@ class ModelSettings:
     """Start from random weights of the directory's config.json (trials and tests); needs no weight files."""
     compute_dtype: str = "float32"
     """float32 or bfloat16 [P: bfloat16]; master weights are float32 always."""
-    remat: bool = False
-    """Recompute each layer in the backward pass instead of keeping its activations."""
+    remat: str = "none"
+    """What a layer keeps for its backward pass: none recomputed, dots (results of matrix products kept), full (its input)."""
 
     def __post_init__(self):
         _known("compute_dtype", self.compute_dtype, DTYPES)
+        _known("remat", self.remat, REMAT)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,10 +175,13 @@ class PhaseSettings:
     """reset or keep, at the phase's start"""
     rows_at_once: int | None = None
     """Slots: responses decoded side by side; one that ends makes room for the next. null: all of the step's."""
-    micro_batches: int = 1
-    """Pieces of the update; changes memory, not the result."""
-    chunk_positions: int = 512
-    """Positions per row whose logits exist at once."""
+    micro_batches: int | None = None
+    """Pieces of the update; changes memory, not the result. null: as many as the devices' memory asks for, none with more
+    than 16,384 tokens a device."""
+    chunk_tokens: int = CHUNK_TOKENS
+    """Tokens whose logits exist at once, on each device."""
+    pack: bool = True
+    """Several responses in one row of an update of several pieces, where the objective is tokenwise."""
     guard: Guard = field(default_factory=Guard)
 
     def __post_init__(self):
@@ -185,12 +191,12 @@ class PhaseSettings:
             "responses_per_prompt",
             "max_response_tokens",
             "micro_batches",
-            "chunk_positions",
+            "chunk_tokens",
         ):
-            if vars(self)[name] < 1:
+            if vars(self)[name] is not None and vars(self)[name] < 1:
                 raise ValueError(f"{name} must be at least 1, got {vars(self)[name]}")
         rows = self.prompts_per_step * self.responses_per_prompt
-        if rows % self.micro_batches:
+        if rows % (self.micro_batches or 1):
             raise ValueError(
                 f"micro_batches {self.micro_batches} does not divide the step's {rows} rows "
                 f"({self.prompts_per_step} prompts x {self.responses_per_prompt} responses); choose a divisor"
@@ -308,7 +314,8 @@ def _phase(phase: PhaseSettings) -> Phase:
         responses_per_prompt=phase.responses_per_prompt,
         rows_at_once=phase.rows_at_once,
         micro_batches=phase.micro_batches,
-        chunk_positions=phase.chunk_positions,
+        chunk_tokens=phase.chunk_tokens,
+        pack=phase.pack,
         reward=reward,
         stop=phase.stop,
         guard=phase.guard,

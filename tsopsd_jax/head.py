@@ -1,72 +1,38 @@
-"""Hidden states x unembedding -> per-token vocabulary statistics, without [B, L, V] ever existing.
+"""Hidden states x unembedding -> per-token vocabulary statistics, without [tokens, V] ever existing.
 
-`next_token_stats` is the only function that shifts by one: the hidden state at position t - 1 predicts `tokens[:, t]`.
-Positions go through the head in chunks that are recomputed in the backward pass, so any function of the logits is
-cheap enough to try.
+Wanted positions (response tokens) are put first and go through the head in tiles of `chunk_tokens`; the others never
+reach it, and how many tiles there are is found at run time. Two ways through the tiles:
+
+`token_stats`  statistics of every wanted token, for a loss that sees whole sequences; the backward pass forms the
+               tiles' logits again. Four matrix products: logits, logits again, and a gradient for each operand.
+`token_loss`   where the loss treats every token by itself: a tile's loss and gradients are formed while its logits
+               stand. Three products, one pass.
+
+`next_token` is the only function that shifts by one: the hidden state at position t - 1 predicts `tokens[:, t]`.
 """
 
-import dataclasses
+import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Int
 
-from tsopsd_jax import losses
+from tsopsd_jax.logit_stats import LibraryStats, VocabStats
+from tsopsd_jax.sharding import ROW_AXES, row_multiple
+from tsopsd_jax.types import Batch, LossOutput, Mean
+
+CHUNK_TOKENS = 1024
+"""Tokens whose logits exist at once, on each device."""
 
 Stats = Callable[[Array, Array], dict[str, Array]]
 """(logits [..., V] float32, tokens [...]) -> {name: [...]}: the only code that sees the vocabulary."""
 
-
-class VocabStats(NamedTuple):
-    """Statistics of one position's distribution p = softmax(z) and of its self-teacher q = softmax(z / T); nats."""
-
-    logp: Float[Array, "*N"]
-    entropy: Float[Array, "*N"]
-    forward_kl: Float[Array, "*N"]
-    reverse_kl: Float[Array, "*N"]
-
-
-def logits_stats(logits: Float[Array, "*N V"], tokens: Int[Array, "*N"], *, teacher_temperature: float) -> VocabStats:
-    """log p(token), H(p), KL(q || p) and KL(p || q) with no gradient through q.  [..., V], [...] -> [...] each.
-
-    Raises:
-        ValueError: if the teacher's temperature is not positive.
-    """
-    teacher = jax.lax.stop_gradient(logits) / check_temperature(teacher_temperature)
-    return VocabStats(
-        logp=losses.token_logp(logits, tokens),
-        entropy=losses.entropy(logits),
-        forward_kl=losses.forward_kl(teacher, logits),
-        reverse_kl=losses.reverse_kl(teacher, logits),
-    )
-
-
-def check_temperature(teacher_temperature: float) -> float:
-    """The temperature itself, or a ValueError if it is not a positive number."""
-    if not 0.0 < teacher_temperature < float("inf"):
-        raise ValueError(f"teacher_temperature must be positive and finite, got {teacher_temperature}")
-    return teacher_temperature
-
-
-@dataclasses.dataclass(frozen=True)
-class LibraryStats:
-    """The `stats` of the library's own objectives: the named fields of `VocabStats`, at one teacher temperature.
-
-    An object rather than a closure, so that the head can recognise it and answer from one fused pass.
-    """
-
-    fields: tuple[str, ...]
-    teacher_temperature: float = 1.0
-
-    def __call__(self, logits: Array, tokens: Array) -> dict[str, Array]:
-        stats = logits_stats(logits, tokens, teacher_temperature=self.teacher_temperature)
-        return {name: value for name, value in stats._asdict().items() if name in self.fields}
-
-
-def _project(hidden: Array, unembed: Array) -> Array:
-    return jnp.einsum("...D,DV->...V", hidden, unembed.astype(hidden.dtype), preferred_element_type=jnp.float32)
+Loss = Callable[[dict[str, Array], Batch], LossOutput]
+"""({name: [B, L]}, Batch) -> LossOutput."""
 
 
 def vocab_stats(
@@ -75,59 +41,286 @@ def vocab_stats(
     tokens: Int[Array, " N"],
     *,
     teacher_temperature: float,
-    chunk_tokens: int = 1024,
+    chunk_tokens: int = CHUNK_TOKENS,
 ) -> VocabStats:
-    """`logits_stats` of hidden @ unembed in rematerialised chunks; differentiable in hidden and unembed.
+    """`logits_stats` of hidden @ unembed, tile by tile; differentiable in hidden and unembed.
 
     Args:
         hidden: [N, D] final hidden states.
         unembed: [D, V] output matrix.
         tokens: [N] the token that each hidden state predicts.
         teacher_temperature: T of the self-teacher softmax(z / T).
-        chunk_tokens: positions whose logits exist at once.
+        chunk_tokens: tokens whose logits exist at once.
+
+    Raises:
+        ValueError: if the teacher's temperature is not positive.
     """
     stats = LibraryStats(VocabStats._fields, teacher_temperature)
-    return VocabStats(**_in_chunks(stats, hidden[None], unembed, tokens[None], chunk_tokens, squeeze=True))
+    wanted = jnp.ones(tokens.shape, bool)
+    return VocabStats(**token_stats(stats, Cut(chunk_tokens), hidden, unembed, tokens, wanted))
 
 
-def _in_chunks(stats: Stats, hidden, unembed, tokens, chunk, *, squeeze=False) -> dict[str, Array]:
-    """stats of [B, L, D] hidden states, `chunk` positions (of every row) at a time: rows stay on their devices."""
-    b, length, d = hidden.shape
-    chunk = min(chunk, length)
-    pieces = -(-length // chunk)
-    pad = pieces * chunk - length
-    hidden = jnp.pad(hidden, ((0, 0), (0, pad), (0, 0))).reshape(b, pieces, chunk, d)
-    tokens = jnp.pad(tokens, ((0, 0), (0, pad))).reshape(b, pieces, chunk)
+class Cut(NamedTuple):
+    """How tokens are cut into tiles: tokens of one, and mesh axes whose devices all go through equally many."""
 
-    @jax.checkpoint
-    def one(piece):
-        return stats(_project(piece[0], unembed), piece[1])
-
-    out = jax.lax.map(one, (hidden.swapaxes(0, 1), tokens.swapaxes(0, 1)))
-
-    def join(x):
-        x = x.swapaxes(0, 1).reshape(b, pieces * chunk)[:, :length]
-        return x[0] if squeeze else x
-
-    return {name: join(x) for name, x in out.items()}
+    chunk_tokens: int
+    axes: tuple[str, ...] = ()
 
 
-def next_token_stats(
+class _Tiles(NamedTuple):
+    """Wanted tokens first: `order` [pieces, chunk] of indices (N: none), and how many pieces hold a wanted one."""
+
+    order: Array
+    count: Array
+
+
+def _tiles(wanted_N: Array, cut: Cut) -> _Tiles:
+    n = wanted_N.shape[0]
+    chunk = max(1, min(cut.chunk_tokens, n))
+    order = jnp.argsort(~wanted_N, stable=True).astype(jnp.int32)
+    order = jnp.where(jnp.arange(n, dtype=jnp.int32) < jnp.sum(wanted_N, dtype=jnp.int32), order, n)
+    order = jnp.pad(order, (0, -n % chunk), constant_values=n).reshape(-1, chunk)
+    count = -(-jnp.sum(wanted_N, dtype=jnp.int32) // chunk)
+    return _Tiles(order, jax.lax.pmax(count, cut.axes) if cut.axes else count)
+
+
+def _take(x: Array, at: Array) -> Array:
+    """x[at], and zeros where `at` is no index."""
+    return jnp.take(x, at, axis=0, mode="fill", fill_value=0)
+
+
+def _put(x: Array, at: Array, new: Array) -> Array:
+    return x.at[at].set(new, mode="drop", unique_indices=True)
+
+
+def _project(hidden_ND: Array, unembed_DV: Array) -> Array:
+    """Float32 logits, accumulated in float32 from operands of the hidden states' dtype."""
+    return jnp.einsum("ND,DV->NV", hidden_ND, unembed_DV, preferred_element_type=jnp.float32)
+
+
+class Measured(NamedTuple):
+    """What an objective says of a batch, and the largest |sampler's - learner's log-probability| of its tokens, nats."""
+
+    out: LossOutput
+    gap: Float[Array, ""]
+
+
+def measure(loss: Loss, stats: dict[str, Array], batch: Batch) -> Measured:
+    """The loss, and where there is a statistic `logp`, how far the sampler's log-probabilities are from it: with one code
+    base that is a test, not a correction."""
+    out, gap = loss(stats, batch), jnp.zeros((), jnp.float32)
+    if "logp" in stats:
+        apart = jnp.abs(stats["logp"] - batch.old_logp)
+        gap = jnp.max(jnp.where(batch.mask, apart, 0.0))
+        mean = {"rollout/logp_gap_mean_nats": Mean.of(apart, batch.mask)}
+        out = LossOutput(out.loss, out.metrics | mean)
+    return Measured(out, gap)
+
+
+def add(a: Measured, b: Measured) -> Measured:
+    """Of two parts of a batch."""
+    return Measured(jax.tree.map(jnp.add, a.out, b.out), jnp.maximum(a.gap, b.gap))
+
+
+def _pull(dz_NV: Array, hidden_ND: Array, unembed_DV: Array, d_unembed_DV: Array) -> tuple[Array, Array]:
+    """Gradients of a tile's logits into its hidden states, and added to those of the unembedding (float32)."""
+    dz_NV = dz_NV.astype(hidden_ND.dtype)
+    # One product after the other: side by side they fight for a CPU's cache.
+    d_hidden, dz_NV = jax.lax.optimization_barrier((jnp.einsum("NV,DV->ND", dz_NV, unembed_DV), dz_NV))
+    return d_hidden, d_unembed_DV + jnp.einsum("ND,NV->DV", hidden_ND, dz_NV, preferred_element_type=jnp.float32)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def token_stats(
+    stats: Stats,
+    cut: Cut,
+    hidden: Float[Array, "N D"],
+    unembed: Float[Array, "D V"],
+    tokens: Int[Array, " N"],
+    wanted: Bool[Array, " N"],
+) -> dict[str, Float[Array, " N"]]:
+    """`stats` of every wanted token, 0 elsewhere; differentiable in `hidden` and `unembed`, which may be float32 masters:
+    they are multiplied in the hidden states' dtype, and the gradient stays in theirs."""
+    tiles, w = _tiles(wanted, cut), unembed.astype(hidden.dtype)
+
+    def of(at):
+        return stats(_project(_take(hidden, at), w), _take(tokens, at))
+
+    out = {name: jnp.zeros(tokens.shape, s.dtype) for name, s in jax.eval_shape(of, tiles.order[0]).items()}
+
+    def piece(i, out):
+        at = tiles.order[i]
+        return {name: _put(out[name], at, x) for name, x in of(at).items()}
+
+    return jax.lax.fori_loop(0, tiles.count, piece, out)
+
+
+def _token_stats_forward(stats, cut, hidden, unembed, tokens, wanted):
+    return token_stats(stats, cut, hidden, unembed, tokens, wanted), (hidden, unembed, tokens, wanted)
+
+
+def _token_stats_backward(stats, cut, kept, g):
+    hidden, unembed, tokens, wanted = kept
+    tiles, w = _tiles(wanted, cut), unembed.astype(hidden.dtype)
+
+    def piece(i, carry):
+        at = tiles.order[i]
+        h, t = _take(hidden, at), _take(tokens, at)
+        _, pull = jax.vjp(lambda z: stats(z, t), _project(h, w))
+        (dz,) = pull({name: _take(x, at) for name, x in g.items()})
+        d_h, d_unembed = _pull(dz, h, w, carry[1])
+        return _put(carry[0], at, d_h), d_unembed
+
+    zero = jnp.zeros_like(hidden), jnp.zeros(unembed.shape, jnp.float32)
+    d_hidden, d_unembed = jax.lax.fori_loop(0, tiles.count, piece, zero)
+    return d_hidden, d_unembed.astype(unembed.dtype), None, None
+
+
+token_stats.defvjp(_token_stats_forward, _token_stats_backward)
+
+
+def _loss_of_tiles(stats, loss, cut, hidden, unembed, batch, pull):
+    """(`measure` of all tiles together, gradients or None)."""
+    tiles, w = _tiles(batch.mask[0], cut), unembed.astype(hidden.dtype)
+
+    def of(z, piece: Batch):
+        found = measure(loss, {name: x[None] for name, x in stats(z, piece.tokens[0]).items()}, piece)
+        return found.out.loss.total, found
+
+    def take(at) -> tuple[Array, Batch]:
+        return _take(hidden, at), jax.tree.map(lambda x: _take(x[0], at)[None], batch)
+
+    def one(i, carry):
+        total, d_hidden, d_unembed = carry
+        at = tiles.order[i]
+        h, piece = take(at)
+        z = _project(h, w)
+        if not pull:
+            return add(total, of(z, piece)[1]), d_hidden, d_unembed
+        dz, found = jax.grad(of, has_aux=True)(z, piece)
+        d_h, d_unembed = _pull(dz, h, w, d_unembed)
+        return add(total, found), _put(d_hidden, at, d_h), d_unembed
+
+    shapes = jax.eval_shape(lambda at: of(_project(take(at)[0], w), take(at)[1])[1], tiles.order[0])
+    zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    grads = (jnp.zeros_like(hidden), jnp.zeros(unembed.shape, jnp.float32)) if pull else (None, None)
+    total, *grads = jax.lax.fori_loop(0, tiles.count, one, (zero, *grads))
+    return total, grads
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def token_loss(
+    stats: Stats,
+    loss: Loss,
+    cut: Cut,
+    hidden: Float[Array, "N D"],
+    unembed: Float[Array, "D V"],
+    batch: Batch,
+) -> Measured:
+    """`loss(stats)` of a batch of one row of N tokens, N hidden states predicting them, where the loss treats every
+    token by itself. `loss.total` can be differentiated, in `hidden` and `unembed`; the rest is given no gradient."""
+    return _loss_of_tiles(stats, loss, cut, hidden, unembed, batch, pull=False)[0]
+
+
+def _token_loss_forward(stats, loss, cut, hidden, unembed, batch):
+    out, grads = _loss_of_tiles(stats, loss, cut, hidden, unembed, batch, pull=True)
+    return out, (*grads, jnp.zeros((0,), unembed.dtype))
+
+
+def _token_loss_backward(stats, loss, cut, kept, g: Measured):
+    d_hidden, d_unembed, like = kept
+    scale = g.out.loss.total
+    return d_hidden * scale.astype(d_hidden.dtype), (d_unembed * scale).astype(like.dtype), None
+
+
+token_loss.defvjp(_token_loss_forward, _token_loss_backward)
+
+
+def _next_token(hidden_BLD: Array, batch: Batch) -> tuple[Array, Batch]:
+    """N = B (L - 1) hidden states and what stands at the positions that they predict, as a batch of one row: the state
+    at position t - 1 predicts `tokens[:, t]`. The only place where anything is shifted."""
+    return hidden_BLD[:, :-1].reshape(-1, hidden_BLD.shape[-1]), jax.tree.map(lambda x: x[:, 1:].reshape(1, -1), batch)
+
+
+def batch_stats(
     stats: Stats,
     hidden: Float[Array, "B L D"],
     unembed: Float[Array, "D V"],
-    tokens: Int[Array, "B L"],
+    batch: Batch,
     *,
-    chunk_positions: int,
+    chunk_tokens: int = CHUNK_TOKENS,
+    mesh: Mesh | None = None,
 ) -> dict[str, Float[Array, "B L"]]:
-    """The statistics of every token given what precedes it: index t refers to `tokens[:, t]`; 0 at t = 0.
+    """The statistics of every response token given what precedes it; index t refers to `tokens[:, t]`, 0 outside `mask`.
 
     Args:
         stats: the objective's function of logits and tokens.
         hidden: [B, L, D]; `hidden[:, t - 1]` predicts `tokens[:, t]`.
         unembed: [D, V].
-        tokens: [B, L].
-        chunk_positions: positions per row whose logits exist at once.
+        batch: its tokens and mask.
+        chunk_tokens: tokens whose logits exist at once, on each device.
+        mesh: over which rows are divided; None: one device.
     """
-    out = _in_chunks(stats, hidden[:, :-1], unembed, tokens[:, 1:], chunk_positions)
-    return {name: jnp.pad(x, ((0, 0), (1, 0))) for name, x in out.items()}
+
+    cut = _cut(chunk_tokens, mesh)
+
+    def local(hidden, unembed, batch):
+        states, flat = _next_token(hidden, batch)
+        out = token_stats(stats, cut, states, unembed, flat.tokens[0], flat.mask[0])
+        return {name: jnp.pad(x.reshape(batch.tokens.shape[0], -1), ((0, 0), (1, 0))) for name, x in out.items()}
+
+    return _by_rows(local, mesh)(hidden, unembed, batch)
+
+
+def batch_loss(
+    stats: Stats,
+    loss: Loss,
+    hidden: Float[Array, "B L D"],
+    unembed: Float[Array, "D V"],
+    batch: Batch,
+    *,
+    tokenwise: bool,
+    chunk_tokens: int = CHUNK_TOKENS,
+    mesh: Mesh | None = None,
+) -> Measured:
+    """An objective's loss on a batch, its metrics, and the gap between sampler and learner.
+
+    Args:
+        stats, loss: the objective's.
+        hidden: [B, L, D].
+        unembed: [D, V].
+        batch: [B, L].
+        tokenwise: the loss treats every token by itself: gradients are formed in the forward pass.
+        chunk_tokens: tokens whose logits exist at once, on each device.
+        mesh: over which rows are divided; None: one device.
+    """
+    if not tokenwise:
+        return measure(loss, batch_stats(stats, hidden, unembed, batch, chunk_tokens=chunk_tokens, mesh=mesh), batch)
+
+    cut = _cut(chunk_tokens, mesh)
+
+    def local(hidden, unembed, batch):
+        states, flat = _next_token(hidden, batch)
+        return jax.tree.map(lambda x: x[None], token_loss(stats, loss, cut, states, unembed, flat))
+
+    parts = _by_rows(local, mesh)(hidden, unembed, batch)
+    return Measured(jax.tree.map(jnp.sum, parts.out), jnp.max(parts.gap))
+
+
+def _divided(mesh: Mesh | None) -> bool:
+    return mesh is not None and row_multiple(mesh) > 1
+
+
+def _cut(chunk_tokens: int, mesh: Mesh | None) -> Cut:
+    return Cut(chunk_tokens, ROW_AXES if _divided(mesh) else ())
+
+
+def _by_rows(local: Any, mesh: Mesh | None) -> Any:
+    """`local(hidden, unembed, batch)` on each device's own rows: tiles are cut and gradients of the unembedding summed
+    without a word to the others; what stays automatic is the vocabulary over the tensor axis."""
+    if not _divided(mesh):
+        return local
+    rows = P(ROW_AXES)
+    return jax.shard_map(
+        local, mesh=mesh, in_specs=(rows, P(), rows), out_specs=rows, axis_names=set(ROW_AXES), check_vma=False
+    )

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from tsopsd_jax.head import next_token_stats
+from tsopsd_jax.head import CHUNK_TOKENS, add, batch_loss, batch_stats
 from tsopsd_jax.model.qwen3 import Qwen3
 from tsopsd_jax.objectives import Objective
 from tsopsd_jax.sharding import replicated, tree_shardings
-from tsopsd_jax.types import Batch, LossOutput, Mean, Prompts, PyTree, Rollout, TrainState
+from tsopsd_jax.types import Batch, Prompts, PyTree, Rollout, TrainState
 
 ENTROPY = "policy/entropy_nats"
 """The metric that stop rules and guards look at."""
@@ -87,53 +87,57 @@ def fresh_optimizer_state(optimizer: optax.GradientTransformation, like: TrainSt
 
 
 def per_token_stats(
-    model: Qwen3, params: PyTree, tokens: Array, objective: Objective, *, chunk_positions: int
+    model: Qwen3, params: PyTree, batch: Batch, objective: Objective, *, chunk_tokens: int = CHUNK_TOKENS
 ) -> dict[str, Array]:
-    """The objective's statistics of every token under the learner's own forward pass, {name: [B, L]}."""
-    hidden = model.hidden(params, tokens)
-    return next_token_stats(objective.stats, hidden, model.unembed(params), tokens, chunk_positions=chunk_positions)
+    """The objective's statistics of every response token under the learner's own forward pass, {name: [B, L]}."""
+    hidden, unembed = model.hidden(params, batch.tokens, batch.segment), model.unembed(params)
+    return batch_stats(objective.stats, hidden, unembed, batch, chunk_tokens=chunk_tokens, mesh=model.mesh)
 
 
-def make_gradient(model: Qwen3, objective: Objective, *, micro_batches: int = 1, chunk_positions: int = 512):
+def make_gradient(model: Qwen3, objective: Objective, *, micro_batches: int = 1, chunk_tokens: int = CHUNK_TOKENS):
     """(params, batch) -> (gradient, LossOutput, largest |sampler's - learner's log-prob|), averaged once.
 
-    gradient = sum over micro-batches of d(total) / sum of count, so that splitting changes nothing but memory.
+    gradient = sum over micro-batches of d(total) / sum of count, so that splitting changes nothing but memory. Pieces
+    are strided rows (piece i: rows i, i + micro_batches, ...), each on all devices; those after the last piece that
+    holds a response token are not computed.
     """
 
     def total(params, piece: Batch):
-        stats = per_token_stats(model, params, piece.tokens, objective, chunk_positions=chunk_positions)
-        out = objective.loss(stats, piece)
-        gap = jnp.zeros((), jnp.float32)
-        if "logp" in stats:
-            gap = jnp.max(jnp.where(piece.mask, jnp.abs(stats["logp"] - piece.old_logp), 0.0))
-            out = LossOutput(out.loss, out.metrics | gap_metric(stats["logp"], piece))
-        return out.loss.total, (out, gap)
+        hidden = model.hidden(params, piece.tokens, piece.segment)
+        found = batch_loss(
+            objective.stats,
+            objective.loss,
+            hidden,
+            model.unembed(params),
+            piece,
+            tokenwise=objective.tokenwise,
+            chunk_tokens=chunk_tokens,
+            mesh=model.mesh,
+        )
+        return found.out.loss.total, found
 
     def gradient(params, batch: Batch):
         one = jax.grad(total, has_aux=True)
         if micro_batches == 1:
-            grads, (out, gap) = one(params, batch)
+            grads, found = one(params, batch)
         else:
-            # Strided, not consecutive rows: each piece then lies on all devices.
             pieces = jax.tree.map(lambda x: x.reshape(-1, micro_batches, *x.shape[1:]).swapaxes(0, 1), batch)
-            first = jax.tree.map(lambda x: x[0], pieces)
-            zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(one, params, first))
+            holds = jnp.any(pieces.mask, axis=(1, 2))
+            used = jnp.max(jnp.where(holds, jnp.arange(1, micro_batches + 1, dtype=jnp.int32), 0))
 
-            def add(carry, piece):
-                grads, (out, gap) = one(params, piece)
-                grads, out = jax.tree.map(jnp.add, (carry[0], carry[1][0]), (grads, out))
-                return (grads, (out, jnp.maximum(gap, carry[1][1]))), None
+            def take(i):
+                return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), pieces)
 
-            (grads, (out, gap)), _ = jax.lax.scan(add, zero, pieces)
-        count = jnp.maximum(out.loss.count, 1.0)
-        return jax.tree.map(lambda g: g / count.astype(g.dtype), grads), out, gap
+            def more(i, carry):
+                grads, found = one(params, take(i))
+                return jax.tree.map(jnp.add, carry[0], grads), add(carry[1], found)
+
+            zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(one, params, take(0)))
+            grads, found = jax.lax.fori_loop(0, used, more, zero)
+        count = jnp.maximum(found.out.loss.count, 1.0)
+        return jax.tree.map(lambda g: g / count.astype(g.dtype), grads), found.out, found.gap
 
     return gradient
-
-
-def gap_metric(logp: Array, piece: Batch):
-    """Mean |sampler's - learner's log-prob|: with one code base this is a test, not a correction."""
-    return {"rollout/logp_gap_mean_nats": Mean.of(jnp.abs(logp - piece.old_logp), piece.mask)}
 
 
 def make_update(
@@ -142,7 +146,7 @@ def make_update(
     optimizer: optax.GradientTransformation,
     *,
     micro_batches: int = 1,
-    chunk_positions: int = 512,
+    chunk_tokens: int = CHUNK_TOKENS,
 ) -> Update:
     """update(state, batch, hold_above_nats=inf) -> (state, UpdateOut); pure, to be jitted with a donated state.
 
@@ -152,9 +156,9 @@ def make_update(
 
     Args:
         micro_batches: number of equal strided pieces of the batch's rows; gradients of the pieces are added.
-        chunk_positions: positions per row whose logits exist at once.
+        chunk_tokens: tokens whose logits exist at once, on each device.
     """
-    gradient = make_gradient(model, objective, micro_batches=micro_batches, chunk_positions=chunk_positions)
+    gradient = make_gradient(model, objective, micro_batches=micro_batches, chunk_tokens=chunk_tokens)
 
     def update(
         state: TrainState, batch: Batch, hold_above_nats: Array | float = float("inf")

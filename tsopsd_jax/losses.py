@@ -41,10 +41,10 @@ def _entropy_of(logp: Float[Array, "*N V"]) -> Float[Array, "*N"]:
     return -jnp.sum(p * jnp.where(p > 0, logp, 0.0), axis=-1)
 
 
-def _kl_of(logq: Float[Array, "*N V"], logp: Float[Array, "*N V"]) -> Float[Array, "*N"]:
-    """KL(q || p) = sum q f(d), d = log q - log p, f(d) = d + exp(-d) - 1 >= 0.
+def kl_terms(logq: Float[Array, "*N V"], logp: Float[Array, "*N V"]) -> Float[Array, "*N V"]:
+    """The terms of KL(q || p) = sum q f(d), d = log q - log p, f(d) = d + exp(-d) - 1; each is >= 0.
 
-    The last two terms sum to zero over the vocabulary; with them no term cancels another. Near d = 0, where the
+    The last two parts of f sum to zero over the vocabulary; with them no term cancels another. Near d = 0, where the
     top token of a collapsed self-teacher lies, f is its series: q d + (p - q) would lose all its digits.
     """
     q, p = jnp.exp(logq), jnp.exp(logp)
@@ -52,7 +52,11 @@ def _kl_of(logq: Float[Array, "*N V"], logp: Float[Array, "*N V"]) -> Float[Arra
     near = (jnp.abs(d) < SERIES_BELOW_NATS) & (q > 0)
     s = jnp.where(near, d, 0.0)
     series = q * (s * s * (1 / 2 - s * (1 / 6 - s * (1 / 24 - s / 120))))
-    return jnp.sum(jnp.where(near, series, q * d + (p - q)), axis=-1)
+    return jnp.where(near, series, q * d + (p - q))
+
+
+def _kl_of(logq: Float[Array, "*N V"], logp: Float[Array, "*N V"]) -> Float[Array, "*N"]:
+    return jnp.sum(kl_terms(logq, logp), axis=-1)
 
 
 def entropy(logits: Float[Array, "*N V"]) -> Float[Array, "*N"]:

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from tsopsd_jax import losses
-from tsopsd_jax.head import LibraryStats, Stats, check_temperature
+from tsopsd_jax.head import Loss, Stats
+from tsopsd_jax.logit_stats import LibraryStats, check_temperature
 from tsopsd_jax.types import Batch, LossOutput, Mean
 
 
@@ -21,11 +22,15 @@ class Objective(NamedTuple):
     """stats: (logits [..., V], tokens [...]) -> {name: [...]}, the only code that sees the vocabulary.
     loss: ({name: [B, L]}, Batch) -> LossOutput, sees whole sequences and no vocabulary.
 
+    tokenwise: the loss of a token follows from the statistics and the batch at that token alone. Then it may be asked
+    about any tokens in any arrangement, [1, n] at a time: the head forms gradients in one pass, and rows are packed.
+
     A statistic called `logp` (log-probability of the token) lets the learner measure the sampler against itself.
     """
 
     stats: Stats
-    loss: Callable[[dict[str, Array], Batch], LossOutput]
+    loss: Loss
+    tokenwise: bool = False
 
 
 def dapo(*, clip_low: float = 0.2, clip_high: float = 0.28, clip_ratio_c: float = 10.0) -> Objective:
@@ -67,7 +72,7 @@ def dapo(*, clip_low: float = 0.2, clip_high: float = 0.28, clip_ratio_c: float 
             },
         )
 
-    return Objective(LibraryStats(("logp", "entropy")), loss)
+    return Objective(LibraryStats(("logp", "entropy")), loss, tokenwise=True)
 
 
 def ts_opsd(*, direction: str = "forward", teacher_temperature: float = 1.2) -> Objective:
@@ -95,7 +100,7 @@ def ts_opsd(*, direction: str = "forward", teacher_temperature: float = 1.2) -> 
             },
         )
 
-    return Objective(LibraryStats(("logp", "entropy", f"{direction}_kl"), teacher_temperature), loss)
+    return Objective(LibraryStats(("logp", "entropy", f"{direction}_kl"), teacher_temperature), loss, tokenwise=True)
 
 
 OBJECTIVES: dict[str, Callable[..., Objective]] = {"dapo": dapo, "ts_opsd": ts_opsd}

@@ -125,8 +125,9 @@ class Phase:
     prompts_per_step: int
     responses_per_prompt: int
     rows_at_once: int | None
-    micro_batches: int
-    chunk_positions: int
+    micro_batches: int | None
+    chunk_tokens: int
+    pack: bool
     reward: RewardRule | None
     stop: StopRule
     guard: Guard

@@ -61,7 +61,7 @@ def check_batches(config: Config, mesh: jax.sharding.Mesh) -> None:
         rows = phase.prompts_per_step * phase.responses_per_prompt
         for what, count in (
             ("rows of a step", rows),
-            ("rows of a micro-batch", rows // phase.micro_batches),
+            ("rows of a micro-batch", rows // (phase.micro_batches or 1)),
         ):
             if count % multiple:
                 raise ValueError(
@@ -120,9 +120,8 @@ def prepare(config: Config) -> Parts:
         check_weights(folder)
     shape = read_config(folder / "config.json")
     dtype = DTYPES[config.model.compute_dtype]
-    model = Qwen3(shape, compute_dtype=dtype, remat=config.model.remat)
     tokenizer = Tokenizer.load(folder)
-    tokenizer.check_fits(model.vocab_size)
+    tokenizer.check_fits(shape.vocab_size)
     responses = [p.max_response_tokens for p in config.phases]
     if config.evaluation.data is not None:
         responses.append(config.evaluation.max_response_tokens)
@@ -133,6 +132,7 @@ def prepare(config: Config) -> Parts:
             "positions; lower max_prompt_tokens or max_response_tokens"
         )
     mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor)
+    model = Qwen3(shape, compute_dtype=dtype, remat=config.model.remat, mesh=mesh)
     check_batches(config, mesh)
     shardings = tree_shardings(model.param_axes(), model.param_shapes(), mesh)
     task = Task(

@@ -25,7 +25,7 @@ CHANGEABLE = r"evaluation\.rows_at_once"
 """Settings that may change too, and are told."""
 CHANGEABLE_IN_PHASE = (
     r"phases\.(\d+)\.((guard|stop)\.\w+|optimizer\.learning_rate|reward\.(on_shortage|max_generation_batches)"
-    r"|rows_at_once|micro_batches|chunk_positions)"
+    r"|rows_at_once|micro_batches|chunk_tokens|pack)"
 )
 """... as long as their phase is not finished: what guards and shortages ask to change, and what memory asks for."""
 

@@ -17,10 +17,13 @@ from tsopsd_jax.types import PyTree
 MESH_AXES = ("data", "fsdp", "tensor")
 """`data`: replicas. `fsdp`: batch rows and parameter shards. `tensor`: heads, feed-forward and vocabulary."""
 
+ROW_AXES = ("data", "fsdp")
+"""The mesh axes over which rows are divided."""
+
 Rules = Mapping[str, str | tuple[str, ...] | None]
 
 TRAIN_RULES: Rules = {
-    "rows": ("data", "fsdp"),
+    "rows": ROW_AXES,
     "layers": None,
     "embed": "fsdp",
     "heads": "tensor",

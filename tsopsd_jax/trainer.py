@@ -27,7 +27,6 @@ from tsopsd_jax.learner import (
     distillation_batch,
     fresh_optimizer_state,
     make_reheat_step,
-    make_update,
 )
 from tsopsd_jax.model import Qwen3
 from tsopsd_jax.phases import GuardError, Phase
@@ -37,6 +36,7 @@ from tsopsd_jax.sharding import replicated, row_sharding
 from tsopsd_jax.step_metrics import engine_metrics, reward_metrics, rollout_metrics
 from tsopsd_jax.task import EvaluationPlan, Task, encode_prompts
 from tsopsd_jax.types import Prompts, PyTree, Rollout, TrainState
+from tsopsd_jax.updater import Updater
 
 
 class Interrupted(Exception):
@@ -194,22 +194,15 @@ class Trainer:
 
     def _compile(self, phase: Phase) -> Callable[[], tuple[dict[str, Any], float]]:
         """The phase's step: () -> (metrics of the step, entropy). Compiled once per phase."""
-        update = make_update(
-            self.model,
-            phase.objective,
-            phase.optimizer,
-            micro_batches=phase.micro_batches,
-            chunk_positions=phase.chunk_positions,
-        )
-        rows = phase.prompts_per_step * phase.responses_per_prompt
-        engine = self._engine(phase.sampling, phase.max_response_tokens, phase.rows_at_once or rows)
         # The state keeps its layout from step to step: a drifting one would be compiled for again.
         layout = jax.tree.map(lambda x: x.sharding, self.state)
-        jitted_update = jax.jit(update, donate_argnums=0, out_shardings=(layout, None))
+        width = self.task.max_prompt_tokens + phase.max_response_tokens
+        update = Updater(self.model, phase, self.mesh, layout=layout, width=width)
+        engine = self._engine(phase.sampling, phase.max_response_tokens, phase.rows_at_once or phase.rows)
         if phase.reward is not None:
-            return functools.partial(self._learn, phase, engine, jitted_update)
-        if engine.slots < rows:
-            return functools.partial(self._reheat_in_stages, phase, engine, jitted_update)
+            return functools.partial(self._learn, phase, engine, update)
+        if engine.slots < phase.rows:
+            return functools.partial(self._reheat_in_stages, phase, engine, update)
         draw = functools.partial(
             sample,
             self.model,
@@ -218,7 +211,7 @@ class Trainer:
             stop_ids=self.task.tokenizer.stop_ids,
             group=phase.responses_per_prompt,
         )
-        step = jax.jit(make_reheat_step(draw, update), donate_argnums=0, out_shardings=(layout, None, None))
+        step = jax.jit(make_reheat_step(draw, update.update), donate_argnums=0, out_shardings=(layout, None, None))
         return functools.partial(self._reheat, phase, step)
 
     def _engine(self, sampling: Sampling, max_response_tokens: int, slots: int) -> Engine:
@@ -270,23 +263,22 @@ class Trainer:
         line |= {"time/rollout_s": None, "time/update_s": stepped - began, "time/judge_s": judged - stepped}
         return _finish(line, out, began)
 
-    def _reheat_in_stages(self, phase: Phase, engine: Engine, update: Callable) -> tuple[dict[str, Any], float]:
+    def _reheat_in_stages(self, phase: Phase, engine: Engine, update: Updater) -> tuple[dict[str, Any], float]:
         """The same step where fewer rows are decoded at once than it has: continuous batching, then the update."""
         began = time.monotonic()
         prompts, answers = self._next_prompts(phase)
         key = jax.random.fold_in(self.key, self.state.step)
         scored = self._sample(engine, engine.view(self.state.params), prompts, answers, key, phase.responses_per_prompt)
         updating = time.monotonic()
-        batch = distillation_batch(jax.device_put(scored.rollout, self.rows))
-        self.state, out = update(self.state, batch, self._hold(phase))
-        jax.block_until_ready(out)
+        batch = distillation_batch(scored.rollout)
+        self.state, out, useful = update(self.state, batch, scored.rollout.length, self._hold(phase))
         score = float(scored.accuracy.mean())
         line = rollout_metrics([scored.rollout], scored.rollout_s) | engine_metrics(engine)
         line |= {"reward/accuracy_fraction": score, "reward/mean": score, "rollout/groups_kept_fraction": 1.0}
-        line |= {"time/rollout_s": scored.rollout_s, "time/judge_s": scored.waited_s}
+        line |= {"learner/useful_fraction": useful, "time/rollout_s": scored.rollout_s, "time/judge_s": scored.waited_s}
         return _finish(line | {"time/update_s": time.monotonic() - updating}, out, began)
 
-    def _learn(self, phase: Phase, engine: Engine, update: Callable) -> tuple[dict[str, Any], float]:
+    def _learn(self, phase: Phase, engine: Engine, update: Updater) -> tuple[dict[str, Any], float]:
         """One RL step: generation batches until the batch is full, then one update."""
         rule = phase.reward
         assert rule is not None
@@ -314,11 +306,11 @@ class Trainer:
         del view  # the update needs its memory
         self.leftover = got.leftover
         updating = time.monotonic()
-        batch = jax.device_put(to_batch(got.groups, normalize_std=rule.normalize_std), self.rows)
-        self.state, out = update(self.state, batch, self._hold(phase))
-        jax.block_until_ready(out)
+        batch = to_batch(got.groups, normalize_std=rule.normalize_std)
+        self.state, out, useful = update(self.state, batch, got.groups.rollout.length, self._hold(phase))
         line = rollout_metrics(rollouts, seconds["rollout"]) | reward_metrics(got, judged) | engine_metrics(engine)
         line |= {
+            "learner/useful_fraction": useful,
             "time/rollout_s": seconds["rollout"],
             "time/judge_s": seconds["judge"],
             "time/update_s": time.monotonic() - updating,

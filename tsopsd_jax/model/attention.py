@@ -1,10 +1,12 @@
-"""Attention of whole prompts: one function, and the implementation for each backend.
+"""Attention of whole rows: one function, and the implementation for each backend.
 
 | name | where | what it is |
 |---|---|---|
-| `xla` | everywhere | the formula; scores [B, K, G, T, T] exist |
-| `cudnn` | GPU, bfloat16 or float16 | cuDNN's fused attention, through `jax.nn.dot_product_attention` |
+| `xla` | everywhere | the formula, long rows in blocks of queries that see only what is before them |
+| `cudnn` | GPU, bfloat16 or float16, one sequence a row | cuDNN's fused attention, through `jax.nn.dot_product_attention` |
 | `splash` | TPU, T a multiple of 128 | JAX's Pallas kernel for TPUs |
+
+All can be differentiated; none keeps scores [T, T] for the backward pass where T > BLOCK_POSITIONS.
 """
 
 import functools
@@ -17,34 +19,57 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
+from tsopsd_jax.sharding import ROW_AXES
+
 IMPLEMENTATIONS = ("xla", "cudnn", "splash")
 SPLASH_MULTIPLE = 128
+BLOCK_POSITIONS = 512
+"""Rows up to this length are one block of `xla`."""
+BLOCKS = 16
+"""Blocks of a longer row, at most."""
 
 
-def attention(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, positions_BT: Array) -> Array:
-    """Grouped-query attention of queries at `positions` over slots 0..position; softmax in float32."""
+def attention(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, visible_BTS: Array) -> Array:
+    """Grouped-query attention of each query over the keys that it may see (1 or B masks); softmax in float32."""
     b, t, n, h = q_BTNH.shape
-    s, kv = k_BSKH.shape[1:3]
+    kv = k_BSKH.shape[2]
     q_BTKGH = q_BTNH.reshape(b, t, kv, n // kv, h)
     scores = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32)
-    visible_BTS = jnp.arange(s, dtype=positions_BT.dtype)[None, None, :] <= positions_BT[:, :, None]
     scores = jnp.where(visible_BTS[:, None, None], scores * h**-0.5, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1).astype(v_BSKH.dtype)
     return jnp.einsum("BKGTS,BSKH->BTKGH", weights, v_BSKH).reshape(b, t, n, h)
+
+
+def _in_blocks(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, segment_BT: Array | None) -> Array:
+    """Causal attention within segments. Blocks of a long row are computed again in the backward pass."""
+    t = q_BTNH.shape[1]
+    at = np.arange(t)
+    size = t if t <= BLOCK_POSITIONS else SPLASH_MULTIPLE * -(-t // (SPLASH_MULTIPLE * BLOCKS))
+    out = []
+    for start in range(0, t, size):
+        end = min(start + size, t)
+        visible_BTS = jnp.asarray(at[None, start:end, None] >= at[None, None, :end])
+        if segment_BT is not None:
+            visible_BTS = visible_BTS & (segment_BT[:, start:end, None] == segment_BT[:, None, :end])
+        one = attention if size == t else jax.checkpoint(attention)
+        out.append(one(q_BTNH[:, start:end], k_BTKH[:, :end], v_BTKH[:, :end], visible_BTS))
+    return out[0] if len(out) == 1 else jnp.concatenate(out, axis=1)
 
 
 def causal_attention(
     q_BTNH: Array,
     k_BTKH: Array,
     v_BTKH: Array,
+    segment_BT: Array | None = None,
     *,
     implementation: str = "xla",
     mesh: Mesh | None = None,
     interpret: bool = False,
 ) -> Array:
-    """`attention` of T positions among themselves, by the named implementation.
+    """`attention` of T positions among themselves, each over itself and those before it, by the named implementation.
 
     Args:
+        segment_BT: positions attend within their segment only; None: a row is one.
         mesh: over which a Pallas kernel is run, rows over data x fsdp and heads over tensor; None: one device.
         interpret: run a Pallas kernel without its device (tests).
 
@@ -52,9 +77,10 @@ def causal_attention(
         ValueError: a name that is unknown, or inputs that the implementation does not take.
     """
     if implementation == "xla":
-        t = q_BTNH.shape[1]
-        return attention(q_BTNH, k_BTKH, v_BTKH, jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32), q_BTNH.shape[:2]))
+        return _in_blocks(q_BTNH, k_BTKH, v_BTKH, segment_BT)
     if implementation == "cudnn":
+        if segment_BT is not None:
+            raise ValueError("attention: cudnn takes rows of one sequence, got segments; use xla")
         return jax.nn.dot_product_attention(q_BTNH, k_BTKH, v_BTKH, is_causal=True, implementation="cudnn")
     if implementation != "splash":
         raise ValueError(f"attention: expected one of {', '.join(IMPLEMENTATIONS)}, got {implementation!r}")
@@ -62,21 +88,22 @@ def causal_attention(
         raise ValueError(f"attention: splash takes a multiple of {SPLASH_MULTIPLE} positions, got {q_BTNH.shape[1]}")
     kernel = functools.partial(_splash, interpret=interpret)
     if mesh is not None:
-        split = P(("data", "fsdp"), None, "tensor")
-        kernel = jax.shard_map(kernel, mesh=mesh, in_specs=split, out_specs=split, check_vma=False)
-    return kernel(q_BTNH, k_BTKH, v_BTKH)
+        split = P(ROW_AXES, None, "tensor")
+        specs = (split,) * 3 + (P(ROW_AXES),)
+        kernel = jax.shard_map(kernel, mesh=mesh, in_specs=specs, out_specs=split, check_vma=False)
+    return kernel(q_BTNH, k_BTKH, v_BTKH, segment_BT)
 
 
-def best_causal(platform: str, *, positions: int, dtype) -> str:
+def best_causal(platform: str, *, positions: int, dtype, packed: bool = False) -> str:
     """The implementation for a backend, where its conditions hold; else `xla`."""
-    if platform == "gpu" and jnp.dtype(dtype).itemsize == 2:
+    if platform == "gpu" and jnp.dtype(dtype).itemsize == 2 and not packed:
         return "cudnn"
     if platform == "tpu" and positions % SPLASH_MULTIPLE == 0:
         return "splash"
     return "xla"
 
 
-def _splash(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, *, interpret: bool) -> Array:
+def _splash(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, segment_BT: Array | None, *, interpret: bool) -> Array:
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
@@ -85,5 +112,6 @@ def _splash(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, *, interpret: bool) -> 
     with jax.ensure_compile_time_eval():
         kernel = splash.make_splash_mha(mask, head_shards=1, q_seq_shards=1, interpret=interpret)
     q_BNTH = jnp.swapaxes(q_BTNH, 1, 2) * jnp.asarray(np.float32(h) ** -0.5, q_BTNH.dtype)
-    out_BNTH: Any = jax.vmap(kernel)(q_BNTH, jnp.swapaxes(k_BTKH, 1, 2), jnp.swapaxes(v_BTKH, 1, 2))
+    segments = None if segment_BT is None else splash.SegmentIds(segment_BT, segment_BT)
+    out_BNTH: Any = jax.vmap(kernel)(q_BNTH, jnp.swapaxes(k_BTKH, 1, 2), jnp.swapaxes(v_BTKH, 1, 2), segments)
     return jnp.swapaxes(out_BNTH, 1, 2).astype(q_BTNH.dtype)

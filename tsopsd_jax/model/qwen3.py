@@ -8,15 +8,17 @@ layout, a cache, no gradient.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from tsopsd_jax.model.attention import attention
+from tsopsd_jax.model.attention import best_causal, causal_attention
 from tsopsd_jax.types import PyTree
 
 
@@ -71,6 +73,14 @@ def rope(x_BTNH: Array, positions_BT: Array, theta: float) -> Array:
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTNH.dtype)
 
 
+Attend = Callable[[Array, Array, Array], Array]
+"""(q_BTNH, k_BTKH, v_BTKH) -> out_BTNH"""
+
+REMAT = ("none", "dots", "full")
+"""What a layer's backward pass finds: all its activations; the matrix products' results, the rest computed again; its
+input, all computed again."""
+
+
 class Block(nnx.Module):
     """One decoder layer; parameters are kept in the master dtype and cast where they are used."""
 
@@ -98,7 +108,7 @@ class Block(nnx.Module):
         self.up = weight((d, f), ("embed", "mlp"))
         self.down = weight((f, d), ("mlp", "embed"))
 
-    def __call__(self, x_BTD: Array, positions_BT: Array) -> Array:
+    def __call__(self, x_BTD: Array, positions_BT: Array, attend: Attend) -> Array:
         """x -> x; the T positions attend among themselves."""
         c, dtype = self.config, x_BTD.dtype
         b, t, d = x_BTD.shape
@@ -113,7 +123,7 @@ class Block(nnx.Module):
         q_BTNH, k_BTKH, v_BTKH = heads(self.q[...]), heads(self.k[...]), heads(self.v[...])
         q_BTNH = rope(rms_norm(q_BTNH, self.q_norm[...], c.rms_norm_eps), positions_BT, c.rope_theta)
         k_BTKH = rope(rms_norm(k_BTKH, self.k_norm[...], c.rms_norm_eps), positions_BT, c.rope_theta)
-        out_MD = attention(q_BTNH, k_BTKH, v_BTKH, positions_BT).reshape(b * t, -1)
+        out_MD = attend(q_BTNH, k_BTKH, v_BTKH).reshape(b * t, -1)
         x_MD = x_MD + out_MD @ self.o[...].reshape(-1, d).astype(dtype)
         y_MD = rms_norm(x_MD, self.mlp_norm[...], c.rms_norm_eps)
         gate_MF = jax.nn.silu(y_MD @ self.gate[...].astype(dtype))
@@ -166,13 +176,22 @@ def _abstract(config: Qwen3Config):
 class Qwen3:
     """A Qwen3 model as functions of its parameters (a nested dict of arrays).
 
-    `compute_dtype` is the dtype of activations and matrix products (logits are float32 always); `remat`
-    recomputes each layer's activations in the backward pass instead of keeping them.
+    `compute_dtype` is the dtype of activations and matrix products (logits are float32 always); `remat` one of REMAT,
+    for each layer. `mesh` is the one that rows and parameters lie on (None: one device): kernels, and the head's tiles,
+    are divided over it. `attention` `auto` takes the best implementation for it, `xla` the one that runs everywhere.
     """
 
     config: Qwen3Config
     compute_dtype: DTypeLike = jnp.float32
-    remat: bool = False
+    remat: str = "none"
+    mesh: Mesh | None = None
+    attention: str = "auto"
+
+    def __post_init__(self):
+        if self.remat not in REMAT:
+            raise ValueError(f"remat: expected one of {', '.join(REMAT)}, got {self.remat!r}")
+        if self.attention not in ("auto", "xla"):
+            raise ValueError(f"attention: expected auto or xla, got {self.attention!r}")
 
     @property
     def vocab_size(self) -> int:
@@ -201,17 +220,35 @@ class Qwen3:
     def _embed(self, params: PyTree, tokens_BT: Array) -> Array:
         return jnp.take(params["embed"], tokens_BT, axis=0).astype(self.compute_dtype)
 
-    def _block(self, layer: PyTree, x_BTD: Array, positions_BT: Array) -> Array:
-        return nnx.merge(_abstract(self.config)[0], layer)(x_BTD, positions_BT)
+    def _attend(self, q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, segment_BT: Array | None) -> Array:
+        name = "xla"
+        if self.attention == "auto" and self.mesh is not None:
+            platform, packed = self.mesh.devices.flat[0].platform, segment_BT is not None
+            name = best_causal(platform, positions=q_BTNH.shape[1], dtype=q_BTNH.dtype, packed=packed)
+        return causal_attention(q_BTNH, k_BTKH, v_BTKH, segment_BT, implementation=name, mesh=self.mesh)
 
-    def hidden(self, params: PyTree, tokens: Int[Array, "B L"]) -> Float[Array, "B L D"]:
-        """Final hidden states (after the last norm) of whole rows, every position attending causally."""
+    def hidden(
+        self, params: PyTree, tokens: Int[Array, "B L"], segment: Int[Array, "B L"] | None = None
+    ) -> Float[Array, "B L D"]:
+        """Final hidden states (after the last norm) of whole rows, every position attending causally.
+
+        Args:
+            segment: [B, L], where rows hold several sequences: equal numbers side by side are one, whose positions count
+                from 0 and attend among themselves.
+        """
         positions_BL = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :], tokens.shape)
+        if segment is not None:
+            first = jnp.diff(segment, axis=1, prepend=segment[:, :1]) != 0
+            positions_BL = positions_BL - jax.lax.cummax(jnp.where(first, positions_BL, 0), axis=1)
 
         def body(x_BLD, layer):
-            return self._block(layer, x_BLD, positions_BL), None
+            block = nnx.merge(_abstract(self.config)[0], layer)
+            return block(x_BLD, positions_BL, lambda q, k, v: self._attend(q, k, v, segment)), None
 
-        step = jax.checkpoint(body, prevent_cse=False) if self.remat else body
+        step = body
+        if self.remat != "none":
+            keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if self.remat == "dots" else None
+            step = jax.checkpoint(body, prevent_cse=False, policy=keep)
         # A few layers are unrolled: the loop's stacked residuals cost more there than it saves in compilation.
         shallow = self.config.num_hidden_layers <= 4
         x_BLD, _ = jax.lax.scan(step, self._embed(params, tokens), params["layers"], unroll=shallow)

@@ -1,0 +1,108 @@
+"""Packing: every token once, in its row's order; few rows; and how an update is cut to fit a device."""
+
+import types
+
+import numpy as np
+import pytest
+
+from tsopsd_jax.memory import choose_micro_batches, needed_bytes
+from tsopsd_jax.packing import TOKENS_PER_DEVICE, fill_rows, pack, useful_fraction
+from tsopsd_jax.types import Batch
+
+
+def batch_of(length, width):
+    """Row i's tokens are 100 i + position; the last two of each are its response."""
+    at, i = np.arange(width)[None, :], np.arange(len(length))[:, None]
+    live, mask = at < length[:, None], (at < length[:, None]) & (at >= length[:, None] - 2)
+    return Batch(
+        tokens=np.where(live, 100 * i + at, 0).astype(np.int32),
+        mask=mask,
+        advantage=np.where(mask, i + 1.0, 0).astype(np.float32),
+        old_logp=np.where(mask, -i - at / 10, 0).astype(np.float32),
+    )
+
+
+def test_rows_are_filled_longest_first():
+    # 6 | 5 | 4 3 | 2 ... : 6 (room 1), 5 (room 2), 4, then 3 joins 4; 2 joins 5; 1 joins 6.
+    np.testing.assert_array_equal(fill_rows(np.array([1, 2, 3, 4, 5, 6]), 7), [0, 1, 2, 2, 1, 0])
+    with pytest.raises(ValueError, match="a sequence of 8 tokens is longer than a row of 7"):
+        fill_rows(np.array([8]), 7)
+
+
+def test_every_token_once_in_order_with_its_segment():
+    length, width = np.array([3, 7, 2, 4, 5, 3]), 8
+    batch = batch_of(length, width)
+    packed = pack(batch, length, micro_batches=3)
+    # 7 | 5 3 | 4 3 | 2 -> 7 . | 5 3 | 4 3 | 2 cannot join (7 + 2 > 8, 4 + 3 + 2 > 8): four rows. Fill order 0..3 is
+    # rows 0, 3 (micro-batch 0) and 1, 4 (micro-batch 1); micro-batch 2 is empty.
+    want = {0: [1], 3: [0, 4], 1: [3, 5], 4: [2]}  # within a row by number
+    for row in range(6):
+        sequences = want.get(row, [])
+        tokens = np.concatenate([batch.tokens[i, : length[i]] for i in sequences] + [np.zeros(0, np.int32)])
+        number = np.concatenate([np.full(length[i], k + 1) for k, i in enumerate(sequences)] + [np.zeros(0)])
+        np.testing.assert_array_equal(packed.tokens[row, : len(tokens)], tokens)
+        np.testing.assert_array_equal(packed.segment[row, : len(tokens)], number)
+        assert not packed.segment[row, len(tokens) :].any()
+    for name in ("mask", "advantage", "old_logp"):
+        before, after = vars(batch)[name], vars(packed)[name]
+        np.testing.assert_array_equal(np.sort(before[batch.mask]), np.sort(after[packed.mask]))
+    at = np.argwhere(packed.mask)
+    for row, t in at:  # what belongs to a token is still at it
+        i, position = divmod(int(packed.tokens[row, t]), 100)
+        assert packed.advantage[row, t] == i + 1
+        assert packed.old_logp[row, t] == np.float32(-i - position / 10)
+    assert useful_fraction(packed, length, micro_batches=3) == 24 / 32  # two of three micro-batches of two rows of 8
+    assert useful_fraction(batch, length, micro_batches=3) == 24 / 48
+    assert useful_fraction(batch, length, micro_batches=1) == 24 / 48
+
+
+def test_a_batch_of_the_papers_lengths_is_nearly_full():
+    # Log-normal responses, mean 1,000, cut at 8,192, prompts of 100 to 300 tokens; 512 rows in 64 pieces of 8.
+    rng = np.random.default_rng(0)
+    response = np.minimum(rng.lognormal(np.log(1000) - 0.5, 1.0, 512).astype(int) + 1, 8192)
+    length = response + rng.integers(100, 300, 512)
+    batch = batch_of(length, 10_240)
+    packed = pack(batch, length, micro_batches=64)
+    assert useful_fraction(packed, length, micro_batches=64) > 0.9
+    assert useful_fraction(batch, length, micro_batches=64) < 0.15
+
+
+@pytest.mark.parametrize(
+    ("rows", "width", "shards", "want"),
+    [
+        (512, 26, 1, 1),  # 13,312 tokens
+        (512, 64, 1, 2),
+        (512, 10_240, 8, 64),  # a row on each device
+        (512, 10_240, 512, 1),
+        (6, 8192, 1, 3),  # two rows of 8,192
+        (6, 20_000, 2, 3),  # a row is more than TOKENS_PER_DEVICE
+    ],
+)
+def test_micro_batches_without_a_limit_of_memory(rows, width, shards, want):
+    def never(_):
+        raise AssertionError("nothing is compiled")
+
+    assert choose_micro_batches(never, rows=rows, width=width, shards=shards, limit_bytes=None) == want
+    assert TOKENS_PER_DEVICE == 16_384
+
+
+def program(temporaries):
+    sizes = {"argument_size_in_bytes": 100, "output_size_in_bytes": 90, "alias_size_in_bytes": 80}
+    memory = types.SimpleNamespace(**sizes, temp_size_in_bytes=temporaries)
+    return types.SimpleNamespace(memory_analysis=lambda: memory)
+
+
+def test_micro_batches_are_doubled_until_the_update_fits():
+    asked = []
+
+    def compile_with(pieces):
+        asked.append(pieces)
+        return program(4096 // pieces)
+
+    sizes = {"rows": 64, "width": 4096, "shards": 1}
+    assert needed_bytes(program(7)) == 117
+    assert choose_micro_batches(compile_with, **sizes, limit_bytes=110 + 70) == 64
+    assert asked == [16, 32, 64]  # 16 pieces of 4 rows have 16,384 tokens
+    assert choose_micro_batches(compile_with, **sizes, limit_bytes=110 + 130) == 32
+    with pytest.raises(ValueError, match="with one row of 4096 tokens at a time.*model.remat: full"):
+        choose_micro_batches(compile_with, **sizes, limit_bytes=120)

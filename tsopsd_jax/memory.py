@@ -1,0 +1,56 @@
+"""How many pieces an update must be cut into to fit the devices: from shapes, and from the compiled program."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from tsopsd_jax.packing import TOKENS_PER_DEVICE
+
+RESERVE = 0.03
+"""Share of a device's memory left to the runtime and to fragmentation."""
+
+
+def device_bytes(mesh: jax.sharding.Mesh) -> int | None:
+    """Memory that programs may use on each device, or None where the backend does not say (a CPU)."""
+    limit = (mesh.devices.flat[0].memory_stats() or {}).get("bytes_limit")
+    return None if limit is None else int((1 - RESERVE) * limit)
+
+
+def needed_bytes(compiled: Any) -> int:
+    """Peak of a compiled program on each device: arguments, results that are not arguments' buffers, temporaries."""
+    m = compiled.memory_analysis()
+    return m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
+
+
+def choose_micro_batches(
+    compile_with: Callable[[int], Any], *, rows: int, width: int, shards: int, limit_bytes: int | None
+) -> int:
+    """The fewest pieces of a batch of which none has more than TOKENS_PER_DEVICE tokens on a device and with which the
+    update fits. More tokens at once would not be faster, and leave more padding.
+
+    Args:
+        compile_with: number of pieces -> the compiled update; called only where memory has a limit.
+        rows, width: of the batch; rows are a multiple of `shards`.
+        shards: devices over which rows are divided.
+        limit_bytes: of each device; None: no limit.
+
+    Raises:
+        ValueError: if one row on each device does not fit.
+    """
+    each = rows // shards
+    few = [n for n in range(1, each + 1) if each % n == 0]
+    few = [n for n in few if (each // n) * width <= TOKENS_PER_DEVICE] or [each]
+    if limit_bytes is None:
+        return few[0]
+    while True:
+        need = needed_bytes(compile_with(few[0]))
+        if need <= limit_bytes:
+            return few[0]
+        if len(few) == 1:
+            raise ValueError(
+                f"the update needs {need / 2**30:.1f} GiB on each device with one row of {width} tokens at a time, got "
+                f"{limit_bytes / 2**30:.1f} GiB; set model.remat: full, lower chunk_tokens, set optimizer.momentum_dtype: "
+                "bfloat16, or divide the model over more devices (mesh.fsdp, mesh.tensor)"
+            )
+        few = [n for n in few if n >= 2 * few[0]] or few[-1:]

@@ -1,0 +1,82 @@
+"""A phase's update as the loop calls it: cut into pieces that fit the devices, rows packed where the objective allows."""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from tsopsd_jax.learner import Update, UpdateOut, abstract_state, make_update
+from tsopsd_jax.memory import choose_micro_batches, device_bytes
+from tsopsd_jax.model import Qwen3
+from tsopsd_jax.packing import pack, useful_fraction
+from tsopsd_jax.phases import Phase
+from tsopsd_jax.sharding import replicated, row_multiple, row_sharding
+from tsopsd_jax.types import Batch, PyTree, TrainState
+
+
+class Updater:
+    """Updates of one phase.
+
+    Args:
+        model, phase, mesh: what is updated, how, where.
+        layout: shardings of the state; it keeps them from step to step.
+        width: positions of a row.
+
+    Attributes:
+        update: the pure function, not jitted.
+        micro_batches: pieces of a batch; the phase's, or chosen by the devices' memory.
+
+    Raises:
+        ValueError: if the update fits the devices in no way.
+    """
+
+    def __init__(self, model: Qwen3, phase: Phase, mesh: jax.sharding.Mesh, *, layout: PyTree, width: int):
+        self.phase, self.mesh, self.layout, self.model = phase, mesh, layout, model
+        self.micro_batches = phase.micro_batches or choose_micro_batches(
+            lambda pieces: self._lowered(pieces, width).compile(),
+            rows=phase.rows,
+            width=width,
+            shards=row_multiple(mesh),
+            limit_bytes=device_bytes(mesh),
+        )
+        self.packs = phase.pack and phase.objective.tokenwise and self.micro_batches > 1
+        self.update = self._make(self.micro_batches)
+        self._jitted = self._jit(self.update)
+
+    def _make(self, micro_batches: int) -> Update:
+        phase = self.phase
+        return make_update(
+            self.model,
+            phase.objective,
+            phase.optimizer,
+            micro_batches=micro_batches,
+            chunk_tokens=phase.chunk_tokens,
+        )
+
+    def _jit(self, update: Update) -> Any:
+        return jax.jit(update, donate_argnums=0, out_shardings=(self.layout, None))
+
+    def _lowered(self, micro_batches: int, width: int) -> Any:
+        def of(dtype):
+            return jax.ShapeDtypeStruct((self.phase.rows, width), dtype, sharding=row_sharding(self.mesh))
+
+        packed = self.phase.pack and self.phase.objective.tokenwise and micro_batches > 1
+        batch = Batch(*map(of, (np.int32, bool, np.float32, np.float32)), segment=of(np.int32) if packed else None)  # type: ignore[arg-type]
+        hold = jax.ShapeDtypeStruct((), np.float32, sharding=replicated(self.mesh))
+        state = abstract_state(self.model, self.phase.optimizer, self.mesh)
+        return self._jit(self._make(micro_batches)).lower(state, batch, hold)
+
+    def __call__(
+        self, state: TrainState, batch: Batch, length: np.ndarray, hold_above_nats: jax.Array
+    ) -> tuple[TrainState, UpdateOut, float]:
+        """(state after, what the update reports, share of the computed positions that hold a token). `state` is consumed.
+
+        Args:
+            batch: one sequence a row; its tokens, prompt and response, are `length` [B].
+        """
+        if self.packs:
+            batch = pack(batch, length, micro_batches=self.micro_batches)
+        useful = useful_fraction(batch, length, micro_batches=self.micro_batches)
+        state, out = self._jitted(state, jax.device_put(batch, row_sharding(self.mesh)), hold_above_nats)
+        jax.block_until_ready(out)
+        return state, out, useful
