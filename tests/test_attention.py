@@ -12,28 +12,35 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from tsopsd_jax.learner import abstract_state, make_optimizer, make_update
 from tsopsd_jax.model import Qwen3, Qwen3Config
+from tsopsd_jax.model import attention as attention_module
 from tsopsd_jax.model.attention import best_causal, causal_attention
 from tsopsd_jax.model.decoding import rollout_view, view_axes
+from tsopsd_jax.objectives import OBJECTIVES
 from tsopsd_jax.rollout import Engine, Sampling
 from tsopsd_jax.rollout.paged_attention import pages_attention
 from tsopsd_jax.rollout.segment import Pool, Slots, empty_tails
-from tsopsd_jax.sharding import DECODE_RULES, make_mesh, tree_shardings
+from tsopsd_jax.sharding import DECODE_RULES, make_mesh, replicated, row_sharding, tree_shardings
+from tsopsd_jax.types import Batch
 
 
 def normal(seed, *shape, dtype=jnp.float32):
     return jax.random.normal(jax.random.key(seed), shape, jnp.float32).astype(dtype)
 
 
-def dense(q, k, v):
-    """Softmax over all earlier positions, per head, in float64."""
+def dense(q, k, v, segment=None):
+    """Softmax over all earlier positions of the segment, per head, in float64."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     b, t, n, h = q.shape
     out = np.zeros((b, t, n, h))
     for head in range(n):
         kv = head // (n // k.shape[2])
         scores = np.einsum("bth,bsh->bts", q[:, :, head], k[:, :, kv]) / np.sqrt(h)
-        scores = np.where(np.tri(t, dtype=bool)[None], scores, -np.inf)
+        seen = np.tri(t, dtype=bool)[None]
+        if segment is not None:
+            seen = seen & (segment[:, :, None] == segment[:, None, :])
+        scores = np.where(seen, scores, -np.inf)
         weight = np.exp(scores - scores.max(-1, keepdims=True))
         out[:, :, head] = np.einsum("bts,bsh->bth", weight / weight.sum(-1, keepdims=True), v[:, :, kv])
     return out
@@ -47,6 +54,31 @@ def test_causal_attention(implementation, mesh):
     on = None if mesh is None else make_mesh(**mesh, devices=jax.devices()[:4])
     run = functools.partial(causal_attention, implementation=implementation, mesh=on, interpret=True)
     np.testing.assert_allclose(jax.jit(run)(q, k, v), dense(q, k, v), atol=2e-5)
+    segment = np.repeat(np.array([[1, 2, 0, 0], [1, 1, 1, 2]], np.int32), 32, axis=1)
+    np.testing.assert_allclose(jax.jit(run)(q, k, v, jnp.asarray(segment)), dense(q, k, v, segment), atol=2e-5)
+
+
+@pytest.mark.parametrize("implementation", ["splash", "xla"])
+def test_attention_of_long_rows_in_blocks_and_its_gradients(implementation, monkeypatch):
+    """Rows of 384 positions in blocks of 128, segments across the blocks' borders."""
+    monkeypatch.setattr(attention_module, "BLOCK_POSITIONS", 128)
+    monkeypatch.setattr(attention_module, "BLOCKS", 3)
+    q, k, v, weight = normal(0, 1, 384, 2, 128), normal(1, 1, 384, 1, 128), normal(2, 1, 384, 1, 128), normal(3, 1, 384, 2, 128)
+    segment = jnp.asarray(np.repeat(np.array([[1, 2, 3, 0]], np.int32), [100, 40, 200, 44], axis=1))
+
+    def blocks(q, k, v):
+        return jnp.sum(weight * causal_attention(q, k, v, segment, implementation=implementation, interpret=True))
+
+    def whole(q, k, v):
+        visible = jnp.tri(384, dtype=bool)[None] & (segment[:, :, None] == segment[:, None, :])
+        return jnp.sum(weight * attention_module.attention(q, k, v, visible))
+
+    got, want = (jax.jit(jax.value_and_grad(f, argnums=(0, 1, 2)))(q, k, v) for f in (blocks, whole))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), got, want)
+    if implementation == "xla":
+        text = jax.jit(jax.grad(blocks, argnums=(0, 1, 2))).lower(q, k, v).compile().as_text()
+        assert "2,128,384]" in text
+        assert "384,384]" not in text, "scores of all queries exist"
 
 
 def test_implementations_are_chosen_by_name():
@@ -55,10 +87,13 @@ def test_implementations_are_chosen_by_name():
         causal_attention(q, q, q, implementation="flash")
     with pytest.raises(ValueError, match="multiple of 128 positions, got 100"):
         causal_attention(q, q, q, implementation="splash")
+    with pytest.raises(ValueError, match="cudnn takes rows of one sequence"):
+        causal_attention(q, q, q, jnp.zeros((1, 100), jnp.int32), implementation="cudnn")
     with pytest.raises(ValueError, match="expected one of xla, pallas, got 'cuda'"):
         pages_attention(q, (q, q), np.zeros((1, 1), np.int32), implementation="cuda")
     assert best_causal("cpu", positions=128, dtype=jnp.bfloat16) == "xla"
     assert best_causal("gpu", positions=100, dtype=jnp.bfloat16) == "cudnn"
+    assert best_causal("gpu", positions=100, dtype=jnp.bfloat16, packed=True) == "xla"
     assert best_causal("gpu", positions=100, dtype=jnp.float32) == "xla"
     assert best_causal("tpu", positions=256, dtype=jnp.float32) == "splash"
     assert best_causal("tpu", positions=100, dtype=jnp.bfloat16) == "xla"
@@ -197,3 +232,31 @@ def test_a_decoding_segment_compiles_for_a_tpu(tpu):
     largest = max(int(np.prod([int(n) for n in shape.split(",") if n])) for _, shape in moved)
     weights = min(x.size for x in jax.tree.leaves(view["layers"][0]) if x.ndim > 1)
     assert largest < weights / 4, (largest, weights)
+
+
+def test_a_packed_update_compiles_for_a_tpu(tpu):
+    """The learner's step for four chips, rows packed: the kernel has the segments, no scores [L, L], no logits of all
+    tokens, and only the unembedding's own shards are gathered of what has the vocabulary's size."""
+    v, width, rows = 8192, 1024, 8
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 6, "num_attention_heads": 4}
+    shape = Qwen3Config(vocab_size=v, num_key_value_heads=2, head_dim=128, **sizes)
+    model = Qwen3(shape, compute_dtype=jnp.bfloat16, remat="full", mesh=tpu)
+    optimizer = make_optimizer(learning_rate=1e-6)
+    update = make_update(model, OBJECTIVES["dapo"](), optimizer, micro_batches=2, chunk_tokens=256)
+    state = abstract_state(model, optimizer, tpu)
+    of = functools.partial(jax.ShapeDtypeStruct, (rows, width), sharding=row_sharding(tpu))
+    batch = Batch(*map(of, (jnp.int32, bool, jnp.float32, jnp.float32)), segment=of(jnp.int32))
+    hold = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(tpu))
+    layout = jax.tree.map(lambda x: x.sharding, state)
+    compiled = jax.jit(update, donate_argnums=0, out_shardings=(layout, None)).lower(state, batch, hold).compile()
+    text = compiled.as_text()
+    assert "tpu_custom_call" in text
+    assert f"{width},{width}]" not in text
+    unembed = 256 * v // 2  # gathered over fsdp, on each chip
+    sizes = {int(np.prod([int(n) for n in s.split(",")])) for s in re.findall(r"(?:f32|bf16)\[([\d,]+)\]", text)}
+    tokens = rows // 2 // 2 * width  # of a micro-batch on each chip
+    assert 256 * v // 2 <= max(sizes) < tokens * v // 2, "a tile's logits, not those of all tokens"
+    for line in text.splitlines():
+        if re.search(r" (all-gather|all-to-all|collective-permute)(-start)?\(", line):
+            for found in re.findall(r"(?:f32|bf16)\[([\d,]+)\]", line):
+                assert int(np.prod([int(n) for n in found.split(",")])) <= 2 * unembed, line

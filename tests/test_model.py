@@ -84,7 +84,7 @@ def test_attention_by_hand():
     q = jnp.zeros((1, 1, 2, 4)).at[0, 0, 0, 0].set(2 * np.log(3.0))
     k = jnp.zeros((1, 3, 1, 4)).at[0, 0, 0, 0].set(1.0)
     v = jnp.zeros((1, 3, 1, 4)).at[0, 0, 0, 0].set(4.0).at[0, 1, 0, 1].set(8.0).at[0, 2].set(1e9)
-    out = attention(q, k, v, jnp.asarray([[1]], jnp.int32))
+    out = attention(q, k, v, jnp.asarray([[[True, True, False]]]))
     # The third slot, 1e9, lies after the query and is not seen.
     np.testing.assert_allclose(out[0, 0], [[3.0, 2.0, 0.0, 0.0], [2.0, 4.0, 0.0, 0.0]], rtol=1e-6)
 
@@ -92,7 +92,7 @@ def test_attention_by_hand():
 def test_query_heads_share_the_kv_head_of_their_group():
     # 4 query heads over 2 KV heads: heads 0, 1 read KV head 0 and heads 2, 3 read KV head 1.
     v = jnp.asarray([10.0, 20.0]).reshape(1, 1, 2, 1)
-    out = attention(jnp.ones((1, 1, 4, 1)), jnp.ones((1, 1, 2, 1)), v, jnp.zeros((1, 1), jnp.int32))
+    out = attention(jnp.ones((1, 1, 4, 1)), jnp.ones((1, 1, 2, 1)), v, jnp.ones((1, 1, 1), bool))
     np.testing.assert_array_equal(out.reshape(4), [10.0, 10.0, 20.0, 20.0])
 
 
@@ -171,7 +171,7 @@ def test_prefill_and_decode_equal_the_full_forward(params, tied):
         keys, values = cache[layer]
         k_BSKH = jnp.concatenate([jnp.moveaxis(keys, 3, 1), k_BTKH], axis=1)
         v_BSKH = jnp.concatenate([jnp.moveaxis(values, 2, 1), v_BTKH], axis=1)
-        return attention(q_BTNH, k_BSKH, v_BSKH, jnp.full((3, 1), n, jnp.int32))
+        return attention(q_BTNH, k_BSKH, v_BSKH, jnp.ones((3, 1, n + 1), bool))
 
     logits = decoding.decode(model, view, tokens[:, n], jnp.full((3,), n, jnp.int32), attend)
     np.testing.assert_allclose(logits, model.logits(params, tokens)[:, n], rtol=1e-4, atol=1e-5)

@@ -67,6 +67,7 @@ def rl_phase(name="rl", **changes) -> Phase:
         "rows_at_once": 8,
         "micro_batches": 1,
         "chunk_tokens": 4,
+        "pack": True,
         # Keeps surplus groups: the checkpoint must carry them.
         "reward": RewardRule(
             max_response_tokens=5,
