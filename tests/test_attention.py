@@ -63,7 +63,12 @@ def test_attention_of_long_rows_in_blocks_and_its_gradients(implementation, monk
     """Rows of 384 positions in blocks of 128, segments across the blocks' borders."""
     monkeypatch.setattr(attention_module, "BLOCK_POSITIONS", 128)
     monkeypatch.setattr(attention_module, "BLOCKS", 3)
-    q, k, v, weight = normal(0, 1, 384, 2, 128), normal(1, 1, 384, 1, 128), normal(2, 1, 384, 1, 128), normal(3, 1, 384, 2, 128)
+    q, k, v, weight = (
+        normal(0, 1, 384, 2, 128),
+        normal(1, 1, 384, 1, 128),
+        normal(2, 1, 384, 1, 128),
+        normal(3, 1, 384, 2, 128),
+    )
     segment = jnp.asarray(np.repeat(np.array([[1, 2, 3, 0]], np.int32), [100, 40, 200, 44], axis=1))
 
     def blocks(q, k, v):

@@ -190,7 +190,7 @@ def compiled(n, *, one_pass, v=3000, chunk=16, d=24):
 
 @pytest.mark.parametrize("one_pass", [True, False])
 def test_no_logits_of_all_tokens_exist_and_memory_does_not_grow_with_them(one_pass):
-    v, chunk, d = 3000, 16, 24
+    v, d = 3000, 24
     few, many = compiled(64, one_pass=one_pass), compiled(1024, one_pass=one_pass)
     assert buffers(many.as_text())[0] == d * v  # the unembedding; a tile is 16 x 3000, all logits would be 1024 x 3000
     per_token = 4 * (2 * d + 40)  # bytes: hidden states, and a few numbers
@@ -210,8 +210,15 @@ def test_a_vocabulary_over_devices_is_never_gathered():
         found = batch_loss(ALL, loss_of, hidden, unembed, batch, tokenwise=True, chunk_tokens=8, mesh=mesh)
         return found.out.loss.total
 
-    text = jax.jit(jax.grad(total, argnums=(0, 1)), out_shardings=(None, sharding)).lower(hidden, unembed).compile().as_text()
-    moved = [line for line in text.splitlines() if re.search(r" (all-gather|all-reduce|all-to-all|collective-permute)", line)]
+    text = (
+        jax.jit(jax.grad(total, argnums=(0, 1)), out_shardings=(None, sharding))
+        .lower(hidden, unembed)
+        .compile()
+        .as_text()
+    )
+    moved = [
+        line for line in text.splitlines() if re.search(r" (all-gather|all-reduce|all-to-all|collective-permute)", line)
+    ]
     assert moved
     tile = 8 * v // 4
     for line in moved:  # of V, only the unembedding's own shards over fsdp: [D, V / 4]
@@ -249,15 +256,17 @@ def test_collapsed_distributions_keep_their_digits(temperature, nats):
         tokens = np.full(n, token)
         want, want_grads = float64(z.astype(np.float64), tokens)
         np.testing.assert_allclose(want[1], nats, rtol=0.01)
-        got = jax.jit(lambda z, t: logits_stats(z, t, teacher_temperature=temperature))(z, jnp.asarray(tokens, jnp.int32))
+        got = jax.jit(lambda z, t: logits_stats(z, t, teacher_temperature=temperature))(
+            z, jnp.asarray(tokens, jnp.int32)
+        )
         assert (np.asarray(got.logp) <= 0).all()
         assert (np.asarray(got.forward_kl) >= 0).all()
         assert (np.asarray(got.reverse_kl) >= 0).all()
         for i, name in enumerate(VocabStats._fields):
             np.testing.assert_allclose(got[i], want[i], rtol=1e-4, err_msg=name)
-            grad = jax.jit(
-                jax.grad(lambda z, t, i=i: jnp.sum(logits_stats(z, t, teacher_temperature=temperature)[i]))
-            )(z, jnp.asarray(tokens, jnp.int32))
+            grad = jax.jit(jax.grad(lambda z, t, i=i: jnp.sum(logits_stats(z, t, teacher_temperature=temperature)[i])))(
+                z, jnp.asarray(tokens, jnp.int32)
+            )
             error = np.linalg.norm(grad - want_grads[i], axis=-1) / np.linalg.norm(want_grads[i], axis=-1)
             assert error.max() < 1e-4, (name, error.max())
 

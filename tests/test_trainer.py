@@ -25,6 +25,7 @@ from tsopsd_jax.runlog import read_evaluations, read_metrics
 from tsopsd_jax.sharding import make_mesh, tree_shardings
 from tsopsd_jax.task import EvaluationPlan, Task, encode_prompts
 from tsopsd_jax.trainer import Interrupted, Trainer
+from tsopsd_jax.updater import Updater
 
 MODEL = Qwen3(
     Qwen3Config(
@@ -355,15 +356,33 @@ def test_no_step_is_compiled_twice(trainer_in, tmp_path):
 
     def watched(phase):
         step = original(phase)
-        compiled.extend(part for part in step.args if hasattr(part, "_cache_size"))
+        compiled.extend(part for part in step.args if hasattr(part, "_cache_size") or isinstance(part, Updater))
         return step
 
     trainer._compile = watched
     trainer.run()
     assert len(compiled) == 2, "the update of the RL phase, and the whole step of the reheater"
-    assert [part._cache_size() for part in compiled] == [1, 1]
+    assert [compiled[0].programs, compiled[1]._cache_size()] == [1, 1]
     programs = [line["rollout/programs"] for line in read_metrics(tmp_path) if line["phase"] == "rl"]
     assert programs[1:] == programs[1:2] * 4, "the sampler compiled after the first step"
+
+
+def test_packed_rows_give_the_same_run(trainer_in, tmp_path):
+    """Four micro-batches of two rows: with several responses in a row fewer of them are computed."""
+    runs = {}
+    for pack in (True, False):
+        folder = tmp_path / str(pack)
+        phases = (rl_phase(micro_batches=4, pack=pack), reheat_phase(micro_batches=2, rows_at_once=4, pack=pack))
+        state = finish(trainer_in(folder, phases=phases))
+        runs[pack] = (state, read_metrics(folder))
+    for packed, padded in zip(runs[True][1], runs[False][1], strict=True):
+        for name in ("loss/total", "policy/entropy_nats", "optim/grad_norm", "loss/tokens"):
+            assert packed[name] == pytest.approx(padded[name], rel=1e-4, abs=1e-6), name
+        gaps = [line["rollout/logp_gap_max_nats"] for line in (packed, padded)]  # off-policy: groups left over are used
+        assert gaps[0] == pytest.approx(gaps[1], abs=1e-4)
+        assert packed["learner/useful_fraction"] >= padded["learner/useful_fraction"]
+    assert runs[True][1][0]["learner/useful_fraction"] > runs[False][1][0]["learner/useful_fraction"]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), runs[True][0].params, runs[False][0].params)
 
 
 def test_reheating_in_stages_is_the_same_step(trainer_in, tmp_path):

@@ -57,7 +57,8 @@ def vocab_stats(
     """
     stats = LibraryStats(VocabStats._fields, teacher_temperature)
     wanted = jnp.ones(tokens.shape, bool)
-    return VocabStats(**token_stats(stats, Cut(chunk_tokens), hidden, unembed, tokens, wanted))
+    found: Any = token_stats(stats, Cut(chunk_tokens), hidden, unembed, tokens, wanted)
+    return VocabStats(**found)
 
 
 class Cut(NamedTuple):
@@ -227,7 +228,7 @@ def _token_loss_forward(stats, loss, cut, hidden, unembed, batch):
     return out, (*grads, jnp.zeros((0,), unembed.dtype))
 
 
-def _token_loss_backward(stats, loss, cut, kept, g: Measured):
+def _token_loss_backward(_stats, _loss, _cut, kept, g: Measured):
     d_hidden, d_unembed, like = kept
     scale = g.out.loss.total
     return d_hidden * scale.astype(d_hidden.dtype), (d_unembed * scale).astype(like.dtype), None
@@ -266,7 +267,7 @@ def batch_stats(
 
     def local(hidden, unembed, batch):
         states, flat = _next_token(hidden, batch)
-        out = token_stats(stats, cut, states, unembed, flat.tokens[0], flat.mask[0])
+        out: Any = token_stats(stats, cut, states, unembed, flat.tokens[0], flat.mask[0])
         return {name: jnp.pad(x.reshape(batch.tokens.shape[0], -1), ((0, 0), (1, 0))) for name, x in out.items()}
 
     return _by_rows(local, mesh)(hidden, unembed, batch)

@@ -1,5 +1,7 @@
 """Several sequences in one row: a batch without padding, for objectives that treat every token by itself."""
 
+from typing import Any
+
 import jax
 import numpy as np
 
@@ -55,10 +57,10 @@ def pack(batch: Batch, length: np.ndarray, *, micro_batches: int) -> Batch:
         out[row[i], place[i] + j] = x[i, j]
         return out
 
-    fields = {name: move(vars(batch)[name]) for name in ("tokens", "mask", "advantage", "old_logp")}
-    segment = np.zeros((b, width), np.int32)
-    segment[row[i], place[i] + j] = number[i]
-    return Batch(**fields, segment=segment)
+    fields: dict[str, Any] = {name: move(vars(batch)[name]) for name in ("tokens", "mask", "advantage", "old_logp")}
+    fields["segment"] = np.zeros((b, width), np.int32)
+    fields["segment"][row[i], place[i] + j] = number[i]
+    return Batch(**fields)
 
 
 def useful_fraction(batch: Batch, length: np.ndarray, *, micro_batches: int) -> float:

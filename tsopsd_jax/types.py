@@ -113,11 +113,11 @@ class Batch:
     A row holds one sequence, or several one after the other: `segment` then numbers them 1, 2, ... with 0 for padding.
     """
 
-    tokens: Int[AnyArray, "B L"]
-    mask: Bool[AnyArray, "B L"]
-    advantage: Float[AnyArray, "B L"]
-    old_logp: Float[AnyArray, "B L"]
-    segment: Int[AnyArray, "B L"] | None = None
+    tokens: Int[Array, "B L"]
+    mask: Bool[Array, "B L"]
+    advantage: Float[Array, "B L"]
+    old_logp: Float[Array, "B L"]
+    segment: Int[Array, "B L"] | None = None
 
     @classmethod
     def of(cls, *, tokens, mask, advantage, old_logp) -> "Batch":

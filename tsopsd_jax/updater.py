@@ -11,7 +11,7 @@ from tsopsd_jax.model import Qwen3
 from tsopsd_jax.packing import pack, useful_fraction
 from tsopsd_jax.phases import Phase
 from tsopsd_jax.sharding import replicated, row_multiple, row_sharding
-from tsopsd_jax.types import Batch, PyTree, TrainState
+from tsopsd_jax.types import AnyArray, Batch, PyTree, TrainState
 
 
 class Updater:
@@ -43,6 +43,11 @@ class Updater:
         self.update = self._make(self.micro_batches)
         self._jitted = self._jit(self.update)
 
+    @property
+    def programs(self) -> int:
+        """Programs compiled so far."""
+        return self._jitted._cache_size()
+
     def _make(self, micro_batches: int) -> Update:
         phase = self.phase
         return make_update(
@@ -67,7 +72,7 @@ class Updater:
         return self._jit(self._make(micro_batches)).lower(state, batch, hold)
 
     def __call__(
-        self, state: TrainState, batch: Batch, length: np.ndarray, hold_above_nats: jax.Array
+        self, state: TrainState, batch: Batch, length: AnyArray, hold_above_nats: jax.Array
     ) -> tuple[TrainState, UpdateOut, float]:
         """(state after, what the update reports, share of the computed positions that hold a token). `state` is consumed.
 
@@ -75,8 +80,8 @@ class Updater:
             batch: one sequence a row; its tokens, prompt and response, are `length` [B].
         """
         if self.packs:
-            batch = pack(batch, length, micro_batches=self.micro_batches)
-        useful = useful_fraction(batch, length, micro_batches=self.micro_batches)
+            batch = pack(batch, np.asarray(length), micro_batches=self.micro_batches)
+        useful = useful_fraction(batch, np.asarray(length), micro_batches=self.micro_batches)
         state, out = self._jitted(state, jax.device_put(batch, row_sharding(self.mesh)), hold_above_nats)
         jax.block_until_ready(out)
         return state, out, useful
