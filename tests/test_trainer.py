@@ -95,7 +95,7 @@ SCHEDULE = (rl_phase(), reheat_phase(), rl_phase("again", stop=StopRule(steps=2)
 def trainer_in(tokenizer):
     """trainer_in(run_dir, phases=..., verify=..., evaluate=...) -> Trainer on one device; closed at the end."""
 
-    def make(run_dir, *, phases=SCHEDULE, verify=even, evaluate=False, every=100, data=1):
+    def make(run_dir, *, phases=SCHEDULE, verify=even, evaluate=False, every=100, data=1, width=6):
         mesh = make_mesh(data=data, devices=jax.devices()[:data])
         layout = tree_shardings(MODEL.param_axes(), MODEL.param_shapes(), mesh)
         plan = None
@@ -112,7 +112,7 @@ def trainer_in(tokenizer):
             model=MODEL,
             load_params=lambda: MODEL.init(jax.random.key(3), shardings=layout),
             phases=phases,
-            task=Task(problems=PROBLEMS, tokenizer=tokenizer, verify=verify, max_prompt_tokens=6, seed=0),
+            task=Task(problems=PROBLEMS, tokenizer=tokenizer, verify=verify, max_prompt_tokens=width, seed=0),
             evaluation=plan,
             mesh=mesh,
             seed=0,
@@ -373,7 +373,7 @@ def test_packed_rows_give_the_same_run(trainer_in, tmp_path):
     for pack in (True, False):
         folder = tmp_path / str(pack)
         phases = (rl_phase(micro_batches=4, pack=pack), reheat_phase(micro_batches=2, rows_at_once=4, pack=pack))
-        state = finish(trainer_in(folder, phases=phases))
+        state = finish(trainer_in(folder, phases=phases, width=30))
         runs[pack] = (state, read_metrics(folder))
     for packed, padded in zip(runs[True][1], runs[False][1], strict=True):
         for name in ("loss/total", "policy/entropy_nats", "optim/grad_norm", "loss/tokens"):
@@ -381,7 +381,7 @@ def test_packed_rows_give_the_same_run(trainer_in, tmp_path):
         gaps = [line["rollout/logp_gap_max_nats"] for line in (packed, padded)]  # off-policy: groups left over are used
         assert gaps[0] == pytest.approx(gaps[1], abs=1e-4)
         assert packed["learner/useful_fraction"] >= padded["learner/useful_fraction"]
-    assert runs[True][1][0]["learner/useful_fraction"] > runs[False][1][0]["learner/useful_fraction"]
+    assert runs[True][1][0]["learner/useful_fraction"] > 1.9 * runs[False][1][0]["learner/useful_fraction"]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), runs[True][0].params, runs[False][0].params)
 
 
