@@ -548,22 +548,22 @@ MUTANTS = [
     Mutant(
         "attention sees one ahead",
         "model/attention.py",
-        "[None, None, :] <= positions_BT[:, :, None]",
-        "[None, None, :] <= positions_BT[:, :, None] + 1",
+        "at[None, start:end, None] >= at[None, None, :end]",
+        "at[None, start:end, None] >= at[None, None, :end] - 1",
         "test_attention.py -k causal",
     ),
     Mutant(
         "mean of means",
         "learner.py",
-        "return out.loss.total, (out, gap)",
-        "return out.loss.value, (out, gap)",
+        "return found.out.loss.total, found",
+        "return found.out.loss.value, found",
         "test_learner.py -k one_division",
     ),
     Mutant(
         "only the last micro-batch counts",
         "learner.py",
-        "jax.tree.map(jnp.add, (carry[0], carry[1][0]), (grads, out))",
-        "(grads, jax.tree.map(jnp.add, carry[1][0], out))",
+        "jax.tree.map(jnp.add, carry[0], grads), add(carry[1], found)",
+        "grads, add(carry[1], found)",
         "test_learner.py -k one_division",
     ),
     Mutant(
@@ -617,9 +617,9 @@ MUTANTS = [
     ),
     Mutant(
         "gap outside the mask",
-        "learner.py",
-        "jnp.where(piece.mask, jnp.abs(stats",
-        "jnp.where(~piece.mask, jnp.abs(stats",
+        "head.py",
+        "jnp.where(batch.mask, apart, 0.0)",
+        "jnp.where(~batch.mask, apart, 0.0)",
         "test_learner.py -k logp_gap",
     ),
     Mutant(

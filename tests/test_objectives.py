@@ -201,6 +201,9 @@ def test_dapo_loss_and_metrics_by_hand():
     want = {
         "policy/entropy_nats": 2.5,  # (0 + 1 + 2 + 3 + 4 + 5) / 6
         "policy/ratio_mean": 17 / 6,
+        "policy/ratio_variance": (0.25 + 0.25 + 0.25 + 121 + 0.25 + 0) / 6,
+        # r - 1 - ln r: 0.0945349 (1.5, twice), 0.1931472 (0.5, twice), 8.5150934 (12), 0
+        "policy/sampler_kl_nats": (2 * 0.0945349 + 2 * 0.1931472 + 8.5150934) / 6,
         "policy/clipped_fraction": 2 / 6,
         "policy/dual_clipped_fraction": 1 / 6,
     }

@@ -117,8 +117,11 @@ class OptimizerSettings:
     beta1: float = 0.9
     beta2: float = 0.999
     epsilon: float = 1e-8
+    momentum_dtype: str = "float32"
+    """Of the stored first moment; bfloat16 saves 2 bytes per parameter."""
 
     def __post_init__(self):
+        _known("momentum_dtype", self.momentum_dtype, DTYPES)
         for name in ("learning_rate", "clip_norm", "epsilon"):
             if vars(self)[name] <= 0:
                 raise ValueError(f"{name} must be positive, got {vars(self)[name]}")
@@ -246,6 +249,11 @@ class Config:
         names = [p.name for p in self.phases]
         if len(set(names)) != len(names):
             raise ValueError(f"phases: expected different names, got {names}")
+        dtypes = [p.optimizer.momentum_dtype for p in self.phases]
+        if len(set(dtypes)) != 1:
+            raise ValueError(
+                f"phases: expected one optimizer.momentum_dtype (the state is one), got {', '.join(dtypes)}"
+            )
         if not 0 <= self.seed < 2**32:  # a random key holds 32 bits of it
             raise ValueError(f"seed must be >= 0 and < 2**32, got {self.seed}")
         for name in ("checkpoint_every_steps", "keep_checkpoints"):

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from tsopsd_jax.head import CHUNK_TOKENS, add, batch_loss, batch_stats
@@ -37,10 +38,13 @@ def make_optimizer(
     beta1: float = 0.9,
     beta2: float = 0.999,
     epsilon: float = 1e-8,
+    momentum_dtype: DTypeLike = jnp.float32,
 ) -> optax.GradientTransformation:
     """AdamW behind a global-norm clip; the rate rises linearly to `learning_rate` over `warmup_steps`, then stays.
 
     Weight decay spares the norms' scales: decaying a scale towards 0 is not decay towards a simpler function.
+    `momentum_dtype` is that of the stored first moment. The second stays float32: at beta2 = 0.999 bfloat16 would round
+    its changes away.
     """
 
     def rate(count):
@@ -48,7 +52,9 @@ def make_optimizer(
 
     return optax.chain(
         optax.clip_by_global_norm(clip_norm),
-        optax.adamw(rate, b1=beta1, b2=beta2, eps=epsilon, weight_decay=weight_decay, mask=decay_mask),
+        optax.adamw(
+            rate, b1=beta1, b2=beta2, eps=epsilon, weight_decay=weight_decay, mask=decay_mask, mu_dtype=momentum_dtype
+        ),
     )
 
 

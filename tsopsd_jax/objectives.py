@@ -58,7 +58,8 @@ def dapo(*, clip_low: float = 0.2, clip_high: float = 0.28, clip_ratio_c: float 
             clip_high=clip_high,
             clip_ratio_c=clip_ratio_c,
         )
-        ratio = jnp.exp(losses.log_ratio(stats["logp"], batch.old_logp))
+        log_ratio = losses.log_ratio(stats["logp"], batch.old_logp)
+        ratio = jnp.exp(log_ratio)
         up, down = batch.advantage > 0, batch.advantage < 0
         clipped = (up & (ratio > 1 + clip_high)) | (down & (ratio < 1 - clip_low))
         dual = down & (ratio > clip_ratio_c)
@@ -67,6 +68,9 @@ def dapo(*, clip_low: float = 0.2, clip_high: float = 0.28, clip_ratio_c: float 
             metrics={
                 "policy/entropy_nats": Mean.of(stats["entropy"], batch.mask),
                 "policy/ratio_mean": Mean.of(ratio, batch.mask),
+                "policy/ratio_variance": Mean.of(jnp.square(ratio - 1), batch.mask),
+                # r - 1 - log r >= 0, whose mean over the sampler's tokens is KL(sampler || policy)
+                "policy/sampler_kl_nats": Mean.of(jnp.expm1(log_ratio) - log_ratio, batch.mask),
                 "policy/clipped_fraction": Mean.of(clipped.astype(jnp.float32), batch.mask),
                 "policy/dual_clipped_fraction": Mean.of(dual.astype(jnp.float32), batch.mask),
             },
