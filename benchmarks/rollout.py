@@ -14,13 +14,10 @@ start   seconds to the first tokens and programs compiled, without and with the 
 """
 
 import argparse
-import datetime
 import importlib.util
 import json
 import os
-import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -28,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from peers import Peer, about, per_second
 from rollout_workers import our_engine, our_prompts
 
 HERE = Path(__file__).resolve().parent
@@ -64,36 +62,6 @@ LARGE = {  # of the floor, on an accelerator
 # --------------------------------------------------------------------- parts
 
 
-class Peer:
-    """A worker process that runs when told."""
-
-    def __init__(self, command: list[str], env: dict[str, str] | None = None):
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=env
-        )
-        self.ready = self._line()
-
-    def go(self) -> float:
-        """Tokens per second of one run."""
-        assert self.process.stdin is not None
-        self.process.stdin.write("go\n")
-        self.process.stdin.flush()
-        answer = self._line()
-        return answer["tokens"] / answer["seconds"]
-
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
-
-    def _line(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"worker ended with code {self.process.wait()}: {' '.join(self.process.args[:4])}")
-        return json.loads(line)
-
-
 def worker(kind: str, asked: dict[str, Any], dtype: str) -> list[str]:
     return [sys.executable, str(HERE / "rollout_workers.py"), kind, json.dumps(asked), dtype]
 
@@ -117,7 +85,7 @@ def peers(shapes: list[str], rounds: int, tunix_python: str | None) -> list[dict
         rates: dict[str, list[float]] = {p.ready["peer"]: [] for p in started}
         for _ in range(rounds):
             for peer in started:
-                rates[peer.ready["peer"]].append(peer.go())
+                rates[peer.ready["peer"]].append(per_second(peer.go()))
         for peer in started:
             peer.close()
             mine = rates[peer.ready["peer"]]
@@ -320,11 +288,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     shapes, parts = args.shapes.split(","), args.parts.split(",")
-    result: dict[str, Any] = {
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "python": platform.python_version(),
-    }
+    result = about()
     if "peers" in parts:
         result["peers"] = peers(shapes, args.rounds, args.tunix_python)
     if "slots" in parts:

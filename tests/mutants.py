@@ -143,13 +143,6 @@ MUTANTS = [
         "test_objectives.py -k packed_rows",
     ),
     Mutant(
-        "positions of packed sequences go on",
-        "model/qwen3.py",
-        "positions_BL - jax.lax.cummax(jnp.where(first, positions_BL, 0), axis=1)",
-        "positions_BL + 0 * jax.lax.cummax(jnp.where(first, positions_BL, 0), axis=1)",
-        "test_objectives.py -k packed_rows",
-    ),
-    Mutant(
         "the last micro-batch in use left out",
         "learner.py",
         "jnp.arange(1, micro_batches + 1, dtype=jnp.int32)",

@@ -23,7 +23,7 @@ from tsopsd_jax.sharding import ROW_AXES
 
 IMPLEMENTATIONS = ("xla", "cudnn", "splash")
 SPLASH_MULTIPLE = 128
-BLOCK_POSITIONS = 512
+BLOCK_POSITIONS = 256
 """Rows up to this length are one block of `xla`."""
 BLOCKS = 16
 """Blocks of a longer row, at most."""

@@ -1,0 +1,193 @@
+"""The vocabulary head, forward and backward, against what one would write first and against peers: time and memory.
+
+    python benchmarks/head.py --out benchmarks/results/head_cpu.json [--trl-python PATH] [--rounds 3]
+        [--cases 1024x1024,2560x1024] [--growth 1024,4096,16384]
+
+A case is hidden size x tokens, the vocabulary 151,936, float32 (bfloat16 on an accelerator). Every line is a process of
+its own, rounds are interleaved. Memory is what the process grew by in its first run, the results (gradients of hidden
+states and unembedding) included; `temp` is the compiler's figure without them.
+
+Floating-point operations: 2 N D V for each product; three are needed (logits, and a gradient for each operand), a fourth
+where logits are formed twice.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from peers import about, in_turns, memory_of, serve
+
+V, T = 151_936, 1.2
+OURS = ("ts_opsd, one pass", "dapo, one pass", "ts_opsd, two passes")
+NAIVE = ("cross-entropy, all logits", "ts_opsd, all logits", "ts_opsd, rematerialised chunks")
+TORCH = ("torch: cross-entropy, all logits", "torch: ts_opsd, all logits", "trl: tiled divergence")
+
+
+def inputs(d: int, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(0)
+    hidden = rng.normal(size=(n, d)).astype(np.float32)
+    unembed = rng.normal(size=(d, V)).astype(np.float32)
+    unembed *= 3 / np.sqrt(d)  # logits of size 3
+    return hidden, unembed, rng.integers(0, V, n).astype(np.int32)
+
+
+def jax_case(name: str, tokens: Any, chunk: int):
+    """hidden, unembed -> the loss, to be differentiated in both."""
+    import jax
+    import jax.numpy as jnp
+
+    from tsopsd_jax import losses
+    from tsopsd_jax.head import Cut, token_loss, token_stats
+    from tsopsd_jax.objectives import OBJECTIVES
+    from tsopsd_jax.types import Batch
+
+    n = len(tokens)
+    ones = jnp.ones((1, n), jnp.float32)
+    batch = Batch(tokens[None], ones > 0, ones, -10 * ones)
+
+    def product(h, w):
+        return jnp.einsum("ND,DV->NV", h, w.astype(h.dtype), preferred_element_type=jnp.float32)
+
+    def kl(z):
+        return losses.forward_kl(jax.lax.stop_gradient(z) / T, z)
+
+    def one_pass(objective):
+        return lambda h, w: token_loss(objective.stats, objective.loss, Cut(chunk), h, w, batch).out.loss.total / n
+
+    def two_passes(h, w):
+        objective = OBJECTIVES["ts_opsd"]()
+        stats: Any = token_stats(objective.stats, Cut(chunk), h, w, tokens, batch.mask[0])
+        return objective.loss({name: x[None] for name, x in stats.items()}, batch).loss.total / n
+
+    def chunks(h, w):
+        return jnp.mean(jax.lax.map(jax.checkpoint(lambda x: kl(product(x, w))), h.reshape(-1, chunk, h.shape[1])))
+
+    return {
+        OURS[0]: one_pass(OBJECTIVES["ts_opsd"]()),
+        OURS[1]: one_pass(OBJECTIVES["dapo"]()),
+        OURS[2]: two_passes,
+        NAIVE[0]: lambda h, w: -jnp.mean(losses.token_logp(product(h, w), tokens)),
+        NAIVE[1]: lambda h, w: jnp.mean(kl(product(h, w))),
+        NAIVE[2]: chunks,
+    }[name]
+
+
+def compiled(name: str, d: int, n: int, chunk: int):
+    """(program, its arguments' shapes); nothing is computed."""
+    import jax
+    import jax.numpy as jnp
+
+    dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, V, n), jnp.int32)
+    shapes = jax.ShapeDtypeStruct((n, d), dtype), jax.ShapeDtypeStruct((d, V), jnp.float32)
+    return jax.jit(jax.value_and_grad(jax_case(name, tokens, chunk), argnums=(0, 1))).lower(*shapes).compile(), shapes
+
+
+def work_jax(name: str, d: int, n: int, chunk: int) -> None:
+    import jax
+
+    program, shapes = compiled(name, d, n, chunk)
+    arrays = [jax.device_put(x.astype(s.dtype)) for x, s in zip(inputs(d, n), shapes, strict=False)]
+
+    def run() -> None:
+        jax.block_until_ready(program(*arrays))
+
+    temp = program.memory_analysis().temp_size_in_bytes
+    grown = memory_of(run) if jax.default_backend() == "cpu" else None
+    value = float(program(*arrays)[0])
+    serve(
+        run,
+        {"name": name, "loss": value, "temp_bytes": temp, "grown_bytes": grown, "device": jax.devices()[0].device_kind},
+    )
+
+
+def work_torch(name: str, d: int, n: int, _chunk: int) -> None:
+    import torch
+
+    hidden, unembed, tokens = inputs(d, n)
+    h = torch.from_numpy(hidden).requires_grad_()
+    w = torch.from_numpy(np.ascontiguousarray(unembed.T)).requires_grad_()
+    t = torch.from_numpy(tokens).long()
+
+    def loss():
+        if name == TORCH[2]:
+            from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+            teacher = h.detach(), w.detach(), None
+            found = ChunkedDivergenceFunction.apply(h, w, None, *teacher, 0.0, 1.0, 1.0, None, 1 / T, None)
+            return found[0].mean()
+        z = h @ w.T
+        if name == TORCH[0]:
+            return torch.nn.functional.cross_entropy(z, t)
+        logq = torch.log_softmax(z.detach() / T, -1)
+        return torch.nn.functional.kl_div(torch.log_softmax(z, -1), logq, log_target=True, reduction="batchmean")
+
+    values = []
+
+    def run() -> None:
+        h.grad = w.grad = None
+        value = loss()
+        value.backward()
+        values.append(float(value))
+
+    serve(run, {"name": name, "grown_bytes": memory_of(run), "loss": values[-1], "torch": torch.__version__})
+
+
+def growth(sizes: list[int], chunk: int) -> list[dict[str, Any]]:
+    """The compiler's temporaries by number of tokens, hidden size 1024; nothing is run."""
+    rows = []
+    for name in (OURS[0], OURS[2], NAIVE[0], NAIVE[2]):
+        temp = [compiled(name, 1024, n, chunk)[0].memory_analysis().temp_size_in_bytes for n in sizes]
+        rows.append({"name": name, "tokens": sizes, "temp_bytes": temp})
+        print(
+            f"{name:34} temporaries, GB: "
+            + ", ".join(f"{n:,}: {x / 1e9:.2f}" for n, x in zip(sizes, temp, strict=True))
+        )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", default="1024x1024")
+    parser.add_argument("--growth", default="1024,4096,16384")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--chunk", type=int, default=128, help="tokens of a tile")
+    parser.add_argument("--trl-python", help="python of an environment with trl")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        name, d, n = json.loads(args.worker)
+        (work_torch if name in TORCH else work_jax)(name, d, n, args.chunk)
+        return
+    result: dict[str, Any] = about() | {"vocabulary": V, "tile_tokens": args.chunk, "cases": []}
+    for case in args.cases.split(","):
+        d, n = map(int, case.split("x"))
+
+        def command(name: str, python: str = sys.executable, size: tuple[int, int] = (d, n)) -> list[str]:
+            return [python, __file__, "--chunk", str(args.chunk), "--worker", json.dumps([name, *size])]
+
+        commands = [command(name) for name in OURS + NAIVE]
+        if args.trl_python:
+            commands += [command(name, args.trl_python) for name in TORCH]
+        rows = in_turns(commands, args.rounds)
+        plain = next(row["seconds"] for row in rows if row["name"] == NAIVE[0])
+        for row in rows:
+            row |= {"hidden": d, "tokens": n, "to_cross_entropy": row["seconds"] / plain}
+            memory = f"{row['grown_bytes'] / 1e9:5.2f} GB" if row["grown_bytes"] is not None else ""
+            print(
+                f"{d} x {n:,}  {row['name']:34} {row['seconds']:7.2f} s  {row['to_cross_entropy']:.2f} x  {memory}",
+                flush=True,
+            )
+        result["cases"] += rows
+    if args.growth:
+        result["growth"] = growth([int(n) for n in args.growth.split(",")], args.chunk)
+    if args.out:
+        args.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
