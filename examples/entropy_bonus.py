@@ -26,4 +26,4 @@ def dapo_with_entropy(*, coefficient: float = 0.001, clip_low: float = 0.2, clip
             metrics={"policy/entropy_nats": Mean.of(stats["entropy"], batch.mask)},
         )
 
-    return Objective(stats, loss)
+    return Objective(stats, loss, tokenwise=True)
