@@ -101,7 +101,6 @@ def full_batch(asked: dict[str, Any]):
 
 
 def work_ours(asked: dict[str, Any]) -> None:
-    import jax
     import jax.numpy as jnp
 
     batch, run = full_batch(asked), our_update(asked, "dapo")
@@ -365,7 +364,7 @@ def main() -> None:
                 flush=True,
             )
     if "packing" in parts:
-        result["packing"] = packing(SHAPES["small"], args.rounds) | {"papers_useful": papers_useful()}
+        result["packing"] = packing(SHAPES["demo"], args.rounds) | {"papers_useful": papers_useful()}
         row = result["packing"]
         print(
             f"packing     useful {row['useful']}, seconds {row['seconds']}; paper's sizes {row['papers_useful']}",
