@@ -291,8 +291,9 @@ def papers_useful() -> dict[str, float]:
     length = response + rng.integers(20, 513, 512)
     at = np.arange(10_240)[None, :]
     mask = at < length[:, None]
-    zero: Any = np.zeros(mask.shape, np.float32)
-    batch = Batch(zero.astype(np.int32), mask, zero, zero)  # type: ignore[arg-type]
+    zero = np.zeros(mask.shape, np.float32)
+    fields: list[Any] = [zero.astype(np.int32), mask, zero, zero]
+    batch = Batch(*fields)
     packed = pack(batch, length, micro_batches=64)
     return {
         "padded": useful_fraction(batch, length, micro_batches=64),

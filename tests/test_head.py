@@ -155,6 +155,7 @@ def test_one_pass_equals_two_and_the_formula_on_full_logits(mesh):
             found = batch_loss(stats, loss_of, hidden, unembed, batch, tokenwise=tokenwise, chunk_tokens=4, mesh=mesh)
             return found.out.loss.total, found
 
+        np.testing.assert_allclose(jax.jit(f)(hidden, unembed)[0], total, rtol=1e-5)  # without gradients
         return jax.jit(jax.value_and_grad(f, argnums=(0, 1), has_aux=True))(hidden, unembed)
 
     (total, (out, logp)), grads = jax.value_and_grad(on_full, argnums=(0, 1), has_aux=True)(hidden, unembed)

@@ -5,8 +5,8 @@ import types
 import numpy as np
 import pytest
 
-from tsopsd_jax.memory import choose_micro_batches, needed_bytes
-from tsopsd_jax.packing import TOKENS_PER_DEVICE, fill_rows, pack, useful_fraction
+from tsopsd_jax.memory import TOKENS_PER_DEVICE, choose_micro_batches, needed_bytes
+from tsopsd_jax.packing import fill_rows, pack, useful_fraction
 from tsopsd_jax.types import Batch
 
 

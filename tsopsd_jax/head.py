@@ -8,7 +8,7 @@ reach it, and how many tiles there are is found at run time. Two ways through th
 `token_loss`   where the loss treats every token by itself: a tile's loss and gradients are formed while its logits
                stand. Three products, one pass.
 
-`next_token` is the only function that shifts by one: the hidden state at position t - 1 predicts `tokens[:, t]`.
+`_next_token` is the only function that shifts by one: the hidden state at position t - 1 predicts `tokens[:, t]`.
 """
 
 import functools
@@ -180,8 +180,8 @@ def _token_stats_backward(stats, cut, kept, g):
 token_stats.defvjp(_token_stats_forward, _token_stats_backward)
 
 
-def _loss_of_tiles(stats, loss, cut, hidden, unembed, batch, pull):
-    """(`measure` of all tiles together, gradients or None)."""
+def _loss_of_tiles(stats, loss, cut, hidden, unembed, batch):
+    """(`measure` of all tiles together, gradients into the hidden states and the unembedding)."""
     tiles, w = _tiles(batch.mask[0], cut), unembed.astype(hidden.dtype)
 
     def of(z, piece: Batch):
@@ -195,17 +195,14 @@ def _loss_of_tiles(stats, loss, cut, hidden, unembed, batch, pull):
         total, d_hidden, d_unembed = carry
         at = tiles.order[i]
         h, piece = take(at)
-        z = _project(h, w)
-        if not pull:
-            return add(total, of(z, piece)[1]), d_hidden, d_unembed
-        dz, found = jax.grad(of, has_aux=True)(z, piece)
+        dz, found = jax.grad(of, has_aux=True)(_project(h, w), piece)
         d_h, d_unembed = _pull(dz, h, w, d_unembed)
         return add(total, found), _put(d_hidden, at, d_h), d_unembed
 
     shapes = jax.eval_shape(lambda at: of(_project(take(at)[0], w), take(at)[1])[1], tiles.order[0])
     zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    grads = (jnp.zeros_like(hidden), jnp.zeros(unembed.shape, jnp.float32)) if pull else (None, None)
-    total, *grads = jax.lax.fori_loop(0, tiles.count, one, (zero, *grads))
+    start = zero, jnp.zeros_like(hidden), jnp.zeros(unembed.shape, jnp.float32)
+    total, *grads = jax.lax.fori_loop(0, tiles.count, one, start)
     return total, grads
 
 
@@ -220,11 +217,12 @@ def token_loss(
 ) -> Measured:
     """`loss(stats)` of a batch of one row of N tokens, N hidden states predicting them, where the loss treats every
     token by itself. `loss.total` can be differentiated, in `hidden` and `unembed`; the rest is given no gradient."""
-    return _loss_of_tiles(stats, loss, cut, hidden, unembed, batch, pull=False)[0]
+    found: Any = token_stats(stats, cut, hidden, unembed, batch.tokens[0], batch.mask[0])
+    return measure(loss, {name: x[None] for name, x in found.items()}, batch)
 
 
 def _token_loss_forward(stats, loss, cut, hidden, unembed, batch):
-    out, grads = _loss_of_tiles(stats, loss, cut, hidden, unembed, batch, pull=True)
+    out, grads = _loss_of_tiles(stats, loss, cut, hidden, unembed, batch)
     return out, (*grads, jnp.zeros((0,), unembed.dtype))
 
 

@@ -5,7 +5,8 @@ from typing import Any
 
 import jax
 
-from tsopsd_jax.packing import TOKENS_PER_DEVICE
+TOKENS_PER_DEVICE = 16_384
+"""Tokens of a micro-batch on each device, at most: enough for full speed; more takes memory and leaves more padding."""
 
 RESERVE = 0.03
 """Share of a device's memory left to the runtime and to fragmentation."""

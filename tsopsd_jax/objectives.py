@@ -14,7 +14,7 @@ from jaxtyping import Array
 
 from tsopsd_jax import losses
 from tsopsd_jax.head import Loss, Stats
-from tsopsd_jax.logit_stats import LibraryStats, check_temperature
+from tsopsd_jax.logit_stats import LibraryStats
 from tsopsd_jax.types import Batch, LossOutput, Mean
 
 
@@ -92,7 +92,7 @@ def ts_opsd(*, direction: str = "forward", teacher_temperature: float = 1.2) -> 
     """
     if direction not in ("forward", "reverse"):
         raise ValueError(f"ts_opsd: direction must be 'forward' or 'reverse', got {direction!r}")
-    check_temperature(teacher_temperature)
+    asked = LibraryStats(("logp", "entropy", f"{direction}_kl"), teacher_temperature)
 
     def loss(stats: dict[str, Array], batch: Batch) -> LossOutput:
         kl = Mean.of(stats[f"{direction}_kl"], batch.mask)
@@ -104,7 +104,7 @@ def ts_opsd(*, direction: str = "forward", teacher_temperature: float = 1.2) -> 
             },
         )
 
-    return Objective(LibraryStats(("logp", "entropy", f"{direction}_kl"), teacher_temperature), loss, tokenwise=True)
+    return Objective(asked, loss, tokenwise=True)
 
 
 OBJECTIVES: dict[str, Callable[..., Objective]] = {"dapo": dapo, "ts_opsd": ts_opsd}

@@ -7,9 +7,6 @@ import numpy as np
 
 from tsopsd_jax.types import Batch
 
-TOKENS_PER_DEVICE = 16_384
-"""Tokens of a micro-batch on each device, at most: enough for full speed; more takes memory and leaves more padding."""
-
 
 def fill_rows(length: np.ndarray, width: int) -> np.ndarray:
     """The row of each sequence: longest first, each into the first row that has room for it.
@@ -43,7 +40,7 @@ def pack(batch: Batch, length: np.ndarray, *, micro_batches: int) -> Batch:
     each = b // micro_batches
     row = (row % each) * micro_batches + row // each
     # Token j of sequence i goes to place[i] + j of row[i].
-    order = np.lexsort((np.arange(b), row))
+    order = np.argsort(row, kind="stable")
     before = np.concatenate([[0], np.cumsum(length[order])[:-1]])
     first = np.concatenate([[True], row[order][1:] != row[order][:-1]])
     place, number = np.empty(b, np.int64), np.empty(b, np.int32)

@@ -39,7 +39,7 @@ class Updater:
             shards=row_multiple(mesh),
             limit_bytes=device_bytes(mesh),
         )
-        self.packs = phase.pack and phase.objective.tokenwise and self.micro_batches > 1
+        self.packs = self._packs(self.micro_batches)
         self.update = self._make(self.micro_batches)
         self._jitted = self._jit(self.update)
 
@@ -47,6 +47,9 @@ class Updater:
     def programs(self) -> int:
         """Programs compiled so far."""
         return self._jitted._cache_size()
+
+    def _packs(self, micro_batches: int) -> bool:
+        return self.phase.pack and self.phase.objective.tokenwise and micro_batches > 1
 
     def _make(self, micro_batches: int) -> Update:
         phase = self.phase
@@ -65,8 +68,9 @@ class Updater:
         def of(dtype):
             return jax.ShapeDtypeStruct((self.phase.rows, width), dtype, sharding=row_sharding(self.mesh))
 
-        packed = self.phase.pack and self.phase.objective.tokenwise and micro_batches > 1
-        batch = Batch(*map(of, (np.int32, bool, np.float32, np.float32)), segment=of(np.int32) if packed else None)  # type: ignore[arg-type]
+        fields: list[Any] = [of(dtype) for dtype in (np.int32, bool, np.float32, np.float32)]
+        segment: Any = of(np.int32) if self._packs(micro_batches) else None
+        batch = Batch(*fields, segment=segment)
         hold = jax.ShapeDtypeStruct((), np.float32, sharding=replicated(self.mesh))
         state = abstract_state(self.model, self.phase.optimizer, self.mesh)
         return self._jit(self._make(micro_batches)).lower(state, batch, hold)
