@@ -177,21 +177,18 @@ class Qwen3:
     """A Qwen3 model as functions of its parameters (a nested dict of arrays).
 
     `compute_dtype` is the dtype of activations and matrix products (logits are float32 always); `remat` one of REMAT,
-    for each layer. `mesh` is the one that rows and parameters lie on (None: one device): kernels, and the head's tiles,
-    are divided over it. `attention` `auto` takes the best implementation for it, `xla` the one that runs everywhere.
+    for each layer. `mesh` is the one that rows and parameters lie on (None: one device): the best attention for it is taken, and
+    kernels and the head's tiles are divided over it.
     """
 
     config: Qwen3Config
     compute_dtype: DTypeLike = jnp.float32
     remat: str = "none"
     mesh: Mesh | None = None
-    attention: str = "auto"
 
     def __post_init__(self):
         if self.remat not in REMAT:
             raise ValueError(f"remat: expected one of {', '.join(REMAT)}, got {self.remat!r}")
-        if self.attention not in ("auto", "xla"):
-            raise ValueError(f"attention: expected auto or xla, got {self.attention!r}")
 
     @property
     def vocab_size(self) -> int:
@@ -222,7 +219,7 @@ class Qwen3:
 
     def _attend(self, q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, segment_BT: Array | None) -> Array:
         name = "xla"
-        if self.attention == "auto" and self.mesh is not None:
+        if self.mesh is not None:
             platform, packed = self.mesh.devices.flat[0].platform, segment_BT is not None
             name = best_causal(platform, positions=q_BTNH.shape[1], dtype=q_BTNH.dtype, packed=packed)
         return causal_attention(q_BTNH, k_BTKH, v_BTKH, segment_BT, implementation=name, mesh=self.mesh)
