@@ -37,6 +37,7 @@ ORDER = [
     "step_metrics",
     "task",
     "updater",
+    "steps",
     "trainer",
     "report_plots",
     "report",

@@ -28,7 +28,7 @@ from tsopsd_jax.sharding import make_mesh
 pytestmark = pytest.mark.processes
 
 ROOT = Path(__file__).resolve().parents[1]
-HEARTBEAT_S = 5
+HEARTBEAT_S = 20  # a busy machine must not look like a dead process
 EIGHT = {"data": 2, "fsdp": 2, "tensor": 2}
 
 
@@ -199,7 +199,9 @@ def test_a_death_ends_the_others_a_signal_to_one_stops_all_and_another_machine_g
     said = ends(*second, codes=(4, 4))
     steps = [text[text.index("SIGTERM: ") :].split(";")[0] for text in said]
     assert steps[0] == steps[1]
-    assert re.fullmatch(r"SIGTERM: (saved|left the evaluation of|took no step after) step \d", steps[0])
+    assert re.fullmatch(
+        r"SIGTERM: (saved|left the rollout after|left the evaluation of|took no step after) step \d", steps[0]
+    )
 
     mesh = ("--set", "mesh.data=1", "--set", "mesh.fsdp=2", "--set", "mesh.tensor=1")
     said = ends(train(file, run, *mesh, devices=2), codes=(0,))

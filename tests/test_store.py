@@ -9,7 +9,6 @@ from fsspec.implementations.dirfs import DirFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from tsopsd_jax import rundir, store
-from tsopsd_jax.checkpoint import Progress
 from tsopsd_jax.trainer import Trainer
 
 
@@ -103,13 +102,15 @@ def test_the_log_is_pushed_before_the_checkpoint():
     done = []
     checkpoints = SimpleNamespace(save=lambda *_: done.append("checkpoint"))
     run = SimpleNamespace(
-        progress=Progress(),
+        state=SimpleNamespace(step=3),
+        run_state=None,
+        saved_step=2,
         began=0.0,
-        state=None,
-        leftover=None,
-        start=None,
         checkpoints=checkpoints,
+        _now=lambda **_: None,
         _push=lambda: done.append("log"),
     )
     Trainer._save(run)
     assert done == ["log", "checkpoint"]
+    Trainer._save(run)
+    assert done == ["log", "checkpoint"], "a step is saved once"

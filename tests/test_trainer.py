@@ -6,6 +6,7 @@ import io
 import json
 import os
 import signal
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -26,10 +27,10 @@ from tsopsd_jax.rollout import Sampling
 from tsopsd_jax.runlog import read_evaluations, read_metrics
 from tsopsd_jax.sharding import make_mesh, tree_shardings
 from tsopsd_jax.start_policy import StartKL
+from tsopsd_jax.steps import Steps
 from tsopsd_jax.task import EvaluationPlan, Task, encode_prompts
 from tsopsd_jax.trainer import Interrupted, Trainer
 from tsopsd_jax.types import Rollout
-from tsopsd_jax.updater import Updater
 
 MODEL = Qwen3(
     Qwen3Config(
@@ -171,20 +172,44 @@ def test_resume_equals_uninterrupted_bit_for_bit(trainer_in, tmp_path):
     # Interrupt in the first phase, then again in the third; the surplus groups of dynamic sampling are then alive.
     run = tmp_path / "broken"
     first = trainer_in(run, phases=MEASURED, evaluate=True, verify=interrupting(20))
-    with pytest.raises(Interrupted, match="SIGTERM: saved step"):
+    with pytest.raises(Interrupted, match="SIGTERM: (saved|left the rollout after) step"):
         first.run()
     taken = int(first.state.step)
     assert 0 < taken < 3
-    assert first.leftover is not None, "the interruption should find groups left over, or it tests too little"
+    assert first.run_state.leftover is not None, "the interruption should find groups left over, or it tests too little"
     second = trainer_in(run, phases=MEASURED, evaluate=True)
     assert int(second.state.step) == taken
-    assert same(first.leftover, second.leftover)
-    assert same(first.start, second.start)
+    assert same(first.run_state.leftover, second.run_state.leftover)
+    assert same(first.run_state.start, second.run_state.start)
     broken = finish(second)
     assert same(whole, broken)
     assert facts(tmp_path / "whole") == facts(run)
     assert [r["stage"] for r in read_evaluations(run)] == ["base", "after rl", "after reheat", "after again"]
     assert read_evaluations(tmp_path / "whole") == read_evaluations(run)
+
+
+@pytest.mark.parametrize("at", [0, 2, 4])
+def test_a_signal_leaves_the_rollout_and_no_step_is_lost(at, trainer_in, tmp_path):
+    """In the first step nothing is saved; in the third groups are left over; in the fifth the reheater samples in stages."""
+    phases = (rl_phase(), reheat_phase(rows_at_once=4))
+    whole = finish(trainer_in(tmp_path / "whole", phases=phases))
+    run = tmp_path / "left"
+    trainer = trainer_in(run, phases=phases)
+
+    def terminate(_):
+        if int(trainer.state.step) == at and trainer.stop_signal is None:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    trainer.table.sampling = terminate
+    with pytest.raises(Interrupted, match=rf"SIGTERM: left the rollout after step {at}$"):
+        trainer.run()
+    assert int(trainer.state.step) == len(read_metrics(run)) == at
+    assert trainer.checkpoints.latest() == (at or None)
+    again = trainer_in(run, phases=phases)
+    assert again.progress == dataclasses.replace(trainer.progress, elapsed_s=again.progress.elapsed_s)
+    assert same(trainer.run_state.leftover, again.run_state.leftover)
+    assert same(whole, finish(again))
+    assert facts(tmp_path / "whole") == facts(run)
 
 
 @pytest.mark.parametrize(("phase", "when"), [(0, "sampling"), (1, "sampling"), (0, "scoring"), (2, "scoring")])
@@ -430,20 +455,59 @@ def test_updates_that_are_not_finite_are_skipped_and_end_the_run(trainer_in, tmp
 
 def test_no_step_is_compiled_twice(trainer_in, tmp_path):
     trainer = trainer_in(tmp_path, phases=(rl_phase(stop=StopRule(steps=5)), reheat_phase(stop=StopRule(steps=4))))
-    compiled = []
-    original = trainer._compile
-
-    def watched(phase):
-        step = original(phase)
-        compiled.extend(part for part in step.args if hasattr(part, "_cache_size") or isinstance(part, Updater))
-        return step
-
-    trainer._compile = watched
+    taken: list[Steps] = []
+    original = trainer._steps
+    trainer._steps = lambda: taken.append(original()) or taken[-1]
     trainer.run()
-    assert len(compiled) == 2, "the update of the RL phase, and the whole step of the reheater"
-    assert [compiled[0].programs, compiled[1]._cache_size()] == [1, 1]
+    rl, reheat = taken
+    assert (rl.update.programs, reheat._step._cache_size()) == (1, 1)
+    assert reheat.engine.programs == reheat.update.programs == 0, "the reheater's step is one program"
     programs = [line["rollout/programs"] for line in read_metrics(tmp_path) if line["phase"] == "rl"]
     assert programs[1:] == programs[1:2] * 4, "the sampler compiled after the first step"
+
+
+@pytest.mark.parametrize("data", [1, 2])
+def test_later_phases_are_compiled_while_the_first_runs(data, trainer_in, tmp_path):
+    """When such a phase begins, none of its large programs is traced or compiled: in stages, as one program, and RL."""
+    later = (reheat_phase(rows_at_once=4), reheat_phase(), rl_phase("again", max_response_tokens=4, micro_batches=2))
+    trainer = trainer_in(tmp_path, phases=(rl_phase(), *later), data=data)
+    original, begun, compiled = trainer._steps, [], []
+
+    def begins():
+        if trainer.progress.phase:
+            trainer._ahead[trainer.progress.phase].result(timeout=60)  # the phase before was as long as that
+        begun.append(trainer.progress.phase)
+        return original()
+
+    def seen(event, _seconds, **facts):
+        if (
+            threading.current_thread() is threading.main_thread()
+            and begun
+            and begun[-1]
+            and "compile_duration" in event
+        ):
+            compiled.append((begun[-1], facts["fun_name"]))
+
+    trainer._steps = begins
+    jax.monitoring.register_event_duration_secs_listener(seen)
+    try:
+        trainer.run()
+    finally:
+        jax.monitoring.unregister_event_duration_listener(seen)
+    assert begun == [0, 1, 2, 3]
+    large = {"update", "reheat_step", "decode_segment", "prefill", "rollout_view"}
+    assert {name for _, name in compiled} - large, "the listener hears of small programs"
+    assert [(phase, name) for phase, name in compiled if name in large] == []
+
+
+def test_a_phase_that_could_not_be_compiled_ahead_is_compiled_when_it_begins(trainer_in, tmp_path, monkeypatch):
+    whole = finish(trainer_in(tmp_path / "whole"))
+
+    def fails(_):
+        raise RuntimeError("the compiler's server went away")
+
+    monkeypatch.setattr(Steps, "compile", fails)
+    assert same(whole, finish(trainer_in(tmp_path / "again")))
 
 
 def test_packed_rows_give_the_same_run(trainer_in, tmp_path):

@@ -46,6 +46,10 @@ class Saved(NamedTuple):
     start: PyTree | None = None
     """The phase's start policy, where the phase measures how far it has moved."""
 
+    def moved(self, position: int) -> "Saved":
+        """The same with another data cursor."""
+        return self._replace(progress=dataclasses.replace(self.progress, position=position))
+
 
 class Checkpoints:
     """The checkpoints of one run directory.

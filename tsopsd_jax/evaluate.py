@@ -3,14 +3,14 @@
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jaxtyping import Array, Float
 
-from tsopsd_jax.judge import VERIFY_THREADS, Verifier
+from tsopsd_jax.judge import Verifier, verifying
 from tsopsd_jax.rollout import Engine, Finished, Progress
 from tsopsd_jax.types import Prompts, PyTree
 
@@ -71,7 +71,7 @@ def respond(
         right = score(done.row, text) > 0
         return Response(done.row, text, len(done.tokens), done.stopped, right, done.entropy_nats)
 
-    with ThreadPoolExecutor(VERIFY_THREADS, thread_name_prefix="verify") as threads:
+    with verifying() as threads:
         waiting: deque[Future[Response]] = deque()
         for done in engine.stream(view, rows, key, group=group, on_progress=on_progress):
             waiting.append(threads.submit(judged, done))

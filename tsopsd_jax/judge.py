@@ -1,9 +1,10 @@
 """Rollout -> Batch: verify responses, shape rewards, keep the groups that teach something, form advantages."""
 
+import contextlib
 import dataclasses
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -22,6 +23,16 @@ Verifier = Callable[[str, str], float]
 """(response, gold answer) -> 1.0 or 0.0; called from several threads at once"""
 VERIFY_THREADS = min(8, os.cpu_count() or 1)
 """Responses verified side by side. The verifier of mathematics keeps a process busy for each; others share the host."""
+
+
+@contextlib.contextmanager
+def verifying() -> Iterator[ThreadPoolExecutor]:
+    """Threads for the verifier; a block that is left by an exception does not wait for responses that no thread took up."""
+    threads = ThreadPoolExecutor(VERIFY_THREADS, thread_name_prefix="verify")
+    try:
+        yield threads
+    finally:
+        threads.shutdown(cancel_futures=True)
 
 
 class ShortageError(RuntimeError):
@@ -88,7 +99,7 @@ def accuracies(
         response = rollout.tokens[row, rollout.prompt_length[row] : rollout.length[row]]
         return threads.submit(verify, decode(response.tolist()), answers[row])
 
-    with ThreadPoolExecutor(VERIFY_THREADS, thread_name_prefix="verify") as threads:
+    with verifying() as threads:
         scores = {row: score(row) for row in range(len(answers)) if hosts.is_mine(row)}
         return np.asarray(hosts.divided(lambda row: float(scores[row].result()), len(answers)), np.float32)
 
@@ -123,7 +134,7 @@ def score_while(
         return verify(decode(done.tokens.tolist()), answers[done.row])
 
     began = time.monotonic()
-    with ThreadPoolExecutor(VERIFY_THREADS, thread_name_prefix="verify") as threads:
+    with verifying() as threads:
         scores: dict[int, Future[float]] = {}
 
         def finished(done: Finished) -> None:

@@ -1,14 +1,16 @@
 """The loop: phases on one train state, stop rules, guards, checkpoints, evaluation between phases.
 
 for phase in schedule:
-    while not over:  rollout = sample(...);  batch = judge(rollout);  state = update(state, batch);  log
+    while not over:  run = step(run);  log
 """
 
+import contextlib
 import dataclasses
 import functools
 import signal
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,31 +20,23 @@ import numpy as np
 from tsopsd_jax import hosts, store
 from tsopsd_jax.checkpoint import Checkpoints, Progress, Saved
 from tsopsd_jax.console import LiveTable
-from tsopsd_jax.data import indices
 from tsopsd_jax.evaluate import evaluate, evaluation_key
-from tsopsd_jax.judge import Groups, Scored, ShortageError, accuracies, collect, judge, score_while, to_batch
-from tsopsd_jax.learner import (
-    ENTROPY,
-    UpdateOut,
-    abstract_state,
-    distillation_batch,
-    fresh_optimizer_state,
-)
+from tsopsd_jax.learner import ENTROPY, abstract_state, fresh_optimizer_state
+from tsopsd_jax.memory import device_bytes
 from tsopsd_jax.model import Qwen3
-from tsopsd_jax.phases import GuardError, Phase
+from tsopsd_jax.phases import Phase
 from tsopsd_jax.rewards import answers_cut_off
-from tsopsd_jax.rollout import Engine, Sampling
+from tsopsd_jax.rollout import Engine
 from tsopsd_jax.runlog import RunLog, append_evaluation, read_evaluations
-from tsopsd_jax.sharding import put, replicated, row_sharding
-from tsopsd_jax.start_policy import StartKL, start_policy
-from tsopsd_jax.step_metrics import engine_metrics, reward_metrics, rollout_metrics
+from tsopsd_jax.sharding import put, replicated
+from tsopsd_jax.start_policy import start_policy
+from tsopsd_jax.steps import Steps, Where
 from tsopsd_jax.task import EvaluationPlan, Task, encode_prompts
-from tsopsd_jax.types import Prompts, PyTree, Rollout, TrainState
-from tsopsd_jax.updater import Updater
+from tsopsd_jax.types import PyTree, TrainState
 
 
 class Interrupted(Exception):
-    """A signal asked the run to stop; a step was finished and saved, an evaluation left without a record."""
+    """A signal asked the run to stop: after a step, or in a rollout or an evaluation, which are left. The state is saved."""
 
 
 class Trainer:
@@ -80,18 +74,35 @@ class Trainer:
     ):
         self.model, self.phases, self.task, self.evaluation = model, phases, task, evaluation
         self.mesh, self.run_dir, self.table = mesh, run_dir, table
-        self.seed, self.every = seed, checkpoint_every_steps
-        self.rows = row_sharding(mesh)
-        self.key = jax.jit(lambda: jax.random.key(seed), out_shardings=replicated(mesh))()
+        self.every = checkpoint_every_steps
+        key = jax.jit(lambda: jax.random.key(seed), out_shardings=replicated(mesh))()
+        self.where = Where(model, mesh, task, key, device_bytes(mesh))
         self.checkpoints = Checkpoints(store.checkpoints_of(run_dir), keep=keep_checkpoints)
-        self.state, self.progress, self.leftover, self.start = self._start(load_params)
+        self.saved_step = self.checkpoints.latest() or 0
+        self.run_state = self._start(load_params)
         self.began = time.monotonic() - self.progress.elapsed_s
         self.log = None
         if hosts.is_first():
             self.log = RunLog(run_dir, last_step=int(self.state.step), wandb_project=wandb_project)
         self.stop_signal: int | None = None
+        self._ahead: dict[int, Future[Steps]] = {}
+        self._compiler = ThreadPoolExecutor(1, thread_name_prefix="compile")
 
     # ------------------------------------------------------------------ state
+
+    @property
+    def state(self) -> TrainState:
+        """Parameters, optimizer, step."""
+        return self.run_state.state
+
+    @property
+    def progress(self) -> Progress:
+        """Where the run stands."""
+        return self.run_state.progress
+
+    def _now(self, **changes: Any) -> None:
+        """Change the progress."""
+        self.run_state = self.run_state._replace(progress=dataclasses.replace(self.progress, **changes))
 
     def _start(self, load_params: Callable[[], PyTree]) -> Saved:
         """The latest checkpoint's state, or step 0 from the pretrained weights."""
@@ -105,9 +116,13 @@ class Trainer:
         return self.checkpoints.restore(like, start_like=start_like)
 
     def _save(self) -> None:
-        self.progress = dataclasses.replace(self.progress, elapsed_s=time.monotonic() - self.began)
+        """Save the run as it stands, unless that was done. The start needs no checkpoint: it can be loaded again."""
+        if (step := int(self.state.step)) == self.saved_step:
+            return
+        self._now(elapsed_s=time.monotonic() - self.began)
         self._push()  # first: the log must not be behind the checkpoint
-        self.checkpoints.save(Saved(self.state, self.progress, self.leftover, self.start))
+        self.checkpoints.save(self.run_state)
+        self.saved_step = step
 
     def _push(self) -> None:
         if hosts.is_first():
@@ -119,7 +134,7 @@ class Trainer:
         """Run what is left of the schedule.
 
         Raises:
-            Interrupted: SIGTERM or SIGINT arrived; the step was finished and saved, or the evaluation left.
+            Interrupted: SIGTERM or SIGINT arrived, and everything up to the last finished step is saved.
             GuardError: a guard of a phase stopped the run; nothing was saved after the last checkpoint.
         """
         previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
@@ -132,6 +147,7 @@ class Trainer:
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
+            self._compiler.shutdown(wait=False, cancel_futures=True)
             self.checkpoints.close()
             if self.log is not None:
                 self.log.close()
@@ -149,32 +165,37 @@ class Trainer:
         if asked:
             raise Interrupted(f"{signal.Signals(asked).name}: {what} step {int(self.state.step)}")
 
+    def _sampling(self, progress: Any) -> None:
+        """Between two segments of a rollout: a step that was not finished has changed nothing."""
+        self.table.sampling(progress)
+        if asked := self._asked():
+            self._save()
+            self._leave(asked, "left the rollout after")
+
     def _run_phase(self, phase: Phase) -> None:
         """Take steps until the phase is over, then advance to the next and save."""
         self.table.phase(phase.name, phase.stop.words())
         if self.progress.phase_step == 0 and phase.reset_optimizer and int(self.state.step):
             like = abstract_state(self.model, phase.optimizer, self.mesh)
             opt_state = fresh_optimizer_state(phase.optimizer, like, self.state.params)
-            self.state = dataclasses.replace(self.state, opt_state=opt_state)
-        if phase.measure_start_kl and self.start is None:
-            self.start = start_policy(self.model, self.state.params)
-        take_step = self._compile(phase)
+            state = dataclasses.replace(self.state, opt_state=opt_state)
+            self.run_state = self.run_state._replace(state=state)
+        if phase.measure_start_kl and self.run_state.start is None:
+            self.run_state = self.run_state._replace(start=start_policy(self.model, self.state.params))
+        take_step = self._steps()
         while True:
             cut_off = answers_cut_off()
             if self._evaluation_due():  # also where a run goes on that was stopped while it evaluated
                 self._evaluate(f"during {phase.name}")
                 self._leave(self._asked(), "took no step after")
-            line, entropy = take_step()
+            self.run_state, line, entropy = take_step(self.run_state, self._sampling)
+            self._compile_ahead()
             line["judge/verifier_killed"] = answers_cut_off() - cut_off
             reason = self._after_step(phase, line, entropy)
             if reason is not None:
                 self.table.note(f"phase {phase.name!r} ends at step {int(self.state.step)}: {reason}")
-                self.progress = Progress(
-                    phase=self.progress.phase + 1,
-                    position=self.progress.position,
-                    phase_position=self.progress.position,
-                )
-                self.leftover = self.start = None
+                at, position = self.progress.phase + 1, self.progress.position
+                self.run_state = Saved(self.state, Progress(phase=at, position=position, phase_position=position))
             due = int(self.state.step) % self.every == 0 or self._evaluation_due()
             asked = self._asked()
             if reason is not None or due or asked:
@@ -183,16 +204,33 @@ class Trainer:
             if reason is not None:
                 return
 
+    def _steps(self) -> Steps:
+        """The current phase's steps, compiled already or to be compiled when first called."""
+        at = self.progress.phase
+        if at in self._ahead:
+            with contextlib.suppress(Exception):  # whatever it was, it happens again below if it matters
+                return self._ahead.pop(at).result()
+        return Steps(self.phases[at], self.where)
+
+    def _compile_ahead(self) -> None:
+        """Compile the phases to come in a thread while this one runs. Not on a GPU, whose compiler measures kernels on the
+        device, in the memory that the run needs."""
+        if self.mesh.devices.flat[0].platform == "gpu":
+            return
+
+        def compiled(phase: Phase) -> Steps:
+            steps = Steps(phase, self.where)
+            steps.compile()
+            return steps
+
+        for at in range(max(self._ahead, default=self.progress.phase) + 1, len(self.phases)):
+            self._ahead[at] = self._compiler.submit(compiled, self.phases[at])
+
     def _after_step(self, phase: Phase, line: dict[str, Any], entropy: float) -> str | None:
         """Book-keeping of one step: progress, log, guards. Returns why the phase is over, or None."""
         skipped = self.progress.skipped_in_row + 1 if line["optim/skipped"] else 0
         window = (*self.progress.entropies_nats, entropy)[-phase.stop.window_steps :]
-        self.progress = dataclasses.replace(
-            self.progress,
-            phase_step=self.progress.phase_step + 1,
-            entropies_nats=window,
-            skipped_in_row=skipped,
-        )
+        self._now(phase_step=self.progress.phase_step + 1, entropies_nats=window, skipped_in_row=skipped)
         step = self.progress.phase_step
         phase.check_measured(ENTROPY in line)
         head = {
@@ -210,134 +248,6 @@ class Trainer:
         phase.guard.check(phase=phase.name, phase_step=step, entropy_nats=entropy, skipped_in_row=skipped)
         epochs = (self.progress.position - self.progress.phase_position) / len(self.task.problems)
         return phase.stop.reason(phase_step=step, epochs=epochs, entropies_nats=window)
-
-    # ------------------------------------------------------------------- step
-
-    def _compile(self, phase: Phase) -> Callable[[], tuple[dict[str, Any], float]]:
-        """The phase's step: () -> (metrics of the step, entropy). Compiled once per phase."""
-        # The state keeps its layout from step to step: a drifting one would be compiled for again.
-        layout = jax.tree.map(lambda x: x.sharding, self.state)
-        width = self.task.max_prompt_tokens + phase.max_response_tokens
-        update = Updater(self.model, phase, self.mesh, layout=layout, width=width)
-        engine = self._engine(phase.sampling, phase.max_response_tokens, phase.rows_at_once or phase.rows)
-        self._start_kl = StartKL(self.model, pieces=update.micro_batches, chunk_tokens=phase.chunk_tokens)
-        if phase.reward is not None:
-            return functools.partial(self._learn, phase, engine, update)
-        if engine.slots < phase.rows:
-            return functools.partial(self._reheat_in_stages, phase, engine, update)
-        return functools.partial(self._reheat, phase, update.reheat_step(self.task.tokenizer.stop_ids))
-
-    def _engine(self, sampling: Sampling, max_response_tokens: int, slots: int, *, entropy: bool = False) -> Engine:
-        return Engine(
-            self.model,
-            self.mesh,
-            sampling=sampling,
-            max_prompt_tokens=self.task.max_prompt_tokens,
-            max_response_tokens=max_response_tokens,
-            stop_ids=self.task.tokenizer.stop_ids,
-            slots=slots,
-            entropy=entropy,
-        )
-
-    def _sample(
-        self, engine: Engine, view: PyTree, prompts: Prompts, answers: Sequence[str], key, group: int
-    ) -> Scored:
-        """Sample, and score each response while others are still decoded."""
-        return score_while(
-            lambda seen: engine.run(view, prompts, key, group=group, on_finished=seen, on_progress=self.table.sampling),
-            answers,
-            self.task.tokenizer.decode,
-            self.task.verify,
-        )
-
-    def _next_prompts(self, phase: Phase) -> tuple[Prompts, list[str]]:
-        """The next prompts of the data order, each repeated for its group; advances the cursor."""
-        count, group, start = phase.prompts_per_step, phase.responses_per_prompt, self.progress.position
-        tokens, lengths = self.task.encoded
-        chosen = indices(len(lengths), seed=self.task.seed, position=start, count=count)
-        rows = np.repeat(chosen, group)
-        row_id = (np.arange(count * group) + start * group).astype(np.uint32)
-        self.progress = dataclasses.replace(self.progress, position=start + count)
-        return Prompts(tokens[rows], lengths[rows], row_id), [self.task.problems[int(i)].answer for i in rows]
-
-    def _reheat(self, phase: Phase, step: Callable[..., Any]) -> tuple[dict[str, Any], float]:
-        """One step without rewards, one call of a jitted function; responses are scored only to be logged."""
-        began = time.monotonic()
-        prompts, answers = self._next_prompts(phase)
-        self.state, out, rollout = step(self.state, put(prompts, self.rows), self.key, self._hold(phase))
-        host: Rollout = jax.device_get(rollout)
-        stepped = time.monotonic()
-        score = accuracies(host, answers, self.task.tokenizer.decode, self.task.verify)
-        judged = time.monotonic()
-        line = rollout_metrics([host], stepped - began)
-        line |= {"reward/accuracy_fraction": float(score.mean()), "reward/mean": float(score.mean())}
-        # Every group is used. One program samples and updates: its time is the update's, and tokens/s are of the whole step.
-        line |= {"rollout/groups_kept_fraction": 1.0}
-        line |= {"time/rollout_s": None, "time/update_s": stepped - began, "time/judge_s": judged - stepped}
-        return _finish(line | self._moved(host), out, began)
-
-    def _reheat_in_stages(self, phase: Phase, engine: Engine, update: Updater) -> tuple[dict[str, Any], float]:
-        """The same step where fewer rows are decoded at once than it has: continuous batching, then the update."""
-        began = time.monotonic()
-        prompts, answers = self._next_prompts(phase)
-        key = jax.random.fold_in(self.key, self.state.step)
-        scored = self._sample(engine, engine.view(self.state.params), prompts, answers, key, phase.responses_per_prompt)
-        updating = time.monotonic()
-        batch = distillation_batch(scored.rollout)
-        self.state, out, useful = update(self.state, batch, scored.rollout.length, self._hold(phase))
-        score = float(scored.accuracy.mean())
-        line = rollout_metrics([scored.rollout], scored.rollout_s) | engine_metrics(engine)
-        line |= {"reward/accuracy_fraction": score, "reward/mean": score, "rollout/groups_kept_fraction": 1.0}
-        line |= {"learner/useful_fraction": useful, "time/rollout_s": scored.rollout_s, "time/judge_s": scored.waited_s}
-        line |= {"time/update_s": time.monotonic() - updating}
-        return _finish(line | self._moved(scored.rollout), out, began)
-
-    def _learn(self, phase: Phase, engine: Engine, update: Updater) -> tuple[dict[str, Any], float]:
-        """One RL step: generation batches until the batch is full, then one update."""
-        rule = phase.reward
-        assert rule is not None
-        began = time.monotonic()
-        key = jax.random.fold_in(self.key, self.state.step)
-        view = engine.view(self.state.params)
-        rollouts: list[Rollout] = []
-        judged: list[Groups] = []
-        seconds = {"rollout": 0.0, "judge": 0.0}
-
-        def generate() -> Groups:
-            prompts, answers = self._next_prompts(phase)
-            scored = self._sample(engine, view, prompts, answers, key, phase.responses_per_prompt)
-            groups = judge(scored.rollout, scored.accuracy, group=phase.responses_per_prompt, rule=rule)
-            rollouts.append(scored.rollout)
-            judged.append(groups)
-            seconds["rollout"] += scored.rollout_s
-            seconds["judge"] += scored.waited_s
-            return groups
-
-        try:
-            got = collect(generate, prompts=phase.prompts_per_step, leftover=self.leftover, rule=rule)
-        except ShortageError as error:
-            raise GuardError(f"phase {phase.name!r} stopped: {error}") from error
-        del view  # the update needs its memory
-        self.leftover = got.leftover
-        updating = time.monotonic()
-        batch = to_batch(got.groups, normalize_std=rule.normalize_std)
-        self.state, out, useful = update(self.state, batch, got.groups.rollout.length, self._hold(phase))
-        line = rollout_metrics(rollouts, seconds["rollout"]) | reward_metrics(got, judged) | engine_metrics(engine)
-        line |= {
-            "learner/useful_fraction": useful,
-            "time/rollout_s": seconds["rollout"],
-            "time/judge_s": seconds["judge"],
-            "time/update_s": time.monotonic() - updating,
-        }
-        return _finish(line | self._moved(got.groups.rollout), out, began)
-
-    def _moved(self, rollout: Rollout) -> dict[str, float]:
-        """How far the policy that drew `rollout` is from the phase's start, where the phase asks."""
-        return {} if self.start is None else {"policy/start_kl_nats": self._start_kl.nats(self.start, rollout)}
-
-    def _hold(self, phase: Phase) -> jax.Array:
-        limit = np.float32(phase.hold_above_nats(self.progress.phase_step + 1))
-        return put(limit, replicated(self.mesh))
 
     # ------------------------------------------------------------- evaluation
 
@@ -366,7 +276,7 @@ class Trainer:
         record = evaluate(
             engine,
             engine.view(self.state.params),
-            evaluation_key(self.key),
+            evaluation_key(self.where.key),
             prompts=encode_prompts(plan.problems, self.task.tokenizer, max_prompt_tokens=width),
             answers=[p.answer for p in plan.problems],
             samples=plan.samples,
@@ -388,12 +298,4 @@ class Trainer:
         """Compiled once: every stage is evaluated by the same programs."""
         plan = self.evaluation
         assert plan is not None
-        return self._engine(plan.sampling, plan.max_response_tokens, plan.rows_at_once, entropy=True)
-
-
-def _finish(line: dict[str, Any], out: UpdateOut, began: float) -> tuple[dict[str, Any], float]:
-    """Fetch the update's scalars in one transfer. They are fetched before the next step starts: a stop rule that looks
-    a step late would reheat a step too far."""
-    metrics = hosts.from_first({name: float(value) for name, value in jax.device_get(out.metrics).items()})
-    line = metrics | line | {"time/step_s": time.monotonic() - began}
-    return line, metrics.get(ENTROPY, float("nan"))
+        return self.where.engine(plan.sampling, plan.max_response_tokens, plan.rows_at_once, entropy=True)

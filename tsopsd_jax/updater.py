@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from tsopsd_jax.learner import Update, UpdateOut, abstract_state, make_reheat_step, make_update
-from tsopsd_jax.memory import choose_micro_batches, compile_within, device_bytes
+from tsopsd_jax.memory import choose_micro_batches, compile_within
 from tsopsd_jax.model import Qwen3
 from tsopsd_jax.packing import pack, useful_fraction
 from tsopsd_jax.phases import Phase
@@ -23,6 +23,7 @@ class Updater:
         model, phase, mesh: what is updated, how, where.
         layout: shardings of the state; it keeps them from step to step.
         width: positions of a row.
+        limit_bytes: of each device's memory; None: no limit.
 
     Attributes:
         update: the pure function, not jitted.
@@ -32,23 +33,32 @@ class Updater:
         ValueError: if the update fits the devices in no way.
     """
 
-    def __init__(self, model: Qwen3, phase: Phase, mesh: jax.sharding.Mesh, *, layout: PyTree, width: int):
+    def __init__(
+        self,
+        model: Qwen3,
+        phase: Phase,
+        mesh: jax.sharding.Mesh,
+        *,
+        layout: PyTree,
+        width: int,
+        limit_bytes: int | None = None,
+    ):
         self.phase, self.mesh, self.layout, self.model = phase, mesh, layout, model
+        self._jitted: dict[int, Any] = {}
         self.micro_batches = phase.micro_batches or choose_micro_batches(
             lambda pieces: compile_within(self.lowered(pieces, width))[1],
             rows=phase.rows,
             width=width,
             shards=row_multiple(mesh),
-            limit_bytes=device_bytes(mesh),
+            limit_bytes=limit_bytes,
         )
         self.packs = self._packs(self.micro_batches)
         self.update = self._make(self.micro_batches)
-        self._jitted = self._jit(self.update)
 
     @property
     def programs(self) -> int:
         """Programs compiled so far."""
-        return self._jitted._cache_size()
+        return self._jit(self.micro_batches)._cache_size()
 
     def _packs(self, micro_batches: int) -> bool:
         return self.phase.pack and self.phase.objective.tokenwise and micro_batches > 1
@@ -63,8 +73,12 @@ class Updater:
             chunk_tokens=phase.chunk_tokens,
         )
 
-    def _jit(self, update: Update) -> Any:
-        return jax.jit(update, donate_argnums=0, out_shardings=(self.layout, replicated(self.mesh)))
+    def _jit(self, micro_batches: int) -> Any:
+        """One function for each number of pieces: what was compiled when it was chosen is not compiled again."""
+        if micro_batches not in self._jitted:
+            layout = (self.layout, replicated(self.mesh))
+            self._jitted[micro_batches] = jax.jit(self._make(micro_batches), donate_argnums=0, out_shardings=layout)
+        return self._jitted[micro_batches]
 
     def lowered(self, micro_batches: int, width: int) -> Any:
         """The update of a batch cut into `micro_batches`, rows `width` wide, ready to be compiled; nothing is computed."""
@@ -77,7 +91,7 @@ class Updater:
         batch = Batch(*fields, segment=segment)
         hold = jax.ShapeDtypeStruct((), np.float32, sharding=replicated(self.mesh))
         state = abstract_state(self.model, self.phase.optimizer, self.mesh)
-        return self._jit(self._make(micro_batches)).lower(state, batch, hold)
+        return self._jit(micro_batches).lower(state, batch, hold)
 
     def reheat_step(self, stop_ids: tuple[int, ...]) -> Any:
         """The whole step of a phase without rewards as one jitted function; see `learner.make_reheat_step`."""
@@ -104,6 +118,6 @@ class Updater:
         if self.packs:
             batch = pack(batch, np.asarray(length), micro_batches=self.micro_batches)
         useful = useful_fraction(batch, np.asarray(length), micro_batches=self.micro_batches)
-        state, out = self._jitted(state, put(batch, row_sharding(self.mesh)), hold_above_nats)
+        state, out = self._jit(self.micro_batches)(state, put(batch, row_sharding(self.mesh)), hold_above_nats)
         jax.block_until_ready(out)
         return state, out, useful

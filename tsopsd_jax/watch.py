@@ -116,7 +116,8 @@ class Watch:
 
     def _watch(self) -> None:
         pause = min(1.0, self.heartbeat_s / 4)
-        heard = dict.fromkeys(self.peers, time.monotonic())
+        silent_s = dict.fromkeys(self.peers, 0.0)
+        looked = time.monotonic()
         rest = dict.fromkeys(self.peers, b"")
         beaten = 0.0
         with selectors.DefaultSelector() as selector:
@@ -131,13 +132,17 @@ class Watch:
                     data = _receive(self.peers[key.data])
                     if not data:
                         self._end(f"{self.names[key.data]} died")
-                    heard[key.data] = time.monotonic()
+                    silent_s[key.data] = 0.0
                     *lines, rest[key.data] = (rest[key.data] + data).split(b"\n")
                     if any(self._hear(json.loads(line)) for line in lines):
                         selector.unregister(self.peers[key.data])
-                        del self.peers[key.data], heard[key.data]
-                for number, at in heard.items():
-                    if time.monotonic() - at > self.heartbeat_s:
+                        del self.peers[key.data], silent_s[key.data]
+                # A pause of this process (a machine that is moved or overloaded) is no silence of the others.
+                now = time.monotonic()
+                passed, looked = min(now - looked, 2 * pause), now
+                for number in silent_s:
+                    silent_s[number] += passed
+                    if silent_s[number] > self.heartbeat_s:
                         self._end(f"{self.names[number]} gave no sign of life for {self.heartbeat_s:g} s")
 
     def _hear(self, message: Any) -> bool:
