@@ -108,13 +108,6 @@ MUTANTS = [
         "test_hosts.py -k pause",
     ),
     Mutant(
-        "a rollout that is left moves the data cursor",
-        "steps.py",
-        "        after = saved\n",
-        "        after = saved\n        saved.progress.__dict__.update(position=saved.progress.position + 1)\n",
-        "test_trainer.py -k leaves_the_rollout",
-    ),
-    Mutant(
         "what was saved when a rollout is left is not the last step",
         "trainer.py",
         "        if (step := int(self.state.step)) == self.saved_step:\n            return\n",
