@@ -836,8 +836,8 @@ MUTANTS = [
     Mutant(
         "the first phase's start kept for all",
         "trainer.py",
-        "self.leftover = self.start = None",
-        "self.leftover = None",
+        "phase_position=position))",
+        "phase_position=position), start=self.run_state.start)",
         "test_trainer.py -k how_far",
     ),
     Mutant(
