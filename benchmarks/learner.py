@@ -115,7 +115,7 @@ def work_ours(asked: dict[str, Any]) -> None:
         "grown_bytes": grown,
         "gemm_gflops": gemm_gflops(lambda: (a @ a).block_until_ready()),
     }
-    serve(lambda: run(batch), ready)
+    serve(lambda: run(batch), ready, turn_s=1.0)
 
 
 def work_trl(asked: dict[str, Any]) -> None:
@@ -176,7 +176,7 @@ def work_trl(asked: dict[str, Any]) -> None:
     grown = memory_of(run)
     a = torch.ones(1024, 1024)
     ready = {"name": f"trl {trl.__version__}", "grown_bytes": grown, "gemm_gflops": gemm_gflops(lambda: a @ a)}
-    serve(run, ready | {"torch": torch.__version__})
+    serve(run, ready | {"torch": torch.__version__}, turn_s=1.0)
 
 
 def update(rounds: int, trl_python: str | None, tunix_python: str | None) -> list[dict[str, Any]]:

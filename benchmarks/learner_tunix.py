@@ -58,7 +58,7 @@ def main() -> None:
     a, product = jnp.ones((1024, 1024)), jax.jit(lambda a: a @ a)
     version = importlib.metadata.version("google-tunix")
     gemm = gemm_gflops(lambda: product(a).block_until_ready())
-    serve(run, {"name": f"tunix {version}", "grown_bytes": grown, "gemm_gflops": gemm})
+    serve(run, {"name": f"tunix {version}", "grown_bytes": grown, "gemm_gflops": gemm}, turn_s=1.0)
 
 
 if __name__ == "__main__":

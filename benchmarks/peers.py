@@ -92,13 +92,16 @@ def in_turns(commands: list[list[str]], rounds: int) -> list[dict[str, Any]]:
     return rows
 
 
-def serve(run: Callable[[], Any], ready: dict[str, Any]) -> None:
-    """A worker's half: say that it is ready, then run once for each line on stdin and say how long it took."""
+def serve(run: Callable[[], Any], ready: dict[str, Any], *, turn_s: float = 0.0) -> None:
+    """A worker's half: say that it is ready; for each line on stdin run, again until `turn_s` have passed, and say how long
+    a run took. What takes milliseconds is otherwise measured as it wakes up, not as it runs in a training."""
     print(json.dumps(ready), flush=True)
     for _ in sys.stdin:
-        began = time.perf_counter()
-        run()
-        print(json.dumps({"seconds": time.perf_counter() - began}), flush=True)
+        began, runs = time.perf_counter(), 0
+        while not runs or time.perf_counter() - began < turn_s:
+            run()
+            runs += 1
+        print(json.dumps({"seconds": (time.perf_counter() - began) / runs}), flush=True)
 
 
 def memory_of(run: Callable[[], Any]) -> int:
