@@ -104,15 +104,21 @@ def work_ours(asked: dict[str, Any]) -> None:
     import jax
     import jax.numpy as jnp
 
+    from tsopsd_jax.memory import TOKENS_PER_CPU, choose_micro_batches
     from tsopsd_jax.sharding import make_mesh, row_sharding
 
-    run = our_update(asked, "dapo")
+    width = asked["prompt_tokens"] + asked["response_tokens"]
+    pieces = choose_micro_batches(
+        lambda _: 0, rows=asked["rows"], width=width, shards=devices, limit_bytes=None, tokens=TOKENS_PER_CPU
+    )  # as a run does
+    run = our_update(asked, "dapo", micro_batches=pieces)
     batch = jax.device_put(full_batch(asked), row_sharding(make_mesh(devices=jax.devices()[:devices])))
     grown = memory_of(lambda: run(batch))
     a = jnp.ones((1024, 1024))
     ready = {
         "name": f"tsopsd_jax, {devices} device{'s' * (devices > 1)}",
         "grown_bytes": grown,
+        "micro_batches": pieces,
         "gemm_gflops": gemm_gflops(lambda: (a @ a).block_until_ready()),
     }
     serve(lambda: run(batch), ready, turn_s=1.0)

@@ -93,6 +93,8 @@ def test_micro_batches_without_a_limit_of_memory(rows, width, shards, want):
 
     assert choose_micro_batches(never, rows=rows, width=width, shards=shards, limit_bytes=None) == want
     assert TOKENS_PER_DEVICE == 16_384
+    demo = choose_micro_batches(never, rows=512, width=26, shards=2, limit_bytes=None, tokens=2048)
+    assert demo == 4  # 64 rows a device, 1,664 tokens
 
 
 def program(temporaries):

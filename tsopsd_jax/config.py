@@ -208,7 +208,7 @@ class PhaseSettings:
     """Slots: responses decoded side by side; one that ends makes room for the next. null: all of the step's."""
     micro_batches: int | None = None
     """Pieces of the update; changes memory, not the result. null: as many as the devices' memory asks for, none with more
-    than 16,384 tokens a device."""
+    than 16,384 tokens a device (2,048 on a CPU)."""
     chunk_tokens: int = CHUNK_TOKENS
     """Tokens whose logits exist at once, on each device."""
     pack: bool = True

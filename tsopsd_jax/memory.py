@@ -10,6 +10,8 @@ from tsopsd_jax import hosts
 
 TOKENS_PER_DEVICE = 16_384
 """Tokens of a micro-batch on each device, at most: enough for full speed; more takes memory and leaves more padding."""
+TOKENS_PER_CPU = 2_048
+"""The same of a CPU, whose caches hold the activations of so many: measured, `benchmarks/learner.py`."""
 
 RESERVE = 0.03
 """Share of a device's memory left to the runtime and to fragmentation."""
@@ -56,23 +58,30 @@ def exhausted_bytes(message: str) -> int | None:
 
 
 def choose_micro_batches(
-    need_of: Callable[[int], int], *, rows: int, width: int, shards: int, limit_bytes: int | None
+    need_of: Callable[[int], int],
+    *,
+    rows: int,
+    width: int,
+    shards: int,
+    limit_bytes: int | None,
+    tokens: int = TOKENS_PER_DEVICE,
 ) -> int:
-    """The fewest pieces of a batch of which none has more than TOKENS_PER_DEVICE tokens on a device and with which the
-    update fits. More tokens at once would not be faster, and leave more padding.
+    """The fewest pieces of a batch of which none has more than `tokens` tokens on a device and with which the update
+    fits. More tokens at once would not be faster, and leave more padding.
 
     Args:
         need_of: number of pieces -> bytes of the update on each device; called only where memory has a limit.
         rows, width: of the batch; rows are a multiple of `shards`.
         shards: devices over which rows are divided.
         limit_bytes: of each device; None: no limit.
+        tokens: of a piece on each device, at most (a single row may have more).
 
     Raises:
         ValueError: if one row on each device does not fit.
     """
     each = rows // shards
     few = [n for n in range(1, each + 1) if each % n == 0]
-    few = [n for n in few if (each // n) * width <= TOKENS_PER_DEVICE] or [each]
+    few = [n for n in few if (each // n) * width <= tokens] or [each]
     if limit_bytes is None:
         return few[0]
     while True:

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from tsopsd_jax.learner import Update, UpdateOut, abstract_state, make_reheat_step, make_update
-from tsopsd_jax.memory import choose_micro_batches, compile_within
+from tsopsd_jax.memory import TOKENS_PER_CPU, TOKENS_PER_DEVICE, choose_micro_batches, compile_within
 from tsopsd_jax.model import Qwen3
 from tsopsd_jax.packing import pack, useful_fraction
 from tsopsd_jax.phases import Phase
@@ -45,12 +45,14 @@ class Updater:
     ):
         self.phase, self.mesh, self.layout, self.model = phase, mesh, layout, model
         self._jitted: dict[int, Any] = {}
+        on_cpu = mesh.devices.flat[0].platform == "cpu"
         self.micro_batches = phase.micro_batches or choose_micro_batches(
             lambda pieces: compile_within(self.lowered(pieces, width))[1],
             rows=phase.rows,
             width=width,
             shards=row_multiple(mesh),
             limit_bytes=limit_bytes,
+            tokens=TOKENS_PER_CPU if on_cpu else TOKENS_PER_DEVICE,
         )
         self.packs = self._packs(self.micro_batches)
         self.update = self._make(self.micro_batches)
