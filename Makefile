@@ -22,10 +22,10 @@ demo: $(VENV)/.demo
 	$(BIN)/tsopsd demo
 
 test: env
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 mutants: env
-	$(BIN)/python tests/mutants.py
+	$(BIN)/python tests/mutants.py --jobs 2
 
 format: env
 	$(BIN)/ruff check --fix .
