@@ -109,7 +109,8 @@ class Steps:
     # ---------------------------------------------------------------- compiling
 
     def compile(self) -> None:
-        """Compile the programs that every step calls. A call with the same shapes then finds them; nothing is computed."""
+        """Compile the large programs that every step calls; a call with the same shapes then finds them. Nothing is computed.
+        (Prompts are prefilled in the shape of the longest allowed; batches of shorter ones have another.)"""
         for lowered in self.lowered():
             lowered.compile()
 
@@ -129,7 +130,10 @@ class Steps:
         engine, params = self.engine, self.state.params
         yield ahead.lower_view(engine, params)
         yield ahead.lower_prefill(engine, params, ahead.prefill_shape(engine, self.phase.prompts_per_step))
-        yield ahead.lower_segment(engine, params)
+        for size in ahead.pool_sizes(
+            engine
+        ):  # it grows with the responses; shapes of fewer slots are left to the end of a rollout
+            yield ahead.lower_segment(engine, params, size)
         yield self.update.lowered(self.update.micro_batches, self.width)
 
     # --------------------------------------------------------------- the three

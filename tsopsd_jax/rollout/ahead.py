@@ -24,11 +24,15 @@ def abstract_view(engine: Engine, params: PyTree) -> Any:
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), view, layout)
 
 
-def abstract_cache(engine: Engine) -> tuple[Any, Pool | None]:
-    """(tails, pool) of all slots, the pool at its largest: every row at its full length."""
+def pool_sizes(engine: Engine) -> list[int]:
+    """Pages that the pool of a shard may have with all slots in use, rising."""
+    return engine.geometry.pool_sizes(engine.slots // engine.shards)
+
+
+def abstract_cache(engine: Engine, size: int | None = None) -> tuple[Any, Pool | None]:
+    """(tails, pool) of all slots, the pool of `size`, by default at its largest: every row at its full length."""
     tails = _like(jax.eval_shape(lambda: engine._tails(slots=engine.slots)), engine._heads)
-    each = engine.slots // engine.shards
-    size = engine.geometry.pool_sizes(each)[-1]
+    size = pool_sizes(engine)[-1] if size is None else size
     if not size:
         return tails, None
     shape = (engine.shards, size)
@@ -54,10 +58,10 @@ def lower_prefill(engine: Engine, params: PyTree, shape: tuple[int, int]) -> Any
     return engine._prefill.lower(abstract_view(engine, params), tokens)
 
 
-def lower_segment(engine: Engine, params: PyTree) -> Any:
-    """A segment of all slots over the largest cache."""
+def lower_segment(engine: Engine, params: PyTree, size: int | None = None) -> Any:
+    """A segment of all slots over a pool of `size`, by default the largest."""
     rows = row_sharding(engine.mesh)
-    tails, pool = abstract_cache(engine)
+    tails, pool = abstract_cache(engine, size)
     integers: dict[str, Any] = dict.fromkeys(
         Slots._fields, jax.ShapeDtypeStruct((engine.slots,), np.int32, sharding=rows)
     )
