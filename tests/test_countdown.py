@@ -82,7 +82,7 @@ def test_countdown_first_rows_are_the_same_rows(countdown_directory):
 def test_interrupted_build_leaves_nothing(tmp_path, monkeypatch):
     from tsopsd_jax.data import builders
 
-    def stops(self, problems):  # noqa: ARG001
+    def stops(_self, _problems):
         yield 0, {"id": "a", "prompt": "b", "answer": "c"}
         raise KeyboardInterrupt
 

@@ -36,7 +36,10 @@ def whole(tiny, prompts):
     return jax.tree.map(np.asarray, rollout)
 
 
-def engine_of(model, *, slots, segment, devices=1, sampling=Sampling(), entropy=False, **mesh):  # noqa: B008 - frozen
+EXACT = Sampling()
+
+
+def engine_of(model, *, slots, segment, devices=1, sampling=EXACT, entropy=False, **mesh):
     return Engine(
         model,
         make_mesh(**(mesh or {"fsdp": 1}), devices=jax.devices()[:devices]),

@@ -11,7 +11,7 @@ from tsopsd_jax import hosts
 TOKENS_PER_DEVICE = 16_384
 """Tokens of a micro-batch on each device, at most: enough for full speed; more takes memory and leaves more padding."""
 TOKENS_PER_CPU = 2_048
-"""The same of a CPU, whose caches hold the activations of so many: measured, `benchmarks/learner.py`."""
+"""The same of a CPU, whose caches hold the activations of so many: measured, docs/lab_notes.md."""
 
 RESERVE = 0.03
 """Share of a device's memory left to the runtime and to fragmentation."""

@@ -130,9 +130,8 @@ class Steps:
         engine, params = self.engine, self.state.params
         yield ahead.lower_view(engine, params)
         yield ahead.lower_prefill(engine, params, ahead.prefill_shape(engine, self.phase.prompts_per_step))
-        for size in ahead.pool_sizes(
-            engine
-        ):  # it grows with the responses; shapes of fewer slots are left to the end of a rollout
+        # The pool grows with the responses. Shapes of fewer slots are left to the end of a rollout.
+        for size in ahead.pool_sizes(engine):
             yield ahead.lower_segment(engine, params, size)
         yield self.update.lowered(self.update.micro_batches, self.width)
 
