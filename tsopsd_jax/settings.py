@@ -23,7 +23,7 @@ def build(cls: type[T], data: Any, *, where: str = "") -> T:
     if not isinstance(data, Mapping):
         raise ValueError(f"{where or 'the configuration'}: expected a mapping of settings, got {data!r}")
     hints = typing.get_type_hints(cls)
-    fields = {f.name: f for f in dataclasses.fields(cls)}
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # pyright: ignore[reportArgumentType] - T is a dataclass
     for key in data:
         if key not in fields:
             near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.5)
