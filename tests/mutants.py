@@ -31,6 +31,13 @@ class Mutant(NamedTuple):
 
 MUTANTS = [
     Mutant(
+        "a rollout that is left waits for all its verifications",
+        "judge.py",
+        "threads.shutdown(cancel_futures=True)",
+        "threads.shutdown()",
+        "test_judge.py -k is_left",
+    ),
+    Mutant(
         "an answer without a verdict is not counted",
         "rewards/symbolic.py",
         "self.cut_off += 1",

@@ -1,6 +1,7 @@
 """Rollout -> Batch on the host: rewards, the informative filter, drawing until full, advantages per token."""
 
 import inspect
+import threading
 import time
 
 import jax
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from tsopsd_jax.judge import (
+    VERIFY_THREADS,
     Groups,
     RewardRule,
     ShortageError,
@@ -246,3 +248,22 @@ def test_what_a_verifier_raises_while_sampling_is_raised():
 
     with pytest.raises(RuntimeError, match="broken verifier"):
         score_while(sampling([1]), ["0"], str, verify)
+
+
+def test_a_rollout_that_is_left_does_not_wait_for_verifications_nobody_began():
+    rows, seen, go = 5 * VERIFY_THREADS, [], threading.Event()
+
+    def verify(text, _answer):
+        seen.append(text)
+        go.wait(10)
+        return 0.0
+
+    def left(on_finished):
+        for row in range(rows):
+            on_finished(Finished(row, np.array([row]), np.zeros(1), True))
+        threading.Timer(0.5, go.set).start()  # those begun end after the rollout was left
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        score_while(left, ["0"] * rows, str, verify)
+    assert 0 < len(seen) < rows

@@ -17,7 +17,7 @@ from tsopsd_jax import hosts
 from tsopsd_jax.checkpoint import Saved
 from tsopsd_jax.data import indices
 from tsopsd_jax.judge import Groups, Scored, ShortageError, accuracies, collect, judge, score_while, to_batch
-from tsopsd_jax.learner import ENTROPY, UpdateOut, abstract_state, distillation_batch
+from tsopsd_jax.learner import ENTROPY, UpdateOut, distillation_batch
 from tsopsd_jax.model import Qwen3
 from tsopsd_jax.phases import GuardError, Phase
 from tsopsd_jax.rollout import Engine, Progress, Sampling, ahead
@@ -77,12 +77,12 @@ class Steps:
 
     def __init__(self, phase: Phase, where: Where):
         self.phase, self.where, self.task = phase, where, where.task
-        self.state = abstract_state(where.model, phase.optimizer, where.mesh)
-        # The state keeps its layout from step to step: a drifting one would be compiled for again.
-        layout = jax.tree.map(lambda x: x.sharding, self.state)
-        self.width = self.task.max_prompt_tokens + phase.max_response_tokens
         self.update = Updater(
-            where.model, phase, where.mesh, layout=layout, width=self.width, limit_bytes=where.limit_bytes
+            where.model,
+            phase,
+            where.mesh,
+            max_prompt_tokens=self.task.max_prompt_tokens,
+            limit_bytes=where.limit_bytes,
         )
         self.engine = where.engine(phase.sampling, phase.max_response_tokens, phase.rows_at_once or phase.rows)
         self.start_kl = StartKL(where.model, pieces=self.update.micro_batches, chunk_tokens=phase.chunk_tokens)
@@ -116,24 +116,16 @@ class Steps:
 
     def lowered(self) -> Iterator[Any]:
         """Those programs, one after the other, ready to be compiled."""
-        everywhere = replicated(self.where.mesh)
-        key: Any = jax.ShapeDtypeStruct((), self.where.key.dtype, sharding=everywhere)
-        hold = jax.ShapeDtypeStruct((), np.float32, sharding=everywhere)
         if self._take == self._reheat:
-
-            def of(dtype, *shape: int) -> Any:
-                return jax.ShapeDtypeStruct((self.phase.rows, *shape), dtype, sharding=self.rows)
-
-            prompts = Prompts(of(np.int32, self.task.max_prompt_tokens), of(np.int32), of(np.uint32))
-            yield self._step.lower(self.state, prompts, key, hold)
+            yield self.update.lowered_reheat_step(self._step)
             return
-        engine, params = self.engine, self.state.params
+        engine, params = self.engine, self.update.state.params
         yield ahead.lower_view(engine, params)
         yield ahead.lower_prefill(engine, params, ahead.prefill_shape(engine, self.phase.prompts_per_step))
         # The pool grows with the responses. Shapes of fewer slots are left to the end of a rollout.
         for size in ahead.pool_sizes(engine):
             yield ahead.lower_segment(engine, params, size)
-        yield self.update.lowered(self.update.micro_batches, self.width)
+        yield self.update.lowered()
 
     # --------------------------------------------------------------- the three
 

@@ -13,7 +13,7 @@ from tsopsd_jax.packing import pack, useful_fraction
 from tsopsd_jax.phases import Phase
 from tsopsd_jax.rollout import sample
 from tsopsd_jax.sharding import put, replicated, row_multiple, row_sharding
-from tsopsd_jax.types import AnyArray, Batch, PyTree, TrainState
+from tsopsd_jax.types import AnyArray, Batch, Prompts, TrainState
 
 
 class Updater:
@@ -21,11 +21,12 @@ class Updater:
 
     Args:
         model, phase, mesh: what is updated, how, where.
-        layout: shardings of the state; it keeps them from step to step.
-        width: positions of a row.
+        max_prompt_tokens: the width of a row is this and the phase's longest response.
         limit_bytes: of each device's memory; None: no limit.
 
     Attributes:
+        state: shapes and shardings of the train state, which it keeps from step to step: a drifting layout would be
+            compiled for again.
         update: the pure function, not jitted.
         micro_batches: pieces of a batch; the phase's, or chosen by the devices' memory.
 
@@ -39,17 +40,20 @@ class Updater:
         phase: Phase,
         mesh: jax.sharding.Mesh,
         *,
-        layout: PyTree,
-        width: int,
-        limit_bytes: int | None = None,
+        max_prompt_tokens: int,
+        limit_bytes: int | None,
     ):
-        self.phase, self.mesh, self.layout, self.model = phase, mesh, layout, model
+        self.phase, self.mesh, self.model = phase, mesh, model
+        self.max_prompt_tokens = max_prompt_tokens
+        self.width = max_prompt_tokens + phase.max_response_tokens
+        self.state = abstract_state(model, phase.optimizer, mesh)
+        self._layout = jax.tree.map(lambda x: x.sharding, self.state)
         self._jitted: dict[int, Any] = {}
         on_cpu = mesh.devices.flat[0].platform == "cpu"
         self.micro_batches = phase.micro_batches or choose_micro_batches(
-            lambda pieces: compile_within(self.lowered(pieces, width))[1],
+            lambda pieces: compile_within(self.lowered(pieces))[1],
             rows=phase.rows,
-            width=width,
+            width=self.width,
             shards=row_multiple(mesh),
             limit_bytes=limit_bytes,
             tokens=TOKENS_PER_CPU if on_cpu else TOKENS_PER_DEVICE,
@@ -78,22 +82,28 @@ class Updater:
     def _jit(self, micro_batches: int) -> Any:
         """One function for each number of pieces: what was compiled when it was chosen is not compiled again."""
         if micro_batches not in self._jitted:
-            layout = (self.layout, replicated(self.mesh))
+            layout = (self._layout, replicated(self.mesh))
             self._jitted[micro_batches] = jax.jit(self._make(micro_batches), donate_argnums=0, out_shardings=layout)
         return self._jitted[micro_batches]
 
-    def lowered(self, micro_batches: int, width: int) -> Any:
-        """The update of a batch cut into `micro_batches`, rows `width` wide, ready to be compiled; nothing is computed."""
+    def _of(self, dtype: Any, *shape: int) -> Any:
+        return jax.ShapeDtypeStruct((self.phase.rows, *shape), dtype, sharding=row_sharding(self.mesh))
 
-        def of(dtype):
-            return jax.ShapeDtypeStruct((self.phase.rows, width), dtype, sharding=row_sharding(self.mesh))
+    def _once(self, dtype: Any) -> Any:
+        return jax.ShapeDtypeStruct((), dtype, sharding=replicated(self.mesh))
 
-        fields: list[Any] = [of(dtype) for dtype in (np.int32, bool, np.float32, np.float32)]
-        segment: Any = of(np.int32) if self._packs(micro_batches) else None
-        batch = Batch(*fields, segment=segment)
-        hold = jax.ShapeDtypeStruct((), np.float32, sharding=replicated(self.mesh))
-        state = abstract_state(self.model, self.phase.optimizer, self.mesh)
-        return self._jit(micro_batches).lower(state, batch, hold)
+    def lowered(self, micro_batches: int | None = None) -> Any:
+        """The update of a batch cut into `micro_batches` (None: its own), ready to be compiled; nothing is computed."""
+        pieces = micro_batches or self.micro_batches
+        fields = [self._of(dtype, self.width) for dtype in (np.int32, bool, np.float32, np.float32)]
+        segment = self._of(np.int32, self.width) if self._packs(pieces) else None
+        return self._jit(pieces).lower(self.state, Batch(*fields, segment=segment), self._once(np.float32))
+
+    def lowered_reheat_step(self, step: Any) -> Any:
+        """A `reheat_step`, ready to be compiled."""
+        prompts = Prompts(self._of(np.int32, self.max_prompt_tokens), self._of(np.int32), self._of(np.uint32))
+        key = self._once(jax.eval_shape(lambda: jax.random.key(0)).dtype)
+        return step.lower(self.state, prompts, key, self._once(np.float32))
 
     def reheat_step(self, stop_ids: tuple[int, ...]) -> Any:
         """The whole step of a phase without rewards as one jitted function; see `learner.make_reheat_step`."""
@@ -107,7 +117,7 @@ class Updater:
         )
         step = make_reheat_step(draw, self.update)
         everywhere = replicated(self.mesh)
-        return jax.jit(step, donate_argnums=0, out_shardings=(self.layout, everywhere, everywhere))
+        return jax.jit(step, donate_argnums=0, out_shardings=(self._layout, everywhere, everywhere))
 
     def __call__(
         self, state: TrainState, batch: Batch, length: AnyArray, hold_above_nats: jax.Array

@@ -4,9 +4,6 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import jax
-import numpy as np
-
 from tsopsd_jax.head import TILES
 from tsopsd_jax.learner import MICRO_BATCHES
 from tsopsd_jax.memory import choose_micro_batches, compile_within
@@ -16,8 +13,6 @@ from tsopsd_jax.plan.collectives import Program
 from tsopsd_jax.rollout import Engine
 from tsopsd_jax.rollout.ahead import lower_prefill, lower_segment, lower_view
 from tsopsd_jax.rollout.segment import STEPS
-from tsopsd_jax.sharding import replicated, row_sharding
-from tsopsd_jax.types import Prompts
 from tsopsd_jax.updater import Updater
 
 HOPELESS = 1.3
@@ -59,7 +54,9 @@ def compile_parts(case: Case, programs: Programs, *, limit_bytes: int) -> list[P
     shape = case.update_shape(pieces)
     loops = {MICRO_BATCHES: shape.micro_batches, TILES: shape.tiles(case.split)}
     if case.one_program:
-        step = programs.compile(f"{case.names[0]}: whole step", _lower_reheat_step(case, updater))
+        step = programs.compile(
+            f"{case.names[0]}: whole step", updater.lowered_reheat_step(updater.reheat_step(STOP_IDS))
+        )
         loops[STEPS] = case.phase.max_response_tokens
         return [_measured(estimated["reheat_step"], case, step, inside=("parameters", "optimizer"), loops=loops)]
     sampling = _sampling(case, programs, estimated)
@@ -99,13 +96,12 @@ def _sampling(case: Case, programs: Programs, estimated: dict[str, Part]) -> lis
 
 
 def _updater(case: Case, pieces: int) -> Updater:
-    layout = jax.tree.map(lambda x: x.sharding, case.state)
     phase = dataclasses.replace(case.phase, micro_batches=pieces)
-    return Updater(case.model, phase, case.mesh, layout=layout, width=case.width)
+    return Updater(case.model, phase, case.mesh, max_prompt_tokens=case.max_prompt_tokens, limit_bytes=None)
 
 
 def _update(case: Case, programs: Programs, pieces: int) -> Compiled:
-    lowered = _updater(case, pieces).lowered(pieces, case.width)
+    lowered = _updater(case, pieces).lowered()
     return programs.compile(f"{case.names[0]}: update in {pieces} micro-batches", lowered)
 
 
@@ -122,20 +118,6 @@ def _fewest(case: Case, programs: Programs, limit_bytes: int) -> int:
         return choose_micro_batches(need_of, rows=rows, width=case.width, shards=shards, limit_bytes=limit_bytes)
     except ValueError:
         return rows // shards
-
-
-def _lower_reheat_step(case: Case, updater: Updater) -> Any:
-    rows, whole = row_sharding(case.mesh), replicated(case.mesh)
-    b, p = case.phase.rows, case.max_prompt_tokens
-
-    def of(shape: tuple[int, ...], dtype: Any) -> Any:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
-
-    prompts = Prompts(of((b, p), np.int32), of((b,), np.int32), of((b,), np.uint32))
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole)
-    hold = jax.ShapeDtypeStruct((), np.float32, sharding=whole)
-    return updater.reheat_step(STOP_IDS).lower(case.state, prompts, key, hold)
 
 
 def _measured(
