@@ -1,7 +1,7 @@
 """`tsopsd`: demo, train, plan, check, report, convert, generate, eval, data.
 
 Exit codes: 0 done; 2 bad input (one line says what); 3 a guard stopped the run to protect the policy; 4 a signal stopped
-the run (its step was finished and saved, unless the signal came twice): the same command goes on; 5 another process of
+the run (what stood was saved, unless the signal came twice): the same command goes on; 5 another process of
 the run died or failed: the same command in all of them goes on from the last checkpoint.
 """
 
