@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from tsopsd_jax.rollout import Engine, Sampling, sample
-from tsopsd_jax.rollout.schedule import Geometry, Schedule
+from tsopsd_jax.rollout.admission import pieces, placement
+from tsopsd_jax.rollout.schedule import Admitted, Geometry, Schedule
 from tsopsd_jax.sharding import make_mesh, tree_shardings
 from tsopsd_jax.types import Prompts
 
@@ -145,6 +146,87 @@ def test_a_prompt_is_prefilled_once_per_group(tiny, prompts):
     assert len(real) == 6, "six groups, each once"
 
 
+def test_a_prompts_cache_stays_where_it_is_continued(tiny, prompts):
+    """Prefill gives each shard the cache of its own prompts, and placing them moves nothing between shards. Groups of two,
+    two slots a shard: every group once, on one shard."""
+    model = dataclasses.replace(tiny[0], config=dataclasses.replace(tiny[0].config, vocab_size=40))  # splits in two
+    params = model.init(jax.random.key(1))
+    engine = engine_of(model, slots=8, segment=3, devices=8, data=2, fsdp=2, tensor=2)
+    compiled = {}
+
+    def watch(name):
+        original = getattr(engine, name)
+
+        def call(*args):
+            program = original.lower(*args).compile()
+            compiled.setdefault(name, []).append((program.as_text(), args[-1].shape))
+            return original(*args)
+
+        setattr(engine, name, call)
+
+    watch("_prefill")
+    watch("_place")
+    layout = tree_shardings(model.param_axes(), model.param_shapes(), engine.mesh)
+    view = engine.view(jax.device_put(params, layout))
+    list(engine.stream(view, prompts, jax.random.key(11), group=2))
+    assert sum(shape[0] for _, shape in compiled["_prefill"]) >= 6
+    assert any("dynamic-slice" in text or "gather" in text for text, _ in compiled["_place"])
+    for text, _ in compiled["_place"]:
+        assert not re.findall(r"all-\w+|collective-\w+|reduce-scatter", text)
+    for text, _ in compiled["_prefill"]:
+        assert not re.findall(r"all-to-all|collective-permute", text)
+        assert {shape for shape, _ in re.findall(r"= (\S+?)(?:\{[\d,]*\})? (all-gather)\(", text)} <= {"s32[8,2]"}
+
+
+def test_pieces_prefill_what_each_shard_needs():
+    """Two shards, at most two prompts of each at a time; the prompt carried on is not prefilled again."""
+    group = [0, 0, 1, 1, 2, 2, 3, 3, 4]
+    shard = [0, 0, 0, 0, 0, 1, 1, 0, 0]
+    admitted = [
+        Admitted(row, shard[row], shard[:row].count(shard[row]), np.arange(10 * row, 10 * row + row % 3))
+        for row in range(9)
+    ]
+    carried = [0, -1]
+    first, second = pieces(admitted, group, carried, most=2)
+    assert first.new == [[1, 2], [2, 3]]
+    assert second.new == [[3, 4], []]
+    assert [[prompt for _, prompt in mine] for mine in first.entries] == [[0, 0, 1, 1, 2], [1, 2]]
+    assert [[prompt for _, prompt in mine] for mine in second.entries] == [[1, 2], []]
+    assert carried == [4, 3]
+    assert first.rows == second.rows == 2
+    to = placement(first, slots=7, pool=99, r=5)
+    np.testing.assert_array_equal(to.home, [[0, 0, 1, 1, 2, -1, -1], [1, 2, -1, -1, -1, -1, -1]])
+    np.testing.assert_array_equal(to.start, [[0, 5, 10, 0, 5, 0, 0], [10, 0, 0, 0, 0, 0, 0]])
+    pages, prompt, part = to.table.transpose(1, 0, 2)
+    np.testing.assert_array_equal(pages, [[10, 20, 21, 40], [50, 51, 99, 99]])
+    np.testing.assert_array_equal(prompt, [[0, 1, 1, 2], [1, 1, 0, 0]])
+    np.testing.assert_array_equal(part, [[0, 0, 1, 0], [0, 1, 0, 0]])
+    np.testing.assert_array_equal(to.keep, [2, 2])
+    np.testing.assert_array_equal(placement(second, slots=7, pool=99, r=5).keep, [2, 0])
+    again = Admitted(9, 1, 0, np.arange(0))
+    (third,) = pieces([again], [*group, 3], carried, most=2)
+    assert (third.new, third.rows) == ([[], []], 0)
+
+
+def test_a_groups_rows_share_a_shard():
+    """Four shards of eight slots, groups of four: whole groups, evenly; what comes later goes where slots are idle."""
+    group = np.repeat(np.arange(20), 4)
+    schedule = Schedule(np.ones(80, int), slots=32, geometry=Geometry(8, 1, 8, 4), group=group)
+    schedule.admit()
+    of_row = {row: shard for shard, rows in enumerate(schedule.row.tolist()) for row in rows}
+    assert [len({of_row[row] for row in range(4 * g, 4 * g + 4)}) for g in range(8)] == [1] * 8
+    gone = np.isin(schedule.row, [0, 1, 2, 9, 10])  # three of one shard, two of another
+    schedule.advance(np.ones(gone.shape, np.int32), gone)
+    came = schedule.admit()
+    assert [(entry.row, entry.shard) for entry in came] == [
+        (32, of_row[0]),
+        (33, of_row[0]),
+        (34, of_row[0]),
+        (35, of_row[9]),
+        (36, of_row[9]),
+    ]
+
+
 def test_no_weight_is_gathered_while_decoding(tiny, prompts):
     """FSDP shards are gathered when the view is made; a decoding step moves nothing over fsdp."""
     model, params = tiny
@@ -182,7 +264,8 @@ def test_wrong_prompts_are_refused(tiny, prompts):
 
 def simulate(lengths, *, slots, geometry, prompt_length):
     """Run a schedule with given response lengths; checks its invariants at every turn."""
-    schedule = Schedule(prompt_length, slots=slots, geometry=geometry)
+    group = np.arange(len(lengths)) // 4
+    schedule = Schedule(prompt_length, slots=slots, geometry=geometry, group=group)
     ended, sizes = [], set()
     while not schedule.over:
         schedule.grow()

@@ -24,7 +24,7 @@ from tsopsd_jax.plan.work import (
     update_work,
     view_work,
 )
-from tsopsd_jax.rollout.engine import PREFILL_TOKENS, segment_tokens
+from tsopsd_jax.rollout.engine import segment_tokens
 from tsopsd_jax.rollout.schedule import Geometry
 from tsopsd_jax.sharding import DECODE_RULES, tree_shardings
 from tsopsd_jax.types import PyTree
@@ -138,7 +138,7 @@ class Case:
     def prefill(self) -> tuple[int, int, int]:
         """(calls in a step, prompts of a call, positions)."""
         width = self.geometry.prefill_width(self.max_prompt_tokens - 1)
-        rows = self.geometry.prefill_rows(min(self.phase.prompts_per_step, max(1, PREFILL_TOKENS // max(width, 1))))
+        rows = self.geometry.prefill_rows(self.phase.prompts_per_step, width)
         return -(-self.phase.prompts_per_step // rows), rows, width
 
     @property

@@ -7,7 +7,7 @@ the compiler's own figures for TPUs show them.
 
 from tsopsd_jax.plan.case import Case, Part
 from tsopsd_jax.plan.collectives import Moved
-from tsopsd_jax.plan.work import layer_weights, model_weights
+from tsopsd_jax.plan.work import cache_bytes_per_token, layer_weights, model_weights
 
 
 def estimate(case: Case, pieces: int) -> list[Part]:
@@ -67,9 +67,9 @@ def _prefill(case: Case) -> dict[str, int]:
     c, split = case.model.config, case.split
     _, rows, width = case.prefill
     positions = rows * width / split.rows
-    # Its own cache, heads over `tensor`, every prompt on every device: any slot may take it.
-    store = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * case.itemsize * rows * width // split.tensor
-    temporaries = store + _activations(case, positions)
+    # Its own cache, heads over `tensor`, each prompt on the devices that continue it.
+    store = cache_bytes_per_token(c, case.itemsize) * positions / split.tensor
+    temporaries = int(store) + _activations(case, positions)
     return case.resident | {"rollout view": case.view_bytes, "cache": case.cache_bytes, "temporaries": temporaries}
 
 
@@ -77,9 +77,7 @@ def _prefill_moved(case: Case) -> list[Moved]:
     c, split = case.model.config, case.split
     calls, rows, width = case.prefill
     hidden = rows * width / split.rows * c.hidden_size * case.itemsize
-    summed = _ring("all-reduce", "tensor", split.tensor, hidden, 2 * c.num_hidden_layers * calls)
-    pair = 2 * rows * width * c.num_key_value_heads * c.head_dim * case.itemsize / split.tensor
-    return summed + _ring("all-gather", "data+fsdp", split.rows, pair, c.num_hidden_layers * calls)
+    return _ring("all-reduce", "tensor", split.tensor, hidden, 2 * c.num_hidden_layers * calls)
 
 
 def _decode(case: Case) -> dict[str, int]:

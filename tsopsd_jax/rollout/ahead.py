@@ -7,7 +7,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from tsopsd_jax.model.decoding import view_axes
-from tsopsd_jax.rollout.engine import PREFILL_TOKENS, Engine
+from tsopsd_jax.rollout.engine import Engine
 from tsopsd_jax.rollout.segment import Pool, Slots
 from tsopsd_jax.sharding import DECODE_RULES, replicated, row_sharding, tree_shardings
 from tsopsd_jax.types import PyTree
@@ -44,7 +44,7 @@ def abstract_cache(engine: Engine, size: int | None = None) -> tuple[Any, Pool |
 def prefill_shape(engine: Engine, prompts: int) -> tuple[int, int]:
     """(prompts of one piece, positions): the largest that a step with so many prompts asks for."""
     width = engine.geometry.prefill_width(engine.geometry.max_prompt_tokens - 1)
-    return engine.geometry.prefill_rows(min(prompts, max(1, PREFILL_TOKENS // max(width, 1)))), width
+    return engine.geometry.prefill_rows(prompts, width), width
 
 
 def lower_view(engine: Engine, params: PyTree) -> Any:

@@ -1,5 +1,7 @@
 """Device programs on the cache between segments: prompts in, segments into pages, other sizes."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
@@ -14,37 +16,38 @@ def empty_pages(model: Qwen3, *, shape: tuple[int, int], r: int) -> tuple[LayerC
     return ((keys, keys.swapaxes(3, 4)),) * c.num_hidden_layers
 
 
-def place(tails, pages, carry, store, home_B: Array, start_B: Array, table: Array, keep: Array, *, home: int):
-    """Prompts' cache into slots: whole pages into the pool, the rest into the tails.
+def place(tails, pages, carry, store, home_SB: Array, start_SB: Array, table: Array, keep_S: Array, *, home: int):
+    """Prompts' cache into slots: whole pages into the pool, the rest into the tails; each shard's into its own.
 
     Args:
-        carry, store: caches of prompts, one and A of them, [., K, H, W] and [., K, W, H] per layer; numbered together.
-        home_B: for each slot the prompt that it gets, or -1.
-        start_B: where in the prompt its rest begins.
-        table: [3, S, n]: page, prompt, and which of the prompt's pages, to be copied.
-        keep: the prompt to carry on.
+        carry, store: caches of prompts, one and A of them a shard, [S, K, H, W] and [S A, K, H, W] keys per layer and
+            [., K, W, H] values; numbered together within a shard.
+        home_SB, start_SB, table, keep_S: see `admission.Placement`.
         home: places of a tail for the rest.
     """
-    take_B = home_B >= 0
+    shards = keep_S.shape[0]
 
-    def one(tail, pool, carried, stored, axis):
-        every = jnp.concatenate([carried, stored])
+    def of_shard(tail, pool, carried, stored, home_B, start_B, table, keep, axis):
+        every = jnp.concatenate([carried[None], stored])
         if home:
             rest = jax.vmap(lambda a, i: jax.lax.dynamic_slice_in_dim(every[a], i, home, axis - 1))(
                 jnp.maximum(home_B, 0), start_B
             )
             old = jax.lax.slice_in_dim(tail, 0, home, axis=axis)
-            rest = jnp.where(take_B[:, None, None, None], rest, old)
+            rest = jnp.where((home_B >= 0)[:, None, None, None], rest, old)
             tail = jax.lax.dynamic_update_slice_in_dim(tail, rest, 0, axis)
-        if pool is not None and table.shape[2]:
-            r = pool.shape[axis + 1]
+        if pool is not None and table.shape[1]:
+            r = pool.shape[axis]
+            page, prompt, part = table
+            new = jax.vmap(lambda a, j: jax.lax.dynamic_slice_in_dim(every[a], j * r, r, axis - 1))(prompt, part)
+            pool = pool.at[page].set(new, mode="drop")
+        return tail, pool, every[keep]
 
-            def fill(pool_Q, page, a, j):
-                part = jax.vmap(lambda a, j: jax.lax.dynamic_slice_in_dim(every[a], j * r, r, axis - 1))(a, j)
-                return pool_Q.at[page].set(part, mode="drop")
-
-            pool = jax.vmap(fill)(pool, *table)
-        return tail, pool, jax.lax.dynamic_slice_in_dim(every, keep, 1, 0)
+    def one(tail, pool, carried, stored, axis):
+        tail_S, stored_S = (x.reshape(shards, -1, *x.shape[1:]) for x in (tail, stored))
+        function = jax.vmap(functools.partial(of_shard, axis=axis))
+        tail_S, pool, carried = function(tail_S, pool, carried, stored_S, home_SB, start_SB, table, keep_S)
+        return tail_S.reshape(tail.shape), pool, carried
 
     out = []
     for i, (tail, carried, stored) in enumerate(zip(tails, carry, store, strict=True)):

@@ -16,18 +16,17 @@ from jaxtyping import Array
 from tsopsd_jax.model.attention import causal_attention
 from tsopsd_jax.model.decoding import LayerCache, prefill, rollout_view, view_axes
 from tsopsd_jax.model.qwen3 import Qwen3
+from tsopsd_jax.rollout.admission import Piece, pieces, placement
 from tsopsd_jax.rollout.cache import commit, empty_pages, grow, place, shrink_pages, shrink_tails
 from tsopsd_jax.rollout.distribution import Sampling
 from tsopsd_jax.rollout.paged_attention import pages_attention
-from tsopsd_jax.rollout.schedule import Admitted, Geometry, Schedule, power_of_two
+from tsopsd_jax.rollout.schedule import Admitted, Geometry, Schedule
 from tsopsd_jax.rollout.segment import Pool, Slots, decode_segment, empty_tails
 from tsopsd_jax.sharding import DECODE_RULES, put, replicated, row_multiple, tree_shardings
 from tsopsd_jax.types import AnyArray, Prompts, PyTree, Rollout
 
 SHORT_TOKENS = 128
 """Responses and prompts of at most this length are one segment: they need no pages."""
-PREFILL_TOKENS = 16_384
-"""Prompts are prefilled in pieces of about this many tokens."""
 
 
 class Finished(NamedTuple):
@@ -107,25 +106,20 @@ class Engine:
         self._rows = NamedSharding(mesh, P(DECODE_RULES["rows"]))
         self._heads = NamedSharding(mesh, P(DECODE_RULES["rows"], DECODE_RULES["kv_heads"]))
         self._paged = NamedSharding(mesh, P(DECODE_RULES["rows"], None, DECODE_RULES["kv_heads"]))
-        self._whole = NamedSharding(mesh, P(None, DECODE_RULES["kv_heads"]))
         shapes = jax.eval_shape(functools.partial(rollout_view, model), model.param_shapes())
         layout = tree_shardings(view_axes(model), shapes, mesh, DECODE_RULES)
         self._view = jax.jit(functools.partial(rollout_view, model), out_shardings=layout)
         platform = platform if attention == "auto" else "cpu"
         causal = functools.partial(causal_attention, implementation=attention, mesh=mesh)
         paged = functools.partial(pages_attention, implementation="pallas" if platform == "tpu" else "xla", mesh=mesh)
-        self._prefill = jax.jit(functools.partial(prefill, model, attention=causal), out_shardings=self._whole)
+        self._prefill = jax.jit(functools.partial(prefill, model, attention=causal), out_shardings=self._heads)
         self._place = jax.jit(
             functools.partial(place, home=self.geometry.home),
             donate_argnums=(0, 1),
-            out_shardings=(self._heads, self._paged, self._whole),
+            out_shardings=(self._heads, self._paged, self._heads),
         )
-        places = self.geometry.home + self.segment
-        self._tails = jax.jit(
-            functools.partial(empty_tails, model, places=places), static_argnames="slots", out_shardings=self._heads
-        )
-        self._nothing = jax.jit(
-            functools.partial(empty_tails, model, 1), static_argnames="places", out_shardings=self._whole
+        self._empty = jax.jit(
+            functools.partial(empty_tails, model), static_argnames=("slots", "places"), out_shardings=self._heads
         )
         self._pages = jax.jit(
             functools.partial(empty_pages, model, r=self.segment), static_argnames="shape", out_shardings=self._paged
@@ -146,6 +140,9 @@ class Engine:
     def view(self, params: PyTree) -> PyTree:
         """The rollout view of the parameters: gathered and cast once, for as many rollouts as the parameters last."""
         return self._view(params)
+
+    def _tails(self, *, slots: int) -> tuple[LayerCache, ...]:
+        return self._empty(slots=slots, places=self.geometry.home + self.segment)
 
     @property
     def programs(self) -> int:
@@ -237,13 +234,14 @@ class _Rollout:
         self.group = np.arange(len(prompts.length)) // group if isinstance(group, int) else group
         self.geometry = engine.geometry
         self.length = np.asarray(prompts.length, np.int32)
-        self.schedule = Schedule(self.length, slots=engine.slots, geometry=self.geometry)
+        self.schedule = Schedule(self.length, slots=engine.slots, geometry=self.geometry, group=self.group)
         self.width = self.geometry.prefill_width(int(self.length.max()) - 1)
         slots = self.schedule.row.size
         self.tails = engine._tails(slots=slots)
         self.pages = engine._pages(shape=self.schedule.owner.shape) if self.geometry.row_pages else None
-        self.carry: tuple[LayerCache, ...] | None = None  # the cache of the group whose rows did not all find a slot
-        self.carried = -1
+        # Of each shard the last prompt's cache and its group: its rows may not all have found a slot.
+        self.carry: tuple[LayerCache, ...] | None = None
+        self.carried = [-1] * engine.shards
         self.last = np.zeros(slots, np.int32)  # each slot's last token, and all of its response so far
         self.tokens = np.zeros((slots, engine.limit + engine.segment), np.int32)
         self.logp = np.zeros(self.tokens.shape, np.float32)
@@ -323,47 +321,31 @@ class _Rollout:
         """Prefill the prompts of new groups, in pieces, and hand their cache to the slots."""
         if not admitted:
             return
+        (shards, each), r = self.schedule.row.shape, self.engine.segment
         rows = [entry.row for entry in admitted]
-        self.last[[entry.slot for entry in admitted]] = np.asarray(self.prompts.tokens)[rows, self.length[rows] - 1]
+        slots = [entry.shard * each + entry.slot for entry in admitted]
+        self.last[slots] = np.asarray(self.prompts.tokens)[rows, self.length[rows] - 1]
         if self.width == 0:
             return
-        most = max(1, PREFILL_TOKENS // self.width)
-        while admitted:
-            of_entry = self.group[[entry.row for entry in admitted]].tolist()
-            new = [g for g in dict.fromkeys(of_entry) if g != self.carried][:most]
-            known = {g: at for at, g in enumerate([self.carried, *new])}  # 0: what was carried
-            count = next((at for at, g in enumerate(of_entry) if g not in known), len(admitted))
-            piece, admitted = admitted[:count], admitted[count:]
-            store = self.carry
-            if new or store is None:
-                tokens = np.zeros((self.geometry.prefill_rows(len(new)), self.width), np.int32)
-                rows = [self.first[g] for g in new]
-                take = np.asarray(self.prompts.tokens)[rows, : self.width]
-                inside = np.arange(take.shape[1])[None, :] < self.length[rows, None]
-                tokens[: len(new), : take.shape[1]] = np.where(inside, take, 0)
-                store = self.engine._prefill(view, self._put(tokens))
-            source = [known[g] for g in of_entry[: len(piece)]]
-            self._hand_over(piece, source, store)
-            self.carried = of_entry[len(piece) - 1]
+        if self.carry is None:
+            self.carry = self.engine._empty(slots=shards, places=self.width)
+        for piece in pieces(admitted, self.group.tolist(), self.carried, self.geometry.prefill_most(self.width)):
+            store = self._prefill(view, piece) if piece.rows else self.carry
+            to = placement(piece, slots=each, pool=self.schedule.owner.shape[1], r=r)
+            arrays = (self._put(x) for x in to)
+            self.tails, self.pages, self.carry = self.engine._place(self.tails, self.pages, self.carry, store, *arrays)
 
-    def _hand_over(self, piece: list[Admitted], source: list[int], store: tuple[LayerCache, ...]) -> None:
-        r, (shards, each) = self.engine.segment, self.schedule.row.shape
-        home, start = np.full(shards * each, -1, np.int32), np.zeros(shards * each, np.int32)
-        pages: list[list[tuple[int, int, int]]] = [[] for _ in range(shards)]
-        for entry, prompt in zip(piece, source, strict=True):
-            home[entry.slot] = prompt
-            start[entry.slot] = len(entry.pages) * r
-            pages[entry.slot // each] += [(page, prompt, j) for j, page in enumerate(entry.pages.tolist())]
-        longest = power_of_two(max(len(p) for p in pages)) if any(pages) else 0
-        table = np.full((3, shards, longest), self.schedule.owner.shape[1], np.int32)  # beyond the pool: dropped
-        table[1:] = 0
-        for shard, entries in enumerate(pages):
-            table[:, shard, : len(entries)] = np.asarray(entries, np.int32).reshape(-1, 3).T
-        carry = self.carry if self.carry is not None else self.engine._nothing(places=self.width)
-        keep = np.int32(source[-1])
-        self.tails, self.pages, self.carry = self.engine._place(
-            self.tails, self.pages, carry, store, self._put(home), self._put(start), table, keep
-        )
+    def _prefill(self, view: PyTree, piece: Piece) -> tuple[LayerCache, ...]:
+        """The cache of a piece's new prompts, each shard's on its own devices."""
+        rows = np.full((len(piece.new), piece.rows), -1)
+        for shard, groups in enumerate(piece.new):
+            rows[shard, : len(groups)] = [self.first[g] for g in groups]
+        rows = rows.reshape(-1)
+        inside = np.arange(self.width)[None, :] < np.where(rows >= 0, self.length[rows], 0)[:, None]
+        take = np.asarray(self.prompts.tokens)[rows, : self.width]
+        tokens = np.zeros(inside.shape, np.int32)
+        tokens[:, : take.shape[1]] = np.where(inside[:, : take.shape[1]], take, 0)
+        return self.engine._prefill(view, self._put(tokens))
 
     def _put(self, x: AnyArray) -> Array:
         return put(x, self.engine._rows)

@@ -6,6 +6,7 @@ and the schedule can be simulated without a model (`benchmarks/rollout.py` does)
 
 import dataclasses
 import math
+from collections import deque
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +17,8 @@ FIRST_SHARE = 8
 """The pool starts at no less than this fraction of the full length: responses are an eighth of their limit, about."""
 TAIL_MULTIPLE = 16
 """A tail's places are a multiple of this where R is."""
+PREFILL_TOKENS = 16_384
+"""Prompts are prefilled in pieces of about this many positions, and at least a prompt on each shard."""
 SMALLEST_SHARE = 16
 """At the end of a rollout the slots are halved as rows run out, down to this fraction of them."""
 
@@ -27,7 +30,8 @@ class Admitted(NamedTuple):
     """A row that takes a slot, and the pages that its prompt gets."""
 
     row: int
-    slot: int
+    shard: int
+    slot: int  # within the shard
     pages: np.ndarray
 
 
@@ -70,9 +74,14 @@ class Geometry:
             return self.home
         return self.segment_tokens * power_of_two(-(-longest // self.segment_tokens))
 
-    def prefill_rows(self, prompts: int) -> int:
-        """Rows of the prefill of so many prompts: few sizes, spread over all devices."""
-        return power_of_two(-(-prompts // self.shards)) * self.shards
+    def prefill_most(self, width: int) -> int:
+        """Prompts of a shard that are prefilled together, at most: about `PREFILL_TOKENS` positions over all shards."""
+        return max(1, PREFILL_TOKENS // (width * self.shards))
+
+    def prefill_rows(self, prompts: int, width: int) -> int:
+        """Rows of the first piece of so many prompts, over all shards: the most that one prefill takes."""
+        each = min(-(-prompts // self.shards), self.prefill_most(max(width, 1)))
+        return power_of_two(each) * self.shards
 
     def prompt_pages(self, prompt_length: int) -> int:
         """Pages that a prompt fills; its last token is the first to be decoded and in no page."""
@@ -93,12 +102,13 @@ class Geometry:
 
 
 class Schedule:
-    """Rows in order through slots.
+    """Rows in order through slots; a group's rows into slots of one shard, as long as it has any.
 
     Args:
         prompt_length: [N], tokens of each row's prompt.
         slots: at most this many rows at a time, over all shards; a multiple of the shards.
         geometry: sizes.
+        group: [N], rows with the same number have the same prompt and stand side by side; None: each row has its own.
 
     Attributes:
         row: [S, b] the row in each slot, -1 where idle.
@@ -107,8 +117,9 @@ class Schedule:
         slot_steps, kept_tokens: steps that slots were decoded for, and tokens that came of them.
     """
 
-    def __init__(self, prompt_length: np.ndarray, *, slots: int, geometry: Geometry):
+    def __init__(self, prompt_length: np.ndarray, *, slots: int, geometry: Geometry, group: np.ndarray | None = None):
         self.prompt_length, self.geometry = [int(n) for n in prompt_length], geometry
+        self.group: list[int] = np.arange(len(prompt_length)).tolist() if group is None else group.tolist()
         each = min(slots, len(prompt_length)) + geometry.shards - 1
         each //= geometry.shards
         self.smallest = max(1, each // SMALLEST_SHARE)
@@ -116,6 +127,7 @@ class Schedule:
         self.drawn = np.zeros((geometry.shards, each), np.int32)
         self.owner = np.full((geometry.shards, geometry.pool_sizes(each)[0]), -1, np.int32)
         self.waiting = 0  # the next row without a slot
+        self.filled = 0  # the shard that the row before it went to
         self.slot_steps = self.kept_tokens = 0
 
     @property
@@ -202,14 +214,22 @@ class Schedule:
         for row, (shard, slot) in self._coming():
             self.row[shard, slot], self.drawn[shard, slot] = row, 0
             pages = self._take(shard, slot, self.geometry.prompt_pages(self.prompt_length[row]))
-            admitted.append(Admitted(row, self._number(shard, slot), pages))
+            admitted.append(Admitted(row, shard, slot, pages))
+            self.filled = shard
         self.waiting += len(admitted)
         return admitted
 
     def _coming(self) -> list[tuple[int, tuple[int, int]]]:
-        """(row, (shard, slot)) of the rows that are next; shards take turns."""
-        idle = [(shard, slot) for slot, shard in np.argwhere(~self.live.T).tolist()]
-        return list(zip(range(self.waiting, len(self.prompt_length)), idle, strict=False))
+        """(row, (shard, slot)) of the rows that are next. A new group goes where most slots are idle."""
+        idle = [deque(np.flatnonzero(~live).tolist()) for live in self.live]
+        coming, shard = [], self.filled
+        for row in range(self.waiting, len(self.prompt_length)):
+            if not idle[shard] or self.group[row] != self.group[row - 1]:
+                shard = max(range(len(idle)), key=lambda s: len(idle[s]))
+                if not idle[shard]:
+                    break
+            coming.append((row, (shard, idle[shard].popleft())))
+        return coming
 
     def _number(self, shard: int, slot: int) -> int:
         return shard * self.row.shape[1] + slot
