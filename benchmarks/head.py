@@ -1,7 +1,7 @@
 """The vocabulary head, forward and backward, against what one would write first and against peers: time and memory.
 
     python benchmarks/head.py --out benchmarks/results/head_cpu.json [--trl-python PATH] [--rounds 3]
-        [--cases 1024x1024,2560x1024] [--growth 1024,4096,16384]
+        [--cases 1024x1024,2560x1024] [--growth 1024,4096,16384] [--only WORD,WORD]
 
 A case is hidden size x tokens, the vocabulary 151,936, float32 (bfloat16 on an accelerator). Every line is a process of
 its own, rounds are interleaved. Memory is what the process grew by in its first run, the results (gradients of hidden
@@ -40,7 +40,7 @@ def jax_case(name: str, tokens: Any, chunk: int):
     import jax.numpy as jnp
 
     from tsopsd_jax import losses
-    from tsopsd_jax.head import Cut, token_loss, token_stats
+    from tsopsd_jax.head import cut_for, token_loss, token_stats
     from tsopsd_jax.objectives import OBJECTIVES
     from tsopsd_jax.types import Batch
 
@@ -60,11 +60,11 @@ def jax_case(name: str, tokens: Any, chunk: int):
         return losses.forward_kl(jax.lax.stop_gradient(z) / T, z)
 
     def one_pass(objective):
-        return lambda h, w: token_loss(objective.stats, objective.loss, Cut(chunk), h, w, batch).out.loss.total / n
+        return lambda h, w: token_loss(objective.stats, objective.loss, cut_for(chunk), h, w, batch).out.loss.total / n
 
     def two_passes(h, w):
         objective = OBJECTIVES["ts_opsd"]()
-        stats: Any = token_stats(objective.stats, Cut(chunk), h, w, tokens, batch.mask[0])
+        stats: Any = token_stats(objective.stats, cut_for(chunk), h, w, tokens, batch.mask[0])
         return objective.loss({name: x[None] for name, x in stats.items()}, batch).loss.total / n
 
     def chunks(h, w):
@@ -160,7 +160,7 @@ def main() -> None:
     parser.add_argument("--growth", default="1024,4096,16384")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", help="words, one of which a line's name must contain, separated by commas")
-    parser.add_argument("--chunk", type=int, default=128, help="tokens of a tile")
+    parser.add_argument("--chunk", type=int, default=1024, help="tokens of a tile")
     parser.add_argument("--trl-python", help="python of an environment with trl")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -169,7 +169,10 @@ def main() -> None:
         name, d, n = json.loads(args.worker)
         (work_torch if name in TORCH else work_jax)(name, d, n, args.chunk)
         return
-    result: dict[str, Any] = about() | {"vocabulary": V, "tile_tokens": args.chunk, "cases": []}
+    result: dict[str, Any] = {"cases": []}
+    if args.out and args.out.is_file():  # what was measured of other sizes is kept
+        result = json.loads(args.out.read_text())
+    result |= about() | {"vocabulary": V}
     for case in args.cases.split(","):
         d, n = map(int, case.split("x"))
 
@@ -185,13 +188,15 @@ def main() -> None:
         rows = in_turns(commands, args.rounds)
         plain = next(row["seconds"] for row in rows if row["name"] == NAIVE[0])
         for row in rows:
-            row |= {"hidden": d, "tokens": n, "to_cross_entropy": row["seconds"] / plain}
+            row |= {"hidden": d, "tokens": n, "tile_tokens": args.chunk, "to_cross_entropy": row["seconds"] / plain}
             memory = f"{row['grown_bytes'] / 1e9:5.2f} GB" if row["grown_bytes"] is not None else ""
             print(
                 f"{d} x {n:,}  {row['name']:34} {row['seconds']:7.2f} s  {row['to_cross_entropy']:.2f} x  {memory}",
                 flush=True,
             )
-        result["cases"] += rows
+        measured = {(row["name"], d, n) for row in rows}
+        kept = [row for row in result["cases"] if (row["name"], row["hidden"], row["tokens"]) not in measured]
+        result["cases"] = kept + rows
     if args.growth:
         result["growth"] = growth([int(n) for n in args.growth.split(",")], args.chunk)
     if args.out:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tsopsd_jax import losses
+from tsopsd_jax import head, losses
 from tsopsd_jax.head import Cut, batch_loss, batch_stats, token_loss, token_stats, vocab_stats
 from tsopsd_jax.logit_stats import LibraryStats, VocabStats, logits_stats
 from tsopsd_jax.sharding import make_mesh
@@ -135,11 +135,15 @@ def generic(z, tokens):
     )._asdict()
 
 
+@pytest.mark.parametrize("block", [1, 2, None])
 @pytest.mark.parametrize("mesh", [None, {"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 1, "tensor": 4}])
-def test_one_pass_equals_two_and_the_formula_on_full_logits(mesh):
-    """Loss, metrics, gap and both gradients: formed in the forward pass, or in the backward pass, or from all logits."""
+def test_one_pass_equals_two_and_the_formula_on_full_logits(mesh, block, monkeypatch):
+    """Loss, metrics, gap and both gradients: formed in the forward pass, or in the backward pass, or from all logits;
+    tiles of four tokens, in blocks of one, two, or as they are."""
     rng = np.random.default_rng(2)
     b, length, v = 8, 6, 12
+    if block:
+        monkeypatch.setattr(head, "BLOCK_BYTES", block * 4 * v)
     mesh = mesh and make_mesh(**mesh, devices=jax.devices()[: int(np.prod(list(mesh.values())))])
     hidden = jnp.asarray(rng.normal(size=(b, length, D)), jnp.float32)
     unembed = jnp.asarray(rng.normal(size=(D, v)), jnp.float32)
@@ -177,11 +181,13 @@ def buffers(text):
     return sorted({int(np.prod([int(n) for n in shape.split(",")])) for shape in shapes}, reverse=True)
 
 
-def compiled(n, *, one_pass, v=3000, chunk=16, d=24):
+def compiled(n, *, one_pass, v=3000, chunk=16, d=24, block=None):
+    cut = Cut(chunk, block and 4 * v * block)
+
     def total(hidden, unembed, batch):
         if one_pass:
-            return token_loss(ALL, loss_of, Cut(chunk), hidden, unembed, batch).out.loss.total
-        stats = token_stats(ALL, Cut(chunk), hidden, unembed, batch.tokens[0], batch.mask[0])
+            return token_loss(ALL, loss_of, cut, hidden, unembed, batch).out.loss.total
+        stats = token_stats(ALL, cut, hidden, unembed, batch.tokens[0], batch.mask[0])
         return loss_of({name: x[None] for name, x in stats.items()}, batch).loss.total
 
     rows = [jax.ShapeDtypeStruct((1, n), t) for t in (jnp.int32, bool, jnp.float32, jnp.float32)]
@@ -189,14 +195,43 @@ def compiled(n, *, one_pass, v=3000, chunk=16, d=24):
     return jax.jit(jax.grad(total, argnums=(0, 1))).lower(*shapes, Batch(*rows)).compile()
 
 
+@pytest.mark.parametrize("block", [4, None])
 @pytest.mark.parametrize("one_pass", [True, False])
-def test_no_logits_of_all_tokens_exist_and_memory_does_not_grow_with_them(one_pass):
+def test_no_logits_of_all_tokens_exist_and_memory_does_not_grow_with_them(one_pass, block):
     v, d = 3000, 24
-    few, many = compiled(64, one_pass=one_pass), compiled(1024, one_pass=one_pass)
+    few, many = (compiled(n, one_pass=one_pass, block=block) for n in (64, 1024))
     assert buffers(many.as_text())[0] == d * v  # the unembedding; a tile is 16 x 3000, all logits would be 1024 x 3000
     per_token = 4 * (2 * d + 40)  # bytes: hidden states, and a few numbers
     grown = many.memory_analysis().temp_size_in_bytes - few.memory_analysis().temp_size_in_bytes
     assert grown < 960 * per_token < 0.05 * (960 * v * 4)
+
+
+@pytest.mark.parametrize("one_pass", [True, False])
+def test_blocks_of_a_tile_write_gradients_where_logits_stood(one_pass):
+    """A tile of 256 tokens once, in blocks of 8, beside the unembedding's gradient."""
+    v, d = 3000, 24
+    tile, blocks = (compiled(1024, one_pass=one_pass, chunk=256, block=block) for block in (None, 8))
+    assert "dynamic-update-slice" in blocks.as_text()
+    assert buffers(blocks.as_text())[0] == buffers(tile.as_text())[0] == 256 * v
+    held = blocks.memory_analysis().temp_size_in_bytes
+    assert held < 4 * (1.1 * 256 * v + 4 * d * v)
+    assert held < tile.memory_analysis().temp_size_in_bytes, "all passes of a tile at once need more than one"
+
+
+def test_blocks_fit_a_cpus_caches_and_the_tile():
+    wanted = jnp.ones(1000, bool)
+    mib = 1 << 20
+    for cut, v, sizes in (
+        (Cut(512, 8 * mib), 151_936, (512, 8)),
+        (Cut(100, 8 * mib), 151_936, (96, 8)),
+        (Cut(3, 8 * mib), 151_936, (3, 3)),
+        (Cut(2000, 8 * mib), 40, (1000, 1000)),
+        (Cut(512, 1), 151_936, (512, 1)),
+        (Cut(512), 151_936, (512, 512)),
+    ):
+        tiles = head._tiles(wanted, v, cut)
+        assert (tiles.order.shape[1], tiles.block) == sizes
+    assert head.cut_for(7) == Cut(7, head.BLOCK_BYTES), "the tests' backend is a CPU"
 
 
 def test_a_vocabulary_over_devices_is_never_gathered():

@@ -28,6 +28,9 @@ from tsopsd_jax.types import Batch, LossOutput, Mean
 CHUNK_TOKENS = 1024
 """Tokens whose logits exist at once, on each device."""
 
+BLOCK_BYTES = 8 << 20
+"""Logits that a CPU looks at together, of all those in a tile: its caches hold them while they are read again and again."""
+
 TILES = "head_tiles"
 """Name of the loops over tiles in profiles and compiled programs."""
 
@@ -60,32 +63,66 @@ def vocab_stats(
     """
     stats = LibraryStats(VocabStats._fields, teacher_temperature)
     wanted = jnp.ones(tokens.shape, bool)
-    found: Any = token_stats(stats, Cut(chunk_tokens), hidden, unembed, tokens, wanted)
+    found: Any = token_stats(stats, cut_for(chunk_tokens), hidden, unembed, tokens, wanted)
     return VocabStats(**found)
 
 
 class Cut(NamedTuple):
-    """How tokens are cut into tiles: tokens of one, and mesh axes whose devices all go through equally many."""
+    """How tokens are cut: those of a tile, whose logits exist at once; bytes of logits of a block, the part of a tile
+    that `stats` sees at once (None: all of it); mesh axes whose devices all go through equally many tiles."""
 
     chunk_tokens: int
+    block_bytes: int | None = None
     axes: tuple[str, ...] = ()
 
 
+def cut_for(chunk_tokens: int, mesh: Mesh | None = None) -> Cut:
+    """Tiles of at most so many tokens, and blocks for the mesh's kind of device; None: one of the default backend."""
+    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    return Cut(chunk_tokens, BLOCK_BYTES if platform == "cpu" else None, ROW_AXES if _divided(mesh) else ())
+
+
 class _Tiles(NamedTuple):
-    """Wanted tokens first: `order` [pieces, chunk] of indices (N: none), and how many pieces hold a wanted one."""
+    """Wanted tokens first: `order` [pieces, chunk] of indices (N: none), how many pieces hold a wanted one, and tokens of
+    a block."""
 
     order: Array
     count: Array
+    block: int
 
 
-def _tiles(wanted_N: Array, cut: Cut) -> _Tiles:
+def _tiles(wanted_N: Array, vocabulary: int, cut: Cut) -> _Tiles:
     n = wanted_N.shape[0]
-    chunk = max(1, min(cut.chunk_tokens, n))
+    chunk = block = max(1, min(cut.chunk_tokens, n))
+    if cut.block_bytes is not None:
+        fit = max(1, cut.block_bytes // (4 * vocabulary))
+        block = min(chunk, 1 << (fit.bit_length() - 1))
+        chunk = chunk // block * block
     order = jnp.argsort(~wanted_N, stable=True).astype(jnp.int32)
     order = jnp.where(jnp.arange(n, dtype=jnp.int32) < jnp.sum(wanted_N, dtype=jnp.int32), order, n)
     order = jnp.pad(order, (0, -n % chunk), constant_values=n).reshape(-1, chunk)
     count = -(-jnp.sum(wanted_N, dtype=jnp.int32) // chunk)
-    return _Tiles(order, jax.lax.pmax(count, cut.axes) if cut.axes else count)
+    return _Tiles(order, jax.lax.pmax(count, cut.axes) if cut.axes else count, block)
+
+
+def _by_block(function: Callable[[Array, Any], tuple[Any, Any]], block: int, z_NV: Array, rest: Any) -> tuple[Any, Any]:
+    """`function(z, rest) -> (new z or None, found)` of each block of a tile's rows.
+
+    Returns:
+        The new z, in the old one's place, and what was found in each block, stacked.
+    """
+    if block == z_NV.shape[0]:
+        z, found = function(z_NV, rest)
+        return z, jax.tree.map(lambda x: x[None], found)
+
+    def one(z, part):
+        i, rest = part
+        new, found = function(z[i], rest)
+        return z if new is None else jax.lax.dynamic_update_index_in_dim(z, new, i, 0), found
+
+    z, rest = jax.tree.map(lambda x: x.reshape(-1, block, *x.shape[1:]), (z_NV, rest))
+    z, found = jax.lax.scan(one, z, (jnp.arange(z.shape[0]), rest))
+    return z.reshape(z_NV.shape), found
 
 
 def _take(x: Array, at: Array) -> Array:
@@ -126,6 +163,11 @@ def add(a: Measured, b: Measured) -> Measured:
     return Measured(jax.tree.map(jnp.add, a.out, b.out), jnp.maximum(a.gap, b.gap))
 
 
+def join(parts: Measured) -> Measured:
+    """Of all parts of a batch, stacked."""
+    return Measured(jax.tree.map(lambda x: jnp.sum(x, axis=0), parts.out), jnp.max(parts.gap, axis=0))
+
+
 def _pull(dz_NV: Array, hidden_ND: Array, unembed_DV: Array, d_unembed_DV: Array) -> tuple[Array, Array]:
     """Gradients of a tile's logits into its hidden states, and added to those of the unembedding (float32)."""
     dz_NV = dz_NV.astype(hidden_ND.dtype)
@@ -145,10 +187,12 @@ def token_stats(
 ) -> dict[str, Float[Array, " N"]]:
     """`stats` of every wanted token, 0 elsewhere; differentiable in `hidden` and `unembed`, which may be float32 masters:
     they are multiplied in the hidden states' dtype, and the gradient stays in theirs."""
-    tiles, w = _tiles(wanted, cut), unembed.astype(hidden.dtype)
+    tiles, w = _tiles(wanted, unembed.shape[1], cut), unembed.astype(hidden.dtype)
 
     def of(at):
-        return stats(_project(_take(hidden, at), w), _take(tokens, at))
+        z, t = _project(_take(hidden, at), w), _take(tokens, at)
+        _, found = _by_block(lambda z, t: (None, stats(z, t)), tiles.block, z, t)
+        return jax.tree.map(lambda x: x.reshape(-1), found)
 
     out = {name: jnp.zeros(tokens.shape, s.dtype) for name, s in jax.eval_shape(of, tiles.order[0]).items()}
 
@@ -166,13 +210,17 @@ def _token_stats_forward(stats, cut, hidden, unembed, tokens, wanted):
 
 def _token_stats_backward(stats, cut, kept, g):
     hidden, unembed, tokens, wanted = kept
-    tiles, w = _tiles(wanted, cut), unembed.astype(hidden.dtype)
+    tiles, w = _tiles(wanted, unembed.shape[1], cut), unembed.astype(hidden.dtype)
+
+    def pull(z, rest):
+        t, g = rest
+        return *jax.vjp(lambda z: stats(z, t), z)[1](g), ()
 
     def piece(i, carry):
         at = tiles.order[i]
-        h, t = _take(hidden, at), _take(tokens, at)
-        _, pull = jax.vjp(lambda z: stats(z, t), _project(h, w))
-        (dz,) = pull({name: _take(x, at) for name, x in g.items()})
+        h = _take(hidden, at)
+        rest = _take(tokens, at), {name: _take(x, at) for name, x in g.items()}
+        dz, _ = _by_block(pull, tiles.block, _project(h, w), rest)
         d_h, d_unembed = _pull(dz, h, w, carry[1])
         return _put(carry[0], at, d_h), d_unembed
 
@@ -187,24 +235,24 @@ token_stats.defvjp(_token_stats_forward, _token_stats_backward)
 
 def _loss_of_tiles(stats, loss, cut, hidden, unembed, batch):
     """(`measure` of all tiles together, gradients into the hidden states and the unembedding)."""
-    tiles, w = _tiles(batch.mask[0], cut), unembed.astype(hidden.dtype)
+    tiles, w = _tiles(batch.mask[0], unembed.shape[1], cut), unembed.astype(hidden.dtype)
 
     def of(z, piece: Batch):
+        piece = jax.tree.map(lambda x: x[None], piece)
         found = measure(loss, {name: x[None] for name, x in stats(z, piece.tokens[0]).items()}, piece)
         return found.out.loss.total, found
-
-    def take(at) -> tuple[Array, Batch]:
-        return _take(hidden, at), jax.tree.map(lambda x: _take(x[0], at)[None], batch)
 
     def one(i, carry):
         total, d_hidden, d_unembed = carry
         at = tiles.order[i]
-        h, piece = take(at)
-        dz, found = jax.grad(of, has_aux=True)(_project(h, w), piece)
+        h, rest = _take(hidden, at), jax.tree.map(lambda x: _take(x[0], at), batch)
+        dz, found = _by_block(jax.grad(of, has_aux=True), tiles.block, _project(h, w), rest)
         d_h, d_unembed = _pull(dz, h, w, d_unembed)
-        return add(total, found), _put(d_hidden, at, d_h), d_unembed
+        return add(total, join(found)), _put(d_hidden, at, d_h), d_unembed
 
-    shapes = jax.eval_shape(lambda at: of(_project(take(at)[0], w), take(at)[1])[1], tiles.order[0])
+    z_like = jax.ShapeDtypeStruct((tiles.block, unembed.shape[1]), jnp.float32)
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct((tiles.block,), x.dtype), batch)
+    _, shapes = jax.eval_shape(of, z_like, like)
     zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     start = zero, jnp.zeros_like(hidden), jnp.zeros(unembed.shape, jnp.float32)
     with jax.named_scope(TILES):
@@ -267,7 +315,7 @@ def batch_stats(
         mesh: over which rows are divided; None: one device.
     """
 
-    cut = _cut(chunk_tokens, mesh)
+    cut = cut_for(chunk_tokens, mesh)
 
     def local(hidden, unembed, batch):
         states, flat = _next_token(hidden, batch)
@@ -302,22 +350,17 @@ def batch_loss(
     if not tokenwise:
         return measure(loss, batch_stats(stats, hidden, unembed, batch, chunk_tokens=chunk_tokens, mesh=mesh), batch)
 
-    cut = _cut(chunk_tokens, mesh)
+    cut = cut_for(chunk_tokens, mesh)
 
     def local(hidden, unembed, batch):
         states, flat = _next_token(hidden, batch)
         return jax.tree.map(lambda x: x[None], token_loss(stats, loss, cut, states, unembed, flat))
 
-    parts = _by_rows(local, mesh)(hidden, unembed, batch)
-    return Measured(jax.tree.map(jnp.sum, parts.out), jnp.max(parts.gap))
+    return join(_by_rows(local, mesh)(hidden, unembed, batch))
 
 
 def _divided(mesh: Mesh | None) -> bool:
     return mesh is not None and row_multiple(mesh) > 1
-
-
-def _cut(chunk_tokens: int, mesh: Mesh | None) -> Cut:
-    return Cut(chunk_tokens, ROW_AXES if _divided(mesh) else ())
 
 
 def _by_rows(local: Any, mesh: Mesh | None) -> Any:
