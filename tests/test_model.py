@@ -182,14 +182,22 @@ def test_prefill_and_decode_equal_the_full_forward(architecture, tied):
     cache = decoding.prefill(model, view, tokens[:, :n])
     assert {keys.shape for keys, _ in cache} == {(3, 2, 8, n)}
 
-    def attend(layer, q_BTNH, k_BTKH, v_BTKH):
-        keys, values = cache[layer]
+    traced = []
+
+    def attend(q_BTNH, k_BTKH, v_BTKH, cache):
+        traced.append(q_BTNH.shape)
+        keys, values = cache
         k_BSKH = jnp.concatenate([jnp.moveaxis(keys, 3, 1), k_BTKH], axis=1)
         v_BSKH = jnp.concatenate([jnp.moveaxis(values, 2, 1), v_BTKH], axis=1)
-        return attention(q_BTNH, k_BSKH, v_BSKH, jnp.ones((3, 1, n + 1), bool))
+        return attention(q_BTNH, k_BSKH, v_BSKH, jnp.ones((3, 1, n + 1), bool)), (k_BSKH[:, n:], v_BSKH[:, n:])
 
-    logits = decoding.decode(model, view, tokens[:, n], jnp.full((3,), n, jnp.int32), attend)
+    logits, new = decoding.decode(model, view, tokens[:, n], jnp.full((3,), n, jnp.int32), attend, cache)
     np.testing.assert_allclose(logits, model.logits(params, tokens)[:, n], rtol=1e-4, atol=1e-5)
+    assert len(traced) == 1 < len(new), "layers are traced once"
+    after = decoding.prefill(model, view, tokens)
+    for (key, value), (keys, values) in zip(new, after, strict=True):
+        np.testing.assert_allclose(key[:, 0], keys[..., n], atol=1e-5)
+        np.testing.assert_allclose(value[:, 0], values[:, :, n], atol=1e-5)
 
 
 def test_remat_changes_no_gradient(model, params):

@@ -5,7 +5,8 @@ reading the weight, so matrices stand as [out, in] to be read in order, and thos
 Activations are feature-major, [D, M], with M = rows x positions.
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +19,8 @@ from tsopsd_jax.types import PyTree
 LayerCache = tuple[Array, Array]
 """Keys [B, K, H, C] and values [B, K, C, H] of a layer."""
 
-Attend = Callable[[int, Array, Array, Array], Array]
-"""(layer, q_BTNH, k_BTKH, v_BTKH) -> out_BTNH"""
+Attend = Callable[[Array, Array, Array, PyTree], tuple[Array, LayerCache]]
+"""(q_BTNH, k_BTKH, v_BTKH, what it has of the layer's cache) -> (out_BTNH, the layer's new cache)"""
 
 Causal = Callable[[Array, Array, Array], Array]
 """(q_BTNH, k_BTKH, v_BTKH) -> out_BTNH"""
@@ -89,53 +90,73 @@ def prefill(
     """The cache of whole prompts, [B, K, H, T] and [B, K, T, H] per layer; what stands beyond a prompt's end is junk
     that no position of the prompt sees. `attention` is `causal_attention` with an implementation chosen."""
     positions_BT = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :], tokens.shape)
-    cache: list[LayerCache] = []
 
-    def attend(_, q_BTNH, k_BTKH, v_BTKH):
-        cache.append((jnp.transpose(k_BTKH, (0, 2, 3, 1)), jnp.transpose(v_BTKH, (0, 2, 1, 3))))
-        return attention(q_BTNH, k_BTKH, v_BTKH)
+    def attend(q_BTNH, k_BTKH, v_BTKH, _):
+        new = jnp.transpose(k_BTKH, (0, 2, 3, 1)), jnp.transpose(v_BTKH, (0, 2, 1, 3))
+        return attention(q_BTNH, k_BTKH, v_BTKH), new
 
-    _trunk(model, view, tokens, positions_BT, attend)
-    return tuple(cache)
+    nothing = (None,) * model.config.num_hidden_layers
+    _, cache = _trunk(model, view, tokens, positions_BT, attend, nothing)
+    return cache
 
 
-def decode(model: Qwen3, view: PyTree, tokens: Int[Array, " B"], position: Int[Array, " B"], attend: Attend) -> Array:
-    """Float32 logits [B, V] after one token per row, each at its own position; `attend` holds the cache."""
-    x_DB = _trunk(model, view, tokens[:, None], position[:, None], attend)
+def decode(
+    model: Qwen3,
+    view: PyTree,
+    tokens: Int[Array, " B"],
+    position: Int[Array, " B"],
+    attend: Attend,
+    caches: Sequence[PyTree],
+) -> tuple[Array, tuple[LayerCache, ...]]:
+    """Float32 logits [B, V] after one token per row, each at its own position, and what `attend` made of each layer's
+    cache."""
+    x_DB, caches = _trunk(model, view, tokens[:, None], position[:, None], attend, caches)
     x_DB = _norm(x_DB, view["final_norm"], model.config.rms_norm_eps)
     logits_VB = jnp.einsum("VD,DB->VB", view["unembed"], x_DB, preferred_element_type=jnp.float32)
-    return _apart(logits_VB).T
+    return _apart(logits_VB).T, caches
 
 
-def _trunk(model: Qwen3, view: PyTree, tokens_BT: Array, positions_BT: Array, attend: Attend) -> Array:
-    c = model.config
-    b, t = tokens_BT.shape
-    kv, h = c.num_key_value_heads, c.head_dim
-    cos_MH, sin_MH = _rotation(positions_BT.reshape(-1), h, c.rope_theta)
+def _trunk(
+    model: Qwen3, view: PyTree, tokens_BT: Array, positions_BT: Array, attend: Attend, caches: Sequence[PyTree]
+) -> tuple[Array, tuple[LayerCache, ...]]:
+    c, new = model.config, []
+    rotation = _rotation(positions_BT.reshape(-1), c.head_dim, c.rope_theta)
+    # Jitted to be traced and lowered once, not once a layer; XLA inlines it.
+    layer = jax.jit(functools.partial(_layer, model, attend, tokens_BT.shape))
+    x_DM = jnp.take(view["embed"], tokens_BT.reshape(-1), axis=0).T
+    for w, cache in zip(view["layers"], caches, strict=True):
+        x_DM, cache = layer(w, x_DM, rotation, cache)
+        new.append(cache)
+    return x_DM, tuple(new)
+
+
+def _layer(
+    model: Qwen3, attend: Attend, shape: tuple[int, int], w: PyTree, x_DM: Array, rotation: tuple[Array, Array], cache
+) -> tuple[Array, LayerCache]:
+    c, (b, t) = model.config, shape
+    cos_MH, sin_MH = rotation
 
     def rows(x_MKEH: Array) -> Array:
-        return x_MKEH.reshape(b, t, -1, h)
+        return x_MKEH.reshape(b, t, -1, c.head_dim)
 
     def position(x_MKEH: Array, scale_H: Array | None) -> Array:
         normed = x_MKEH if scale_H is None else rms_norm(x_MKEH, scale_H, c.rms_norm_eps)
         return _rotate(normed, cos_MH, sin_MH)
 
-    x_DM = jnp.take(view["embed"], tokens_BT.reshape(-1), axis=0).T
-    for i, w in enumerate(view["layers"]):
-        y_DM = _norm(x_DM, w["attention_norm"], c.rms_norm_eps)
-        qkv_KEHM = _apart(jnp.einsum("KEHD,DM->KEHM", w["qkv"], y_DM))
-        if c.family.qkv_bias:
-            qkv_KEHM = qkv_KEHM + w["qkv_bias"][..., None]
-        qkv_MKEH = _apart(jnp.transpose(qkv_KEHM, (3, 0, 1, 2)))
-        q_BTNH = rows(position(qkv_MKEH[:, :, :-2], w.get("q_norm")))
-        k_BTKH = rows(position(qkv_MKEH[:, :, -2:-1], w.get("k_norm")))
-        out_BTNH = attend(i, q_BTNH, k_BTKH, rows(qkv_MKEH[:, :, -1:]))
-        out_KEM = _apart(jnp.transpose(out_BTNH.reshape(b * t, kv, -1), (1, 2, 0)))
-        x_DM = x_DM + jax.lax.dot_general(w["o"], out_KEM, (((1, 2), (0, 1)), ((), ())))
-        y_DM = _norm(x_DM, w["mlp_norm"], c.rms_norm_eps)
-        gate_up_CFM = jnp.einsum("CFD,DM->CFM", w["gate_up"], y_DM)
-        x_DM = x_DM + jnp.einsum("DF,FM->DM", w["down"], jax.nn.silu(gate_up_CFM[0]) * gate_up_CFM[1])
-    return x_DM
+    y_DM = _norm(x_DM, w["attention_norm"], c.rms_norm_eps)
+    qkv_KEHM = _apart(jnp.einsum("KEHD,DM->KEHM", w["qkv"], y_DM))
+    if c.family.qkv_bias:
+        qkv_KEHM = qkv_KEHM + w["qkv_bias"][..., None]
+    qkv_MKEH = _apart(jnp.transpose(qkv_KEHM, (3, 0, 1, 2)))
+    q_BTNH = rows(position(qkv_MKEH[:, :, :-2], w.get("q_norm")))
+    k_BTKH = rows(position(qkv_MKEH[:, :, -2:-1], w.get("k_norm")))
+    out_BTNH, cache = attend(q_BTNH, k_BTKH, rows(qkv_MKEH[:, :, -1:]), cache)
+    out_KEM = _apart(jnp.transpose(out_BTNH.reshape(b * t, c.num_key_value_heads, -1), (1, 2, 0)))
+    x_DM = x_DM + jax.lax.dot_general(w["o"], out_KEM, (((1, 2), (0, 1)), ((), ())))
+    y_DM = _norm(x_DM, w["mlp_norm"], c.rms_norm_eps)
+    gate_up_CFM = jnp.einsum("CFD,DM->CFM", w["gate_up"], y_DM)
+    x_DM = x_DM + jnp.einsum("DF,FM->DM", w["down"], jax.nn.silu(gate_up_CFM[0]) * gate_up_CFM[1])
+    return x_DM, cache
 
 
 def _norm(x_DM: Array, scale_D: Array, eps: float) -> Array:

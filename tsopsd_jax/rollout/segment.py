@@ -98,6 +98,7 @@ def decode_segment(
     uniform_RB = uniforms(key, slots.row_id, slots.drawn, steps)
     b, places = slots.token.shape[0], tails[0][0].shape[-1]
     home = places - steps
+    pages = (None,) * len(tails) if pool is None else pool.pages
     place_C = jnp.arange(places, dtype=jnp.int32)
     in_home_BC = (place_C[None, :] < home) & (place_C[None, :] < slots.tail[:, None])
 
@@ -108,16 +109,16 @@ def decode_segment(
     def step(carry):
         t, token, count, stopped, tokens, logp, nats, tails = carry
         seen_BC = in_home_BC | ((place_C >= home) & (place_C <= home + t))[None, :]
-        new: list[LayerCache] = []
 
-        def attend(i, q_BTNH, k_BTKH, v_BTKH):
-            keys = jax.lax.dynamic_update_slice(tails[i][0], jnp.transpose(k_BTKH, (0, 2, 3, 1)), (0, 0, 0, home + t))
-            values = jax.lax.dynamic_update_slice(tails[i][1], jnp.transpose(v_BTKH, (0, 2, 1, 3)), (0, 0, home + t, 0))
-            new.append((keys, values))
-            over = None if pool is None else functools.partial(_over_pages, paged, pool.pages[i], pool.owner)
-            return _attention(q_BTNH[:, 0], (keys, values), seen_BC, over)[:, None]
+        def attend(q_BTNH, k_BTKH, v_BTKH, cache):
+            (keys, values), pages = cache
+            keys = jax.lax.dynamic_update_slice(keys, jnp.transpose(k_BTKH, (0, 2, 3, 1)), (0, 0, 0, home + t))
+            values = jax.lax.dynamic_update_slice(values, jnp.transpose(v_BTKH, (0, 2, 1, 3)), (0, 0, home + t, 0))
+            over = None if pool is None else functools.partial(_over_pages, paged, pages, pool.owner)
+            return _attention(q_BTNH[:, 0], (keys, values), seen_BC, over)[:, None], (keys, values)
 
-        logits_BV = decode(model, view, token, slots.position + t, attend)
+        caches = tuple(zip(tails, pages, strict=True))
+        logits_BV, tails = decode(model, view, token, slots.position + t, attend, caches)
         drawn, drawn_logp = draw(logits_BV, uniform_RB[t], sampling)
         live = (count == t) & ~stopped & (count < slots.left)
         drawn = jnp.where(live, drawn, 0)
@@ -126,7 +127,7 @@ def decode_segment(
         if nats is not None:
             nats = nats + jnp.where(live, losses.entropy(logits_BV), 0.0)
         stopped = stopped | (live & jnp.any(drawn[:, None] == stops[None, :], axis=1))
-        return t + 1, drawn, count + live.astype(jnp.int32), stopped, tokens, logp, nats, tuple(new)
+        return t + 1, drawn, count + live.astype(jnp.int32), stopped, tokens, logp, nats, tails
 
     zero = jnp.zeros((), jnp.int32)
     start = (
