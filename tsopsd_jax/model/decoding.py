@@ -120,9 +120,10 @@ def _trunk(
     model: Qwen3, view: PyTree, tokens_BT: Array, positions_BT: Array, attend: Attend, caches: Sequence[PyTree]
 ) -> tuple[Array, tuple[LayerCache, ...]]:
     c, new = model.config, []
+    b, t = tokens_BT.shape
     rotation = _rotation(positions_BT.reshape(-1), c.head_dim, c.rope_theta)
     # Jitted to be traced and lowered once, not once a layer; XLA inlines it.
-    layer = jax.jit(functools.partial(_layer, model, attend, tokens_BT.shape))
+    layer = jax.jit(functools.partial(_layer, model, attend, (b, t)))
     x_DM = jnp.take(view["embed"], tokens_BT.reshape(-1), axis=0).T
     for w, cache in zip(view["layers"], caches, strict=True):
         x_DM, cache = layer(w, x_DM, rotation, cache)
