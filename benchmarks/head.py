@@ -97,16 +97,15 @@ def work_jax(name: str, d: int, n: int, chunk: int) -> None:
     program, shapes = compiled(name, d, n, chunk)
     arrays = [jax.device_put(x.astype(s.dtype)) for x, s in zip(inputs(d, n), shapes, strict=False)]
 
+    values = []
+
     def run() -> None:
-        jax.block_until_ready(program(*arrays))
+        values[:] = [float(jax.block_until_ready(program(*arrays))[0])]
 
     temp = program.memory_analysis().temp_size_in_bytes
-    grown = memory_of(run) if jax.default_backend() == "cpu" else None
-    value = float(program(*arrays)[0])
-    serve(
-        run,
-        {"name": name, "loss": value, "temp_bytes": temp, "grown_bytes": grown, "device": jax.devices()[0].device_kind},
-    )
+    grown = memory_of(run) if jax.default_backend() == "cpu" else run()
+    device = jax.devices()[0].device_kind
+    serve(run, {"name": name, "loss": values[0], "temp_bytes": temp, "grown_bytes": grown, "device": device})
 
 
 def work_torch(name: str, d: int, n: int, _chunk: int) -> None:
@@ -186,14 +185,17 @@ def main() -> None:
             words = args.only.split(",")
             commands = [c for c in commands if any(word in c[-1] for word in words)]
         rows = in_turns(commands, args.rounds)
-        plain = next(row["seconds"] for row in rows if row["name"] == NAIVE[0])
+        plain = next((row["seconds"] for row in rows if row["name"] == NAIVE[0]), None)
         for row in rows:
-            row |= {"hidden": d, "tokens": n, "tile_tokens": args.chunk, "to_cross_entropy": row["seconds"] / plain}
+            row |= {
+                "hidden": d,
+                "tokens": n,
+                "tile_tokens": args.chunk,
+                "to_cross_entropy": plain and row["seconds"] / plain,
+            }
             memory = f"{row['grown_bytes'] / 1e9:5.2f} GB" if row["grown_bytes"] is not None else ""
-            print(
-                f"{d} x {n:,}  {row['name']:34} {row['seconds']:7.2f} s  {row['to_cross_entropy']:.2f} x  {memory}",
-                flush=True,
-            )
+            ratio = f"{row['to_cross_entropy']:.2f} x" if plain else ""
+            print(f"{d} x {n:,}  {row['name']:34} {row['seconds']:7.2f} s  {ratio:6}  {memory}", flush=True)
         measured = {(row["name"], d, n) for row in rows}
         kept = [row for row in result["cases"] if (row["name"], row["hidden"], row["tokens"]) not in measured]
         result["cases"] = kept + rows
