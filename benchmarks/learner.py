@@ -45,8 +45,8 @@ def our_model(asked: dict[str, Any], **settings: Any):
     import jax
     import jax.numpy as jnp
 
+    from tsopsd_jax.distributed.sharding import make_mesh
     from tsopsd_jax.model import Qwen3, Qwen3Config
-    from tsopsd_jax.sharding import make_mesh
 
     names = Qwen3Config.__dataclass_fields__
     dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
@@ -60,7 +60,7 @@ def our_update(asked: dict[str, Any], objective: str, *, chunk: int = 1024, micr
     import jax
     import jax.numpy as jnp
 
-    from tsopsd_jax.learner import abstract_state, fresh_optimizer_state, make_optimizer, make_update
+    from tsopsd_jax.learn.update import abstract_state, fresh_optimizer_state, make_optimizer, make_update
     from tsopsd_jax.objectives import OBJECTIVES
     from tsopsd_jax.types import TrainState
 
@@ -104,8 +104,8 @@ def work_ours(asked: dict[str, Any]) -> None:
     import jax
     import jax.numpy as jnp
 
-    from tsopsd_jax.memory import TOKENS_PER_CPU, choose_micro_batches
-    from tsopsd_jax.sharding import make_mesh, row_sharding
+    from tsopsd_jax.distributed.sharding import make_mesh, row_sharding
+    from tsopsd_jax.learn.micro_batches import TOKENS_PER_CPU, choose_micro_batches
 
     width = asked["prompt_tokens"] + asked["response_tokens"]
     pieces = choose_micro_batches(
@@ -220,7 +220,7 @@ def supervised(asked: dict[str, Any], rounds: int) -> dict[str, Any]:
     import optax
 
     from tsopsd_jax import losses
-    from tsopsd_jax.learner import make_optimizer
+    from tsopsd_jax.learn.update import make_optimizer
 
     batch, model, optimizer = full_batch(asked), our_model(asked), make_optimizer(learning_rate=1e-6)
     p = asked["prompt_tokens"]
@@ -258,7 +258,7 @@ def supervised(asked: dict[str, Any], rounds: int) -> dict[str, Any]:
 
 def packing(asked: dict[str, Any], rounds: int, *, rows: int = 64, limit: int = 512, mean: int = 64) -> dict[str, Any]:
     """Responses as in the rollout benchmark, an eighth of their limit long on average, scaled to what a CPU can bear."""
-    from tsopsd_jax.packing import pack, useful_fraction
+    from tsopsd_jax.learn.packing import pack, useful_fraction
     from tsopsd_jax.types import Batch
 
     rng = np.random.default_rng(0)
@@ -293,7 +293,7 @@ def packing(asked: dict[str, Any], rounds: int, *, rows: int = 64, limit: int = 
 
 def papers_useful() -> dict[str, float]:
     """Share of computed positions that hold a token, at the paper's sizes; no model is run."""
-    from tsopsd_jax.packing import pack, useful_fraction
+    from tsopsd_jax.learn.packing import pack, useful_fraction
     from tsopsd_jax.types import Batch
 
     rng = np.random.default_rng(0)

@@ -207,14 +207,14 @@ def gap(rows: int = 512) -> list[dict[str, Any]]:
     import jax
     import jax.numpy as jnp
 
-    from tsopsd_jax.cli import DEMO_CONFIG
+    from tsopsd_jax.config.places import DEMO_CONFIG
     from tsopsd_jax.data import Tokenizer, load_problems
-    from tsopsd_jax.learner import distillation_batch, per_token_stats
+    from tsopsd_jax.data.encode import pad_prompts
+    from tsopsd_jax.distributed.sharding import make_mesh
+    from tsopsd_jax.learn.update import distillation_batch, per_token_stats
     from tsopsd_jax.model import load_pretrained
     from tsopsd_jax.objectives import OBJECTIVES
     from tsopsd_jax.rollout import Engine, Sampling
-    from tsopsd_jax.sharding import make_mesh
-    from tsopsd_jax.task import pad_prompts
     from tsopsd_jax.types import Prompts
 
     folder = DEMO_CONFIG.parent / "countdown-tiny"

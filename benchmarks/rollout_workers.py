@@ -19,9 +19,9 @@ def our_engine(asked: dict[str, Any], dtype: str, *, slots: int | None = None):
     import jax
     import jax.numpy as jnp
 
+    from tsopsd_jax.distributed.sharding import make_mesh
     from tsopsd_jax.model import Qwen3, Qwen3Config
     from tsopsd_jax.rollout import Engine, Sampling
-    from tsopsd_jax.sharding import make_mesh
 
     names = Qwen3Config.__dataclass_fields__
     mesh = make_mesh(devices=jax.devices()[: asked.get("cpu_devices", 1)])
@@ -53,7 +53,7 @@ def work_ours(asked: dict[str, Any], dtype: str) -> None:
     import jax
     import jax.numpy as jnp
 
-    from tsopsd_jax.sharding import tree_shardings
+    from tsopsd_jax.distributed.sharding import tree_shardings
 
     devices = divide_cpu(asked)
     model, engine = our_engine(asked, dtype)

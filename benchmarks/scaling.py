@@ -19,10 +19,10 @@ from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 
+from tsopsd_jax.commands.plan import no_compilation_cache, shape_folder
 from tsopsd_jax.config import Config, load_config
 from tsopsd_jax.model.hf_config import read_config
 from tsopsd_jax.plan.chips import topology
-from tsopsd_jax.plan.command import no_compilation_cache, shape_folder
 from tsopsd_jax.plan.compiled import Programs
 from tsopsd_jax.plan.planner import Means, make_plan
 from tsopsd_jax.plan.report import as_json

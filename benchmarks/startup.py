@@ -41,9 +41,8 @@ def work(config: str, overrides: list[str], folder: Path) -> None:
 
     import jax
 
-    from tsopsd_jax import run
-    from tsopsd_jax.config import load_config
-    from tsopsd_jax.console import LiveTable
+    from tsopsd_jax.config import build, load_config
+    from tsopsd_jax.display.live_table import LiveTable
 
     until_now("python and imports")
     spent = dict.fromkeys(EVENTS, 0.0)
@@ -55,14 +54,14 @@ def work(config: str, overrides: list[str], folder: Path) -> None:
 
     jax.monitoring.register_event_duration_secs_listener(heard)
     settings = load_config(Path(config), [f"cache_dir={folder / 'cache'}", *overrides])
-    prepare = run.prepare
+    prepare = build.prepare
 
     def timed(given: Any) -> Any:
         made = prepare(given)
         until_now("configuration, data, tokenizer")
         return made
 
-    run.prepare = timed
+    build.prepare = timed
     steps: list[float] = []
 
     class Table(LiveTable):
@@ -74,7 +73,9 @@ def work(config: str, overrides: list[str], folder: Path) -> None:
                 print(json.dumps(parts | {"all": time.time() - began}), flush=True)
                 os._exit(0)
 
-    with run.open_trainer(settings, Path(tempfile.mkdtemp(dir=folder)) / "run", Table(stream=io.StringIO())) as trainer:
+    with build.open_trainer(
+        settings, Path(tempfile.mkdtemp(dir=folder)) / "run", Table(stream=io.StringIO())
+    ) as trainer:
         until_now("weights onto the mesh")
         spent.update(dict.fromkeys(EVENTS, 0.0))
         evaluate = trainer._evaluate_stage

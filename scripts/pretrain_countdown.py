@@ -20,7 +20,7 @@ import optax
 
 from tsopsd_jax.data.countdown import EOS, MAX_PROMPT_TOKENS, MAX_RESPONSE_TOKENS, random_derivation, write_tokenizer
 from tsopsd_jax.data.tokenizer import Tokenizer
-from tsopsd_jax.learner import make_update
+from tsopsd_jax.learn.update import make_update
 from tsopsd_jax.losses import token_logp
 from tsopsd_jax.model import Qwen3, Qwen3Config, save_pretrained
 from tsopsd_jax.objectives import Objective

@@ -1,5 +1,6 @@
 """Strict numerics for every test, eight virtual CPU devices, a persistent compilation cache, shared tiny models."""
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from jaxtyping import install_import_hook  # noqa: E402  (the environment comes 
 # Shapes and types of the functions that handle arrays are checked while testing, and only then. (Not types.py: its
 # containers also hold shardings and abstract arrays, as every pytree does.)
 CHECKED = [
-    "sharding",
+    "distributed.sharding",
     "losses",
     "advantages",
     "rewards",
@@ -25,10 +26,12 @@ CHECKED = [
     "objectives",
     "rollout",
     "judge",
-    "learner",
-    "packing",
-    "evaluate",
+    "learn.update",
+    "learn.packing",
+    "evaluation.evaluate",
 ]
+for _name in CHECKED:  # a stale name would be silently inert
+    assert importlib.util.find_spec(f"tsopsd_jax.{_name}") is not None, f"no module tsopsd_jax.{_name}"
 _hook = install_import_hook([f"tsopsd_jax.{name}" for name in CHECKED], "beartype.beartype")
 
 import jax  # noqa: E402

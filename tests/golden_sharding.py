@@ -9,10 +9,10 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh, AxisType
 
+from tsopsd_jax.distributed.sharding import DECODE_RULES, MESH_AXES, TRAIN_RULES, tree_shardings
 from tsopsd_jax.model import Qwen3
 from tsopsd_jax.model.decoding import rollout_view, view_axes
 from tsopsd_jax.model.hf_config import read_config
-from tsopsd_jax.sharding import DECODE_RULES, MESH_AXES, TRAIN_RULES, tree_shardings
 from tsopsd_jax.types import PyTree
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -12,7 +12,8 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from tsopsd_jax.learner import abstract_state, make_optimizer, make_update
+from tsopsd_jax.distributed.sharding import DECODE_RULES, make_mesh, replicated, row_sharding, tree_shardings
+from tsopsd_jax.learn.update import abstract_state, make_optimizer, make_update
 from tsopsd_jax.model import Qwen3, Qwen3Config
 from tsopsd_jax.model import attention as attention_module
 from tsopsd_jax.model.attention import best_causal, causal_attention
@@ -21,7 +22,6 @@ from tsopsd_jax.objectives import OBJECTIVES
 from tsopsd_jax.rollout import Engine, Sampling
 from tsopsd_jax.rollout.paged_attention import pages_attention
 from tsopsd_jax.rollout.segment import Pool, Slots, empty_tails
-from tsopsd_jax.sharding import DECODE_RULES, make_mesh, replicated, row_sharding, tree_shardings
 from tsopsd_jax.types import Batch
 
 

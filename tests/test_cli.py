@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 import yaml
 
-from tsopsd_jax.cli import DEMO_CONFIG, main, transitions
-from tsopsd_jax.config import PACKAGED_MODEL
+from tsopsd_jax.cli import main
+from tsopsd_jax.commands.train import transitions
+from tsopsd_jax.config.build import divide_cpu
+from tsopsd_jax.config.places import DEMO_CONFIG, PACKAGED_MODEL
 from tsopsd_jax.model import load_pretrained
-from tsopsd_jax.run import divide_cpu
-from tsopsd_jax.runlog import read_evaluations
-from tsopsd_jax.trainer import Trainer
+from tsopsd_jax.rundir.log import read_evaluations
+from tsopsd_jax.train.trainer import Trainer
 
 ASSETS = DEMO_CONFIG.parent / PACKAGED_MODEL
 QUICK = (
@@ -120,7 +121,7 @@ def test_a_run_of_another_configuration_is_refused_and_left_alone(finished, caps
 
 @pytest.mark.parametrize("flag", ["", "--xla_force_host_platform_device_count=8"])
 def test_a_cpus_cores_become_devices(flag):
-    code = "import jax; from tsopsd_jax.run import divide_cpu; divide_cpu(3); print(jax.device_count())"
+    code = "import jax; from tsopsd_jax.config.build import divide_cpu; divide_cpu(3); print(jax.device_count())"
     env = dict(os.environ, XLA_FLAGS=flag)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True)
     assert done.stdout.strip() == "3"

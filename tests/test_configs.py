@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tsopsd_jax import settings
-from tsopsd_jax.cli import EXIT_BAD_INPUT, main
-from tsopsd_jax.config import Config, PhaseSettings, load_config, make_phase
-from tsopsd_jax.run import check_batches
-from tsopsd_jax.runlog import read_metrics
-from tsopsd_jax.sharding import make_mesh
+from tsopsd_jax.cli import main
+from tsopsd_jax.commands.exit_codes import BAD_INPUT
+from tsopsd_jax.config import Config, PhaseSettings, load_config, strict
+from tsopsd_jax.config.build import check_batches, make_phase
+from tsopsd_jax.distributed.sharding import make_mesh
+from tsopsd_jax.rundir.log import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -45,8 +45,8 @@ def build(**overrides) -> Config:
     """`minimal` with `a__0__b=value` set."""
     data = minimal()
     for path, value in overrides.items():
-        settings.override(data, f"{path.replace('__', '.')}={json.dumps(value)}")
-    return settings.build(Config, data)
+        strict.override(data, f"{path.replace('__', '.')}={json.dumps(value)}")
+    return strict.build(Config, data)
 
 
 # ------------------------------------------------------------------ shipped files
@@ -127,7 +127,7 @@ def pinned(tree, expected: dict) -> dict:
 
 @pytest.mark.parametrize("path", PAPER, ids=lambda p: p.stem)
 def test_paper_numbers(path):
-    config = settings.plain(load_config(path, []))
+    config = strict.plain(load_config(path, []))
     rl, reheat, again = config["phases"]
     assert pinned(config, RUN) == RUN
     assert pinned(rl, RL) == RL
@@ -138,14 +138,14 @@ def test_paper_numbers(path):
     # "resumed with identical hyperparameters" (section 4.1): only the name and what ends the phase may differ
     for key in ("name", "outcome", "stop"):
         rl.pop(key), again.pop(key)
-    assert settings.first_difference(rl, again) is None
+    assert strict.first_difference(rl, again) is None
 
 
 def test_the_two_papers_differ_in_the_model_alone():
-    small, large = (settings.plain(load_config(p, [])) for p in PAPER)
+    small, large = (strict.plain(load_config(p, [])) for p in PAPER)
     assert small["model"].pop("path") == "models/Qwen3-4B-Base"
     assert large["model"].pop("path") == "models/Qwen3-8B-Base"
-    assert settings.first_difference(small, large) is None
+    assert strict.first_difference(small, large) is None
 
 
 @pytest.mark.parametrize("path", PAPER, ids=lambda p: p.stem)
@@ -169,7 +169,7 @@ def test_the_minimum_and_the_defaults():
 
 def test_plain_is_the_reverse_of_build():
     config = load_config(PAPER[0], [])
-    assert settings.build(Config, yaml.safe_load(yaml.safe_dump(settings.plain(config)))) == config
+    assert strict.build(Config, yaml.safe_load(yaml.safe_dump(strict.plain(config)))) == config
 
 
 @pytest.mark.parametrize(
@@ -226,14 +226,14 @@ def test_a_missing_key_is_named():
     data = minimal()
     del data["phases"][0]["optimizer"]["learning_rate"]
     with pytest.raises(ValueError, match=r"^phases\.0\.optimizer\.learning_rate: expected a value, got none"):
-        settings.build(Config, data)
+        strict.build(Config, data)
 
 
 def test_phase_names_differ():
     data = minimal()
     data["phases"] *= 2
     with pytest.raises(ValueError, match="different names, got \\['rl', 'rl'\\]"):
-        settings.build(Config, data)
+        strict.build(Config, data)
 
 
 def test_yaml_reads_1e_6_as_text_and_people_mean_the_number():
@@ -242,7 +242,7 @@ def test_yaml_reads_1e_6_as_text_and_people_mean_the_number():
     data = minimal()
     data["phases"][0]["optimizer"] = yaml.safe_load(text)
     data["phases"][0]["objective"] = {"name": "mine.py:f", "hyperparameters": {"coefficient": "1e-3", "kind": "soft"}}
-    phase = settings.build(Config, data).phases[0]
+    phase = strict.build(Config, data).phases[0]
     assert phase.optimizer.learning_rate == 1e-6
     assert phase.objective.hyperparameters == {"coefficient": 1e-3, "kind": "soft"}
 
@@ -256,10 +256,10 @@ def test_an_integer_is_a_float_but_not_the_reverse():
 def test_override_sets_and_makes_what_is_missing():
     data = minimal()
     for assignment in ("phases.0.stop.steps=7", "mesh.fsdp=2", "evaluation.sampling={top_p: 0.5}", "cache_dir=null"):
-        settings.override(data, assignment)
-    config = settings.build(Config, data)
+        strict.override(data, assignment)
+    config = strict.build(Config, data)
     assert (config.phases[0].stop.steps, config.mesh.fsdp, config.evaluation.sampling.top_p) == (7, 2, 0.5)
-    settings.override(data, "data.path=a=b")  # only the first = separates
+    strict.override(data, "data.path=a=b")  # only the first = separates
     assert data["data"]["path"] == "a=b"
 
 
@@ -291,17 +291,17 @@ def test_an_override_changes_one_phase_where_anchors_share_settings(tmp_path):
 )
 def test_override_errors(assignment, words):
     with pytest.raises(ValueError) as error:
-        settings.override(minimal(), assignment)
+        strict.override(minimal(), assignment)
     assert words in str(error.value)
 
 
 def test_first_difference():
     a = {"x": 1, "y": [{"z": 2}, 3]}
-    assert settings.first_difference(a, {"x": 1, "y": [{"z": 2}, 3]}) is None
-    assert settings.first_difference(a, {"x": 1, "y": [{"z": 5}, 3]}) == "y.0.z: 2 != 5"
-    assert settings.first_difference(a, {"x": 1, "y": [{"z": 2}]}) == "y: [{'z': 2}, 3] != [{'z': 2}]"
-    assert settings.first_difference(a, {**a, "new": 4}) == "new: None != 4"
-    assert settings.first_difference({**a, "old": 4}, a) == "old: 4 != None"
+    assert strict.first_difference(a, {"x": 1, "y": [{"z": 2}, 3]}) is None
+    assert strict.first_difference(a, {"x": 1, "y": [{"z": 5}, 3]}) == "y.0.z: 2 != 5"
+    assert strict.first_difference(a, {"x": 1, "y": [{"z": 2}]}) == "y: [{'z': 2}, 3] != [{'z': 2}]"
+    assert strict.first_difference(a, {**a, "new": 4}) == "new: None != 4"
+    assert strict.first_difference({**a, "old": 4}, a) == "old: 4 != None"
 
 
 def test_rows_must_split_over_the_mesh():
@@ -319,7 +319,7 @@ def test_rows_must_split_over_the_mesh():
 def test_check_reports_bad_input_with_exit_code_2(tmp_path, capsys):
     file = tmp_path / "bad.yaml"
     file.write_text(yaml.safe_dump(minimal() | {"sead": 3}), encoding="utf-8")
-    assert main(["check", "--syntax-only", str(file)]) == EXIT_BAD_INPUT == 2
+    assert main(["check", "--syntax-only", str(file)]) == BAD_INPUT == 2
     line = capsys.readouterr().err.strip()
     assert "\n" not in line
     assert "bad.yaml" in line
@@ -334,17 +334,17 @@ def test_unreadable_files(tmp_path, capsys, content, words):
     file = tmp_path / "c.yaml"
     if content is not None:
         file.write_text(content, encoding="utf-8")
-    assert main(["check", "--syntax-only", str(file)]) == EXIT_BAD_INPUT
+    assert main(["check", "--syntax-only", str(file)]) == BAD_INPUT
     assert words in capsys.readouterr().err
 
 
 def test_check_names_objectives_and_hyperparameters_that_do_not_exist(tmp_path, capsys):
     file = tmp_path / "c.yaml"
     file.write_text(yaml.safe_dump(minimal()), encoding="utf-8")
-    assert main(["check", "--syntax-only", str(file), "--set", "phases.0.objective.name=dappo"]) == EXIT_BAD_INPUT
+    assert main(["check", "--syntax-only", str(file), "--set", "phases.0.objective.name=dappo"]) == BAD_INPUT
     assert "phase 'rl': objective 'dappo' is unknown" in capsys.readouterr().err
     wrong = "phases.0.objective.hyperparameters={clip_lo: 0.2}"
-    assert main(["check", "--syntax-only", str(file), "--set", wrong]) == EXIT_BAD_INPUT
+    assert main(["check", "--syntax-only", str(file), "--set", wrong]) == BAD_INPUT
     assert "clip_lo" in capsys.readouterr().err
 
 
@@ -353,7 +353,7 @@ def test_a_missing_model_directory_is_found_before_anything_is_written(tmp_path,
     content = minimal() | {"cache_dir": str(tmp_path / "cache")}
     content["model"] = {"path": str(tmp_path / "no-model")}
     file.write_text(yaml.safe_dump(content), encoding="utf-8")
-    assert main(["check", str(file)]) == EXIT_BAD_INPUT
+    assert main(["check", str(file)]) == BAD_INPUT
     assert "model.path" in capsys.readouterr().err
     assert not run_dir.exists()
 

@@ -8,8 +8,7 @@ import re
 import typing
 from pathlib import Path
 
-from tsopsd_jax import settings
-from tsopsd_jax.config import Config, DataSettings, EvaluationSettings
+from tsopsd_jax.config import Config, DataSettings, EvaluationSettings, strict
 from tsopsd_jax.objectives import OBJECTIVES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -53,7 +52,7 @@ def test_every_setting_is_documented():
     documented = {key: f"{kind}, default {default}" for key, kind, default in rows}
     expected = {key: f"{kind}, default {default}" for key, kind, default in _documented(Config, "")}
     assert len(expected) > 50
-    assert settings.first_difference(expected, documented) is None
+    assert strict.first_difference(expected, documented) is None
 
 
 def test_every_hyperparameter_is_documented():
@@ -68,10 +67,11 @@ def test_every_hyperparameter_is_documented():
 
 def test_paper_to_code_names_what_exists():
     text = read(DOCS / "paper_to_code.md")
-    functions = set(re.findall(r"`((?:head|losses|advantages|judge|learner|phases|objectives|evaluate)\.\w+)`", text))
+    modules = "head|losses|advantages|judge|learn|train|objectives|evaluation|rollout|rewards"
+    functions = set(re.findall(rf"`((?:{modules})(?:\.[a-z_]+)*\.\w+)`", text))
     assert len(functions) > 10
     for function in functions:
-        module, name = function.split(".")
+        module, _, name = function.rpartition(".")
         assert name in vars(importlib.import_module(f"tsopsd_jax.{module}")), function
     tests = set(re.findall(r"`(tests/\w+\.py)`", text))
     assert len(tests) > 5

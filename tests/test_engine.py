@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tsopsd_jax.distributed.sharding import make_mesh, tree_shardings
 from tsopsd_jax.rollout import Engine, Sampling, sample
 from tsopsd_jax.rollout.admission import pieces, placement
 from tsopsd_jax.rollout.schedule import Admitted, Geometry, Schedule
-from tsopsd_jax.sharding import make_mesh, tree_shardings
 from tsopsd_jax.types import Prompts
 
 WIDTH, LIMIT = 8, 13

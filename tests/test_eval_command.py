@@ -10,10 +10,11 @@ import time
 import numpy as np
 import pytest
 
-from tsopsd_jax import resume
-from tsopsd_jax.cli import DEMO_CONFIG, main
+from tsopsd_jax.cli import main
+from tsopsd_jax.config.places import DEMO_CONFIG
+from tsopsd_jax.evaluation.scoreboard import read_out
 from tsopsd_jax.rewards import verify_countdown
-from tsopsd_jax.scoreboard import read_out
+from tsopsd_jax.rundir import resumable_jsonl
 
 MODEL = DEMO_CONFIG.parent / "countdown-tiny"
 PROBLEMS = {"a": "3 5 7 9 -> 24", "b": "2 4 6 8 -> 20", "c": "1 2 3 4 -> 10", "d": "1 3 5 6 -> 12"}
@@ -91,8 +92,8 @@ def write_evaluated(out, model, benchmark, right, *, begun, samples=2, kept=None
     """Responses with this correctness, [problems][samples]; `kept`: only so many of them."""
     file = out / benchmark / f"{model}.jsonl"
     file.parent.mkdir(parents=True, exist_ok=True)
-    settings = {"model": model, "samples": samples, "problems": len(right), resume.BEGUN: begun}
-    resume.settings_file(file).write_text(json.dumps(settings))
+    settings = {"model": model, "samples": samples, "problems": len(right), resumable_jsonl.BEGUN: begun}
+    resumable_jsonl.settings_file(file).write_text(json.dumps(settings))
     rows = [
         {"benchmark": benchmark, "id": f"p{i}", "sample": s, "response": "x", "tokens": 10, "stopped": s == 0}
         | {"correct": bool(c), "entropy_nats": 0.25}

@@ -4,7 +4,14 @@ import jax
 import numpy as np
 import pytest
 
-from tsopsd_jax.evaluate import Response, evaluation_key, every_row, paired_bootstrap, pass_per_problem, summarise
+from tsopsd_jax.evaluation.evaluate import (
+    Response,
+    evaluation_key,
+    every_row,
+    paired_bootstrap,
+    pass_per_problem,
+    summarise,
+)
 
 
 def responses(correct, tokens, stopped, entropy):

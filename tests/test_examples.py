@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from tsopsd_jax.learner import make_optimizer, make_update
+from tsopsd_jax.learn.update import make_optimizer, make_update
 from tsopsd_jax.objectives import make_objective
 from tsopsd_jax.types import Batch, TrainState
 

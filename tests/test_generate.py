@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from tsopsd_jax.cli import DEMO_CONFIG, main
+from tsopsd_jax.cli import main
+from tsopsd_jax.config.places import DEMO_CONFIG
 from tsopsd_jax.rewards import verify_countdown
 
 MODEL = DEMO_CONFIG.parent / "countdown-tiny"

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from tsopsd_jax import head, losses
+from tsopsd_jax.distributed.sharding import make_mesh
 from tsopsd_jax.head import Cut, batch_loss, batch_stats, token_loss, token_stats, vocab_stats
 from tsopsd_jax.logit_stats import LibraryStats, VocabStats, logits_stats
-from tsopsd_jax.sharding import make_mesh
 from tsopsd_jax.types import Batch, LossOutput, Mean
 
 N, D, V = 7, 5, 11

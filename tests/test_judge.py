@@ -9,19 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tsopsd_jax.judge import (
-    VERIFY_THREADS,
-    Groups,
-    RewardRule,
-    ShortageError,
-    accuracies,
-    collect,
-    informative,
-    join,
-    judge,
-    score_while,
-    to_batch,
-)
+from tsopsd_jax.judge.dynamic_sampling import ShortageError, collect, informative
+from tsopsd_jax.judge.groups import Groups, RewardRule, join, judge, to_batch
+from tsopsd_jax.judge.scoring import VERIFY_THREADS, accuracies, score_while
 from tsopsd_jax.rollout import Finished
 from tsopsd_jax.types import Rollout
 

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tsopsd_jax.distributed.sharding import DECODE_RULES, make_mesh, tree_shardings
 from tsopsd_jax.model import Qwen3, Qwen3Config, decoding
 from tsopsd_jax.model.attention import attention
 from tsopsd_jax.model.qwen3 import rms_norm, rope
-from tsopsd_jax.sharding import DECODE_RULES, make_mesh, tree_shardings
 
 CONFIG = Qwen3Config(
     vocab_size=32,

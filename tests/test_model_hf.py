@@ -14,8 +14,8 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+from tsopsd_jax.distributed.sharding import make_mesh, tree_shardings
 from tsopsd_jax.model import Qwen3, Qwen3Config, load_pretrained, save_pretrained
-from tsopsd_jax.sharding import make_mesh, tree_shardings
 
 CONFIG = Qwen3Config(
     vocab_size=40,

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from tsopsd_jax import losses
-from tsopsd_jax.learner import make_gradient
+from tsopsd_jax.distributed.sharding import make_mesh, replicated, row_sharding
+from tsopsd_jax.learn.packing import pack
+from tsopsd_jax.learn.update import make_gradient
 from tsopsd_jax.objectives import OBJECTIVES, Objective, make_objective
-from tsopsd_jax.packing import pack
-from tsopsd_jax.sharding import make_mesh, replicated, row_sharding
 from tsopsd_jax.types import Batch, LossOutput, Mean
 
 OWN = '''

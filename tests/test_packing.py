@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tsopsd_jax.memory import TOKENS_PER_DEVICE, choose_micro_batches, exhausted_bytes, needed_bytes
+from tsopsd_jax.learn.micro_batches import TOKENS_PER_DEVICE, choose_micro_batches, exhausted_bytes, needed_bytes
+from tsopsd_jax.learn.packing import fill_rows, pack, useful_fraction
 from tsopsd_jax.model.qwen3 import segment_starts
-from tsopsd_jax.packing import fill_rows, pack, useful_fraction
 from tsopsd_jax.types import Batch
 
 

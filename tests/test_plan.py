@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
-from tsopsd_jax.cli import EXIT_BAD_INPUT, EXIT_DONE, main
+from tsopsd_jax.cli import main
+from tsopsd_jax.commands.exit_codes import BAD_INPUT, DONE
 from tsopsd_jax.config import load_config
+from tsopsd_jax.distributed.sharding import MESH_AXES
 from tsopsd_jax.model import Qwen3, Qwen3Config
 from tsopsd_jax.model.hf_config import read_config
 from tsopsd_jax.plan import chips
@@ -35,7 +37,6 @@ from tsopsd_jax.plan.work import (
     update_work,
     view_work,
 )
-from tsopsd_jax.sharding import MESH_AXES
 
 ROOT = Path(__file__).resolve().parents[1]
 MESH = {"data": 1, "fsdp": 4, "tensor": 2}
@@ -315,7 +316,7 @@ def plan(capsys, *args) -> tuple[int, str, str]:
 )
 def test_bad_topologies_say_what_is_known(capsys, config_file, topology, words):
     code, out, err = plan(capsys, config_file, "--topology", topology)
-    assert (code, out) == (EXIT_BAD_INPUT, "")
+    assert (code, out) == (BAD_INPUT, "")
     assert len(err.strip().splitlines()) <= 2  # where the shape comes from, and the error
     with pytest.raises(ValueError, match=words):
         raise ValueError(err)
@@ -324,7 +325,7 @@ def test_bad_topologies_say_what_is_known(capsys, config_file, topology, words):
 def test_without_the_compiler_the_extra_is_named(capsys, config_file, monkeypatch):
     monkeypatch.setattr(chips.importlib.util, "find_spec", lambda _: None)
     code, _, err = plan(capsys, config_file, "--topology", "v5e:2x2")
-    assert code == EXIT_BAD_INPUT
+    assert code == BAD_INPUT
     assert 'pip install -e ".[tpu]"' in err
 
 
@@ -343,13 +344,13 @@ def test_sizes_that_do_not_divide_are_named(capsys, config_file):
 
 def test_a_model_without_a_shape_is_an_error(capsys, config_file):
     code, _, err = plan(capsys, config_file, "--topology", "h100:4", "--set=model.path=nowhere/else")
-    assert code == EXIT_BAD_INPUT
+    assert code == BAD_INPUT
     assert "config.json in nowhere/else, or in configs/models/else" in err
 
 
 def test_gpus_are_planned_by_formula(capsys, config_file):
     code, out, err = plan(capsys, config_file, "--topology", "h100:4", "--json", "--mean-tokens", "200")
-    assert code == EXIT_DONE
+    assert code == DONE
     assert "its shape is taken from" in err
     found = json.loads(out)
     assert found["fits"] is True
@@ -383,7 +384,7 @@ def test_what_does_not_fit_is_said_with_a_remedy(capsys, config_file):
     if not (ROOT / "configs" / "models").is_dir():
         pytest.skip("the repository's configs/ are not here")
     code, out, _ = plan(capsys, config_file, "--topology", "a100-40g:2", *sets)
-    assert code == EXIT_DONE  # planned, whether or not it fits
+    assert code == DONE  # planned, whether or not it fits
     assert "DOES NOT FIT" in out
     assert "to make it fit:" in out
     assert "more devices in mesh.fsdp" in out
@@ -403,7 +404,7 @@ def compiled(config_file):
             texts[name] = found.text
             return found
 
-    from tsopsd_jax.plan.command import no_compilation_cache
+    from tsopsd_jax.commands.plan import no_compilation_cache
 
     try:
         place = chips.topology("v5e:2x2")

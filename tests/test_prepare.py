@@ -12,7 +12,7 @@ from test_data import dapo_row, write_jsonl, write_parquet
 
 from tsopsd_jax.cli import main
 from tsopsd_jax.data import Problem, evaluation_split, load_problems, prepare, render, selection
-from tsopsd_jax.runlog import read_metrics
+from tsopsd_jax.rundir.log import read_metrics
 
 # --- layouts of the published files ---
 
@@ -366,7 +366,7 @@ def test_selections_that_cannot_be(data, says, cache, tmp_path, capsys):
 
 def test_first_counts_what_is_not_left_out(cache, tmp_path):
     from tsopsd_jax.config import load_config
-    from tsopsd_jax.run import prepare as prepare_run
+    from tsopsd_jax.config.build import prepare as prepare_run
 
     (file,) = configuration(tmp_path, cache, exclude=["math_500"], drop_longer=True, first=4)
     problems = prepare_run(load_config(file, [])).task.problems

@@ -16,14 +16,16 @@ import numpy as np
 import pytest
 import yaml
 
-from tsopsd_jax.checkpoint import Checkpoints
-from tsopsd_jax.config import PACKAGED_MODEL, load_config, make_phase, model_folder
+from tsopsd_jax.config import load_config
+from tsopsd_jax.config.build import make_phase
+from tsopsd_jax.config.places import PACKAGED_MODEL, model_folder
 from tsopsd_jax.data.countdown import distinct_problems
-from tsopsd_jax.learner import abstract_state
+from tsopsd_jax.distributed.sharding import make_mesh
+from tsopsd_jax.learn.update import abstract_state
 from tsopsd_jax.model import Qwen3, load_pretrained
 from tsopsd_jax.model.hf_config import read_config
-from tsopsd_jax.runlog import read_evaluations, read_metrics
-from tsopsd_jax.sharding import make_mesh
+from tsopsd_jax.rundir.checkpoints import Checkpoints
+from tsopsd_jax.rundir.log import read_evaluations, read_metrics
 
 pytestmark = pytest.mark.processes
 
@@ -215,16 +217,16 @@ WORKER = """
 import json, sys, traceback
 from pathlib import Path
 import jax, numpy as np
-from tsopsd_jax import hosts
+from tsopsd_jax.distributed import processes
 from tsopsd_jax.model import hf_layout, load_pretrained, save_pretrained
-from tsopsd_jax.sharding import make_mesh
+from tsopsd_jax.distributed.sharding import make_mesh
 
 def explain(error):
     traceback.print_exception(error)
     return 1
 
 model_dir, out, flags = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
-with hosts.joined(coordinator=flags[1], processes=2, process=int(flags[5]), heartbeat_s=20, explain=explain):
+with processes.joined(coordinator=flags[1], processes=2, process=int(flags[5]), heartbeat_s=20, explain=explain):
     read, original = [], hf_layout.Layout.read
     def counting(self, tensor, shape, index):
         class Counted:
@@ -236,11 +238,11 @@ with hosts.joined(coordinator=flags[1], processes=2, process=int(flags[5]), hear
     hf_layout.Layout.read = counting
     model, params = load_pretrained(model_dir, mesh=make_mesh(fsdp=8))
     save_pretrained(out / "model", model, params)
-    facts = {"read": sum(read), "largest": max(read), "rows": hosts.divided(lambda i: [i, jax.process_index()], 5)}
+    facts = {"read": sum(read), "largest": max(read), "rows": processes.divided(lambda i: [i, jax.process_index()], 5)}
     (out / f"{jax.process_index()}.json").write_text(json.dumps(facts))
     if flags[5] == "1":
         raise RuntimeError("a bad verifier")
-    hosts.exchange(0)  # would wait for ever
+    processes.exchange(0)  # would wait for ever
 """
 
 

@@ -10,8 +10,7 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
-from tsopsd_jax.model import Qwen3, Qwen3Config
-from tsopsd_jax.sharding import (
+from tsopsd_jax.distributed.sharding import (
     MESH_AXES,
     TRAIN_RULES,
     make_mesh,
@@ -21,6 +20,7 @@ from tsopsd_jax.sharding import (
     spec_of,
     tree_shardings,
 )
+from tsopsd_jax.model import Qwen3, Qwen3Config
 
 
 @pytest.fixture(scope="module")

@@ -14,22 +14,23 @@ import numpy as np
 import optax
 import pytest
 
-from tsopsd_jax.console import LiveTable
 from tsopsd_jax.data import Problem, Tokenizer
 from tsopsd_jax.data.countdown import write_tokenizer
-from tsopsd_jax.judge import RewardRule
-from tsopsd_jax.learner import make_optimizer
+from tsopsd_jax.data.encode import encode_prompts
+from tsopsd_jax.display.live_table import LiveTable
+from tsopsd_jax.distributed.sharding import make_mesh, tree_shardings
+from tsopsd_jax.judge.groups import RewardRule
+from tsopsd_jax.learn.start_kl import StartKL
+from tsopsd_jax.learn.update import make_optimizer
 from tsopsd_jax.model import Qwen3, Qwen3Config
 from tsopsd_jax.objectives import dapo, ts_opsd
-from tsopsd_jax.phases import Guard, GuardError, Phase, StopRule
 from tsopsd_jax.rewards.math import WORKERS
 from tsopsd_jax.rollout import Sampling
-from tsopsd_jax.runlog import read_evaluations, read_metrics
-from tsopsd_jax.sharding import make_mesh, tree_shardings
-from tsopsd_jax.start_policy import StartKL
-from tsopsd_jax.steps import Steps
-from tsopsd_jax.task import EvaluationPlan, Task, encode_prompts
-from tsopsd_jax.trainer import Interrupted, Trainer
+from tsopsd_jax.rundir.log import read_evaluations, read_metrics
+from tsopsd_jax.train.phase import Guard, GuardError, Phase, StopRule
+from tsopsd_jax.train.phase_step import Steps
+from tsopsd_jax.train.task import EvaluationPlan, Task
+from tsopsd_jax.train.trainer import Interrupted, Trainer
 from tsopsd_jax.types import Rollout
 
 MODEL = Qwen3(

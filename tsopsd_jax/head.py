@@ -21,8 +21,8 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
+from tsopsd_jax.distributed.sharding import ROW_AXES, row_multiple
 from tsopsd_jax.logit_stats import LibraryStats, VocabStats
-from tsopsd_jax.sharding import ROW_AXES, row_multiple
 from tsopsd_jax.types import Batch, LossOutput, Mean
 
 CHUNK_TOKENS = 1024

@@ -1,20 +1,11 @@
-"""`tsopsd data`: prepare a published data set once, so that it is found by its name afterwards."""
+"""A published data set, read and written once to the cache."""
 
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tsopsd_jax.data.layouts import (
-    LAYOUTS,
-    Layout,
-    Problem,
-    Tally,
-    count_rows,
-    numbered_rows,
-    prepared_folder,
-    read_problems,
-)
-from tsopsd_jax.data.sources import GENERATED, SOURCES, find_files, known_source
+from tsopsd_jax.data.layouts import LAYOUTS, Layout, Problem, Tally, count_rows, numbered_rows, read_problems
+from tsopsd_jax.data.sources import GENERATED, find_files, known_source
 
 Watch = Callable[[Iterable[Any], str, int | None], Iterable[Any]]
 """(rows, what they are, how many if known) -> the same rows, showing progress."""
@@ -98,32 +89,3 @@ def _from_hub(name: str, layout: Layout) -> Path:
             f"{name}: could not fetch {layout.hub} from the Hugging Face hub ({type(error).__name__}: {error}); {remedy}"
         ) from error
     return Path(folder)
-
-
-def run_prepare(args: Any, directory: Path) -> None:
-    """The command line's `data prepare`."""
-    from rich.console import Console
-    from rich.progress import track
-
-    def watch(rows: Iterable[Any], what: str, total: int | None) -> Iterable[Any]:
-        return track(rows, what, total=total, console=Console(stderr=True), transient=True)
-
-    prepared = prepare(args.name, directory, source=args.source, skip_malformed=args.skip_malformed, watch=watch)
-    for split, tally in prepared.tallies.items():
-        wrong = tally.complaint() if tally.malformed else "0 malformed rows"
-        print(f"{args.name} {split}: {tally.kept:,} problems; {tally.duplicates:,} repetitions left out; {wrong}")
-    print(prepared.folder)
-
-
-def run_list(directory: Path) -> None:
-    """The command line's `data list`: every data set, whether it is prepared, and where it comes from."""
-    for name in SOURCES:
-        if name == "jsonl":
-            continue
-        state = "not prepared"
-        if prepared_folder(name, directory).exists():
-            from tsopsd_jax.data import builders
-
-            state = ", ".join(f"{split} {size:,}" for split, size in builders.sizes(name, directory).items())
-        origin = f"hub: {LAYOUTS[name].hub or 'none known'}" if name in LAYOUTS else "generated"
-        print(f"{name:14}  {state:24}  {origin}")

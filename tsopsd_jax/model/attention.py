@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
-from tsopsd_jax.sharding import ROW_AXES
+from tsopsd_jax.distributed.sharding import ROW_AXES
 
 IMPLEMENTATIONS = ("xla", "cudnn", "splash")
 SPLASH_MULTIPLE = 128

@@ -22,11 +22,11 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from safetensors import SafetensorError, safe_open
 
-from tsopsd_jax import hosts
+from tsopsd_jax.distributed import processes
+from tsopsd_jax.distributed.sharding import tree_shardings
 from tsopsd_jax.model.hf_config import config_json, read_config, read_json
 from tsopsd_jax.model.hf_layout import DTYPES, EMBED, HEAD, Stored, cast, stored_tensors
 from tsopsd_jax.model.qwen3 import Qwen3
-from tsopsd_jax.sharding import tree_shardings
 from tsopsd_jax.types import PyTree
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -98,7 +98,7 @@ def _check_tensors(model: Qwen3, stored: dict[str, Any], folder: Path) -> None:
         vocab, rows = model.config.vocab_size, max(1, 2**24 // model.config.hidden_size)
         for at in range(0, vocab, rows):
             part = slice(at, min(at + rows, vocab))
-            if not hosts.is_mine(at // rows):
+            if not processes.is_mine(at // rows):
                 continue
             if not np.array_equal(stored[EMBED.name][part], stored[HEAD.name][part]):
                 raise ValueError(

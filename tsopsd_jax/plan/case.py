@@ -8,10 +8,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from tsopsd_jax.learner import abstract_state
+from tsopsd_jax.distributed.sharding import DECODE_RULES, tree_shardings
+from tsopsd_jax.learn.update import abstract_state
 from tsopsd_jax.model import Qwen3
 from tsopsd_jax.model.decoding import rollout_view, view_axes
-from tsopsd_jax.phases import Phase
 from tsopsd_jax.plan.collectives import Moved
 from tsopsd_jax.plan.work import (
     Lengths,
@@ -26,7 +26,7 @@ from tsopsd_jax.plan.work import (
 )
 from tsopsd_jax.rollout.engine import segment_tokens
 from tsopsd_jax.rollout.schedule import Geometry
-from tsopsd_jax.sharding import DECODE_RULES, tree_shardings
+from tsopsd_jax.train.phase import Phase
 from tsopsd_jax.types import PyTree
 
 

@@ -5,15 +5,15 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from tsopsd_jax.head import TILES
-from tsopsd_jax.learner import MICRO_BATCHES
-from tsopsd_jax.memory import choose_micro_batches, compile_within
+from tsopsd_jax.learn.micro_batches import choose_micro_batches, compile_within
+from tsopsd_jax.learn.update import MICRO_BATCHES
 from tsopsd_jax.plan import estimate
 from tsopsd_jax.plan.case import Case, Part
 from tsopsd_jax.plan.collectives import Program
 from tsopsd_jax.rollout import Engine
 from tsopsd_jax.rollout.ahead import lower_prefill, lower_segment, lower_view
 from tsopsd_jax.rollout.segment import STEPS
-from tsopsd_jax.updater import Updater
+from tsopsd_jax.train.phase_update import Updater
 
 HOPELESS = 1.3
 """An update that by formula needs this many times the memory is not compiled: smaller micro-batches are tried at once."""

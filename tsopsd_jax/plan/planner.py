@@ -5,8 +5,10 @@ from typing import NamedTuple
 
 from jax.sharding import AbstractMesh, AxisType
 
-from tsopsd_jax.config import DTYPES, Config, PhaseSettings, make_phase
-from tsopsd_jax.memory import RESERVE, choose_micro_batches
+from tsopsd_jax.config import DTYPES, Config, PhaseSettings
+from tsopsd_jax.config.build import check_batches, make_phase
+from tsopsd_jax.distributed.sharding import MESH_AXES, AnyMesh, make_mesh, mesh_sizes, tree_shardings
+from tsopsd_jax.learn.micro_batches import RESERVE, choose_micro_batches
 from tsopsd_jax.model import Qwen3, Qwen3Config
 from tsopsd_jax.plan import estimate
 from tsopsd_jax.plan.case import Case, Part
@@ -14,8 +16,6 @@ from tsopsd_jax.plan.chips import Topology
 from tsopsd_jax.plan.compiled import Programs, compile_parts
 from tsopsd_jax.plan.roofline import Seconds, seconds
 from tsopsd_jax.plan.work import Lengths, Split
-from tsopsd_jax.run import check_batches
-from tsopsd_jax.sharding import MESH_AXES, AnyMesh, make_mesh, mesh_sizes, tree_shardings
 
 COMPILED_MESHES = 3
 """Of the meshes that a search ranks by formula, so many of the best are compiled."""

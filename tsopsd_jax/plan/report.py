@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from tsopsd_jax.memory import RESERVE
+from tsopsd_jax.learn.micro_batches import RESERVE
 from tsopsd_jax.plan.case import Part
 from tsopsd_jax.plan.planner import Plan
 from tsopsd_jax.plan.roofline import Seconds

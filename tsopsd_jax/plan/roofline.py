@@ -4,9 +4,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from tsopsd_jax.distributed.sharding import MESH_AXES, slice_of
 from tsopsd_jax.plan.case import Part
 from tsopsd_jax.plan.chips import GPUS_PER_HOST, Chip, Topology
-from tsopsd_jax.sharding import MESH_AXES, slice_of
 
 
 class Seconds(NamedTuple):

@@ -6,10 +6,10 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
+from tsopsd_jax.distributed.sharding import DECODE_RULES, replicated, row_sharding, tree_shardings
 from tsopsd_jax.model.decoding import view_axes
 from tsopsd_jax.rollout.engine import Engine
 from tsopsd_jax.rollout.segment import Pool, Slots
-from tsopsd_jax.sharding import DECODE_RULES, replicated, row_sharding, tree_shardings
 from tsopsd_jax.types import PyTree
 
 

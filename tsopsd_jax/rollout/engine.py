@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
+from tsopsd_jax.distributed.sharding import DECODE_RULES, put, replicated, row_multiple, tree_shardings
 from tsopsd_jax.model.attention import causal_attention
 from tsopsd_jax.model.decoding import LayerCache, prefill, rollout_view, view_axes
 from tsopsd_jax.model.qwen3 import Qwen3
@@ -22,7 +23,6 @@ from tsopsd_jax.rollout.distribution import Sampling
 from tsopsd_jax.rollout.paged_attention import pages_attention
 from tsopsd_jax.rollout.schedule import Admitted, Geometry, Schedule
 from tsopsd_jax.rollout.segment import Pool, Slots, decode_segment, empty_tails
-from tsopsd_jax.sharding import DECODE_RULES, put, replicated, row_multiple, tree_shardings
 from tsopsd_jax.types import AnyArray, Prompts, PyTree, Rollout
 
 SHORT_TOKENS = 128

@@ -17,8 +17,8 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
+from tsopsd_jax.distributed.sharding import ROW_AXES
 from tsopsd_jax.model.decoding import LayerCache
-from tsopsd_jax.sharding import ROW_AXES
 from tsopsd_jax.types import AnyArray
 
 IMPLEMENTATIONS = ("xla", "pallas")

@@ -1,0 +1,252 @@
+"""How a process finds its place, what processes divide, and how they watch one another (without JAX: a second each)."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+
+from tsopsd_jax.distributed import processes
+from tsopsd_jax.distributed.sharding import make_mesh, put, replicated, row_sharding
+from tsopsd_jax.learn.micro_batches import device_bytes
+from tsopsd_jax.train.trainer import Trainer
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def cluster(monkeypatch):
+    """cluster(NAME=value, ...): the environment of a cluster, and of nothing else."""
+    for name in os.environ:
+        if name.startswith(("SLURM_", "OMPI_", "TPU_")):
+            monkeypatch.delenv(name)
+
+    def set_to(**values: str) -> None:
+        for name, value in values.items():
+            monkeypatch.setenv(name, value)
+
+    return set_to
+
+
+def test_one_process_initialises_nothing(cluster, monkeypatch):
+    cluster(SLURM_NTASKS="4", SLURM_PROCID="0")  # a batch script: no step of srun
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **__: pytest.fail("one process needs no service"))
+    nothing = {"coordinator": None, "processes": None, "process": None}
+    with processes.joined(**nothing, heartbeat_s=5, explain=lambda _: 1):
+        pass
+    with pytest.raises(KeyError), processes.joined(**nothing, heartbeat_s=5, explain=lambda _: 1):
+        raise KeyError  # an exception is the caller's
+
+
+@pytest.mark.parametrize(
+    ("environment", "launched"),
+    [
+        ({}, False),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, True),
+        ({"OMPI_COMM_WORLD_SIZE": "1"}, False),
+        ({"SLURM_STEP_NODELIST": "n[1-2]", "SLURM_NTASKS": "2"}, True),
+        ({"SLURM_STEP_NODELIST": "n1", "SLURM_NTASKS": "1"}, False),
+    ],
+)
+def test_the_environment_says_whether_there_are_many(environment, launched, cluster):
+    cluster(**environment)
+    assert processes._launched() is launched
+
+
+@pytest.mark.parametrize("many", [True, False])
+def test_tpus_are_asked_for_the_other_hosts(many, cluster, monkeypatch):
+    cluster(JAX_PLATFORMS="tpu,cpu")
+    monkeypatch.setattr(processes.importlib.util, "find_spec", lambda name: name == "libtpu")
+    monkeypatch.setattr(processes.glob, "glob", lambda pattern: ["/dev/accel0"] if pattern == "/dev/accel*" else [])
+    asked = []
+
+    def initialize(*where, heartbeat_timeout_seconds):
+        asked.append((*where, heartbeat_timeout_seconds))
+        if not many:
+            raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    assert processes._initialised(None, None, None, 5) is many
+    assert asked == [(None, None, None, 10)]
+    cluster(JAX_PLATFORMS="cpu")
+    assert processes._initialised(None, None, None, 5) is False
+    cluster(OMPI_COMM_WORLD_SIZE="2")
+    if not many:
+        with pytest.raises(ValueError, match="cannot find one another .* give --coordinator HOST:PORT"):
+            processes._initialised(None, None, None, 5)
+
+
+def test_flags_are_completed_from_the_environment(cluster):
+    assert processes._place("h:1", 2, 0) == ("h:1", 2, 0)
+    cluster(SLURM_NTASKS="3", SLURM_PROCID="2")
+    assert processes._place("h:1", None, None) == ("h:1", 3, 2)
+    assert processes._place("h:1", 4, 3) == ("h:1", 4, 3)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ((None, 2, None), r"expect --coordinator HOST:PORT of process 0 beside them, got none"),
+        (("h", 2, 0), r"--coordinator: expected HOST:PORT, got 'h'"),
+        (("h:1", 2, None), r"0 <= I < N, got N 2, I None"),
+        (("h:1", 2, 2), r"0 <= I < N, got N 2, I 2"),
+    ],
+)
+def test_incomplete_flags_are_named(given, words, cluster):
+    cluster()
+    with pytest.raises(ValueError, match=words):
+        processes._place(*given)
+
+
+def test_rows_are_divided_and_come_back_in_order(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
+    parts = {}
+    for index in range(3):
+        monkeypatch.setattr(jax, "process_index", lambda index=index: index)
+        monkeypatch.setattr(processes, "exchange", lambda mine, index=index: parts.update({index: mine}) or [[]] * 3)
+        with pytest.raises(IndexError):
+            processes.divided(lambda row: 10 * row, 7)
+    assert parts == {0: [0, 30, 60], 1: [10, 40], 2: [20, 50]}
+    monkeypatch.setattr(processes, "exchange", lambda _: [parts[i] for i in range(3)])
+    assert processes.divided(lambda row: 10 * row, 7) == [0, 10, 20, 30, 40, 50, 60]
+
+
+def test_what_one_process_sees_is_everyones(monkeypatch):
+    monkeypatch.setattr(processes, "exchange", lambda mine: [mine, signal.SIGTERM])
+    assert Trainer._asked(SimpleNamespace(stop_signal=None)) == signal.SIGTERM
+    monkeypatch.setattr(processes, "exchange", lambda mine: [mine, 1000])
+    mesh = SimpleNamespace(local_devices=[SimpleNamespace(memory_stats=lambda: {"bytes_limit": 2000})])
+    assert device_bytes(mesh) == 970  # the least, less 3 %
+
+
+def test_a_batch_is_laid_out_by_rows():
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    x = np.arange(24, dtype=np.int32).reshape(8, 3)
+    laid = put({"x": x}, row_sharding(mesh))["x"]
+    assert [s.data.shape for s in laid.addressable_shards] == [(2, 3)] * 8
+    np.testing.assert_array_equal(laid, x)
+    assert put(np.float32(2), replicated(mesh)).is_fully_replicated
+
+
+# ------------------------------------------------------------------------------------------------ the watch
+
+PROCESS = """
+import json, os, sys, time
+from pathlib import Path
+from tsopsd_jax.distributed.heartbeat import Watch
+
+index, count, folder, does = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4]
+turn = iter(range(100))
+
+def exchange(value):
+    "Through files: what JAX does by collectives."
+    n = next(turn)
+    part = folder / f"{n}.{index}.part"
+    part.write_text(json.dumps(value))
+    part.rename(folder / f"{n}.{index}")
+    while not all((folder / f"{n}.{i}").is_file() for i in range(count)):
+        time.sleep(0.01)
+    return [json.loads((folder / f"{n}.{i}").read_text()) for i in range(count)]
+
+watch = Watch(index=index, count=count, heartbeat_s=float(sys.argv[5]), exchange=exchange)
+(folder / f"ready{index}").touch()
+if does.endswith("leave"):
+    if does.startswith("rest"):
+        time.sleep(5)
+    watch.close()
+elif does.startswith("fail"):
+    if does == "fail over unread bytes":  # the others' signs of life
+        watch._stop()
+        time.sleep(1.5)
+    watch.tell("ValueError: no such verifier")
+    os._exit(2)
+else:
+    time.sleep(20)
+"""
+
+
+@pytest.fixture
+def watching(tmp_path):
+    """watching("wait", "leave", ...): processes that watch one another, once all do; none outlives the test. The heartbeat
+    is long where it is not what is tested: a busy machine must not fail the test."""
+    env, processes = os.environ | {"PYTHONPATH": str(ROOT)}, []
+
+    def start(*does: str, heartbeat_s: float = 30) -> list[subprocess.Popen]:
+        for i, what in enumerate(does):
+            command = [sys.executable, "-c", PROCESS, str(i), str(len(does)), str(tmp_path), what, str(heartbeat_s)]
+            processes.append(subprocess.Popen(command, env=env, text=True, stderr=subprocess.PIPE))
+        until = time.monotonic() + 60
+        while not all((tmp_path / f"ready{i}").is_file() for i in range(len(does))):
+            assert time.monotonic() < until, "the processes did not meet"
+            time.sleep(0.01)
+        return processes
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def outcome(processes: list[subprocess.Popen]) -> tuple[list[int], list[str]]:
+    said = [p.communicate(timeout=60)[1] for p in processes]
+    return [p.returncode for p in processes], said
+
+
+@pytest.mark.parametrize("victim", [0, 2])
+def test_a_killed_process_ends_the_others(victim, watching):
+    processes = watching("wait", "wait", "wait")
+    processes[victim].kill()
+    codes, said = outcome(processes)
+    assert codes == [-signal.SIGKILL if i == victim else 5 for i in range(3)]
+    for i in {0, 1, 2} - {victim}:
+        assert said[i].startswith(f"process {i} of 3 (host ")
+        assert f"process {victim} of 3" in said[i]
+        assert "died; start all processes again with the same command" in said[i]
+
+
+def test_a_silent_process_ends_the_others_after_the_heartbeat(watching):
+    processes = watching("wait", "wait", "wait", heartbeat_s=2)
+    processes[1].send_signal(signal.SIGSTOP)
+    began = time.monotonic()
+    for i in (0, 2):
+        assert processes[i].wait(timeout=60) == 5
+    processes[1].kill()
+    assert time.monotonic() - began > 1.0
+    _, said = outcome(processes)
+    for i in (0, 2):
+        assert "process 1 of 3" in said[i]
+        assert "gave no sign of life for 2 s" in said[i]
+
+
+def test_a_pause_of_all_processes_is_nobodys_silence(watching):
+    """As when a machine is moved to another host: all go on after longer than the heartbeat."""
+    processes = watching("rest and leave", "rest and leave", "rest and leave", heartbeat_s=2)
+    for process in processes:
+        process.send_signal(signal.SIGSTOP)
+    time.sleep(3)
+    for process in processes:
+        process.send_signal(signal.SIGCONT)
+    assert outcome(processes) == ([0, 0, 0], ["", "", ""])
+
+
+@pytest.mark.parametrize("fail", ["fail", "fail over unread bytes"])
+@pytest.mark.parametrize("failing", [0, 1])
+def test_an_error_is_told_to_the_others(failing, fail, watching):
+    does = ["wait"] * 3
+    does[failing] = fail
+    codes, said = outcome(watching(*does))
+    assert codes == [2 if i == failing else 5 for i in range(3)]
+    assert said[failing] == ""
+    for i in {0, 1, 2} - {failing}:
+        assert f"ends: process {failing} of 3" in said[i]
+        assert "failed: ValueError: no such verifier; start all processes again" in said[i]
+
+
+def test_who_takes_leave_is_not_missed(watching):
+    assert outcome(watching("leave", "leave", "leave")) == ([0, 0, 0], ["", "", ""])

@@ -1,0 +1,1 @@
+"""The command line: a module for each verb, with `add(parser)` and `run(args)`."""

@@ -1,0 +1,51 @@
+"""`tsopsd convert`: export a run's policy as a Hugging Face directory."""
+
+import argparse
+from pathlib import Path
+
+from tsopsd_jax.commands import exit_codes
+from tsopsd_jax.commands.model_card import base_licence, model_card
+from tsopsd_jax.config import DTYPES
+from tsopsd_jax.config.places import model_folder
+from tsopsd_jax.config.restore import resolved_config, restore_run
+from tsopsd_jax.distributed.sharding import make_mesh
+from tsopsd_jax.model import save_pretrained
+from tsopsd_jax.rundir import object_store
+from tsopsd_jax.rundir.log import read_evaluations, read_metrics
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options."""
+    parser.add_argument("run_dir", metavar="RUN_DIR")
+    parser.add_argument("--out", type=Path, required=True, help="directory to write; must not hold anything else")
+    parser.add_argument("--step", type=int, help="checkpoint to export; default: the latest")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of the stored tensors")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Export, and print where."""
+    with object_store.opened(args.run_dir) as folder:
+        print(export(folder, args.out, step=args.step, dtype=args.dtype))
+    return exit_codes.DONE
+
+
+def export(run_dir: Path, out: Path, *, step: int | None, dtype: str) -> Path:
+    """Write the policy of a checkpoint (default: the latest) as a Hugging Face directory with a model card; returns it.
+
+    Raises:
+        ValueError: no run, no such checkpoint, or a directory that holds something else.
+    """
+    config = resolved_config(run_dir)
+    folder = model_folder(config)
+    model, state = restore_run(run_dir, step=step, mesh=make_mesh(), compute_dtype="float32")
+    card = model_card(
+        config,
+        base=folder.resolve().name,
+        licence=base_licence(folder),
+        step=int(state.step),
+        dtype=dtype,
+        metrics=read_metrics(run_dir),
+        evaluations=read_evaluations(run_dir),
+    )
+    save_pretrained(out, model, state.params, dtype=DTYPES[dtype], tokenizer_from=folder, card=card)
+    return out

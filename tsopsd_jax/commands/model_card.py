@@ -1,0 +1,110 @@
+"""The model card of an exported policy: what the run directory says, as Markdown with the Hub's front matter."""
+
+import dataclasses
+import importlib.metadata
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tsopsd_jax.config import Config, DataSettings, PhaseSettings
+from tsopsd_jax.display.live_table import results_table
+from tsopsd_jax.model.hf import CARD
+
+LAST_METRICS = (
+    "policy/entropy_nats",
+    "reward/mean",
+    "reward/accuracy_fraction",
+    "rollout/length_mean_tokens",
+    "rollout/truncated_fraction",
+    "loss/total",
+    "optim/grad_norm",
+)
+_LICENCE = ("license", "license_name", "license_link")
+
+
+def base_licence(folder: Path) -> dict[str, str]:
+    """The licence fields in the front matter of a model directory's own card; empty where there is none."""
+    if not (folder / CARD).is_file():
+        return {}
+    begin, *rest = (folder / CARD).read_text(encoding="utf-8").split("---\n", 2)
+    if begin or len(rest) != 2:
+        return {}
+    try:
+        fields = yaml.safe_load(rest[0])
+    except yaml.YAMLError:
+        return {}
+    return {key: str(fields[key]) for key in _LICENCE if key in fields} if isinstance(fields, dict) else {}
+
+
+def model_card(
+    config: Config,
+    *,
+    base: str,
+    licence: Mapping[str, str],
+    step: int,
+    dtype: str,
+    metrics: Sequence[Mapping[str, Any]],
+    evaluations: Sequence[Mapping[str, Any]],
+) -> str:
+    """The card of the policy after `step`; lines of the run's log beyond that step are left out.
+
+    Args:
+        base: name of the model that the run began with.
+        licence: from `base_licence`.
+        dtype: of the stored weights.
+        metrics: lines of metrics.jsonl.
+        evaluations: lines of evaluations.jsonl.
+    """
+    metrics = [line for line in metrics if line["step"] <= step]
+    evaluations = [record for record in evaluations if record["step"] <= step]
+    version = importlib.metadata.version("tsopsd-jax")
+    random = " (random weights of its shape)" if config.model.random_init else ""
+    front = yaml.safe_dump(
+        {**licence, "library_name": "transformers", "base_model": base, "tags": ["tsopsd_jax"]}, sort_keys=False
+    )
+    parts = [
+        f"---\n{front}---\n# {base}, after {step} steps",
+        f"Trained and exported ({dtype}) by tsopsd_jax {version}; seed {config.seed}.",
+        f"- Base model: {base}{random}\n- Problems: {_data(config.data)}",
+        "## Phases\n\n" + _phases(config.phases, Counter(line["phase"] for line in metrics)),
+    ]
+    if metrics:
+        last = metrics[-1]
+        shown = [f"| {name} | {last[name]:.5g} |" for name in LAST_METRICS if last.get(name) is not None]
+        parts.append(f"## Metrics of step {last['step']}\n\n" + "\n".join(["| metric | value |", "|---|---|", *shown]))
+    if evaluations:
+        parts.append(f"## Evaluations\n\n```\n{results_table(evaluations)}\n```")
+    return "\n\n".join(parts) + "\n"
+
+
+def _data(data: DataSettings) -> str:
+    """The settings that are not their defaults."""
+    values = {f.name: vars(data)[f.name] for f in dataclasses.fields(data) if vars(data)[f.name] != f.default}
+    if data.path is not None:
+        values["path"] = Path(data.path).name  # a publication does not tell where the author keeps files
+    return _words(values)
+
+
+def _phases(phases: Sequence[PhaseSettings], steps: Mapping[str, int]) -> str:
+    """A table of the phases that have begun."""
+    lines = ["| phase | objective | steps | a step | AdamW |", "|---|---|---|---|---|"]
+    for phase in phases:
+        if not steps.get(phase.name):
+            continue
+        cells = [
+            phase.name,
+            " ".join([phase.objective.name, _words(phase.objective.hyperparameters)]).strip(),
+            str(steps[phase.name]),
+            f"{phase.prompts_per_step} prompts x {phase.responses_per_prompt} responses of at most "
+            f"{phase.max_response_tokens} tokens",
+            _words(vars(phase.optimizer)),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _words(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in values.items())

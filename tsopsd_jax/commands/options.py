@@ -1,0 +1,26 @@
+"""Options that several commands share."""
+
+import argparse
+
+
+def add_overrides(parser: argparse.ArgumentParser) -> None:
+    """Add `--set a.b=VALUE`."""
+    parser.add_argument("--set", action="append", default=[], metavar="a.b=VALUE", help="override one setting")
+
+
+def add_run(parser: argparse.ArgumentParser) -> None:
+    """Add where a run lies and what of its configuration is overridden."""
+    parser.add_argument("--run-dir", help="or gs://...; default: runs/NAME of the configuration's file")
+    add_overrides(parser)
+
+
+def add_sampling(parser: argparse.ArgumentParser, *, samples: int, max_tokens: int, top_p: float) -> None:
+    """Add how responses are sampled, with these defaults."""
+    parser.add_argument("--samples", type=int, default=samples, help=f"responses per prompt; default {samples}")
+    parser.add_argument("--max-tokens", type=int, default=max_tokens, help=f"of a response; default {max_tokens}")
+    parser.add_argument("--temperature", type=float, default=1.0, help="default 1")
+    parser.add_argument("--top-p", type=float, default=top_p, help=f"1: off; default {top_p:g}")
+    parser.add_argument("--top-k", type=int, default=0, help="default 0: off")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--slots", type=int, default=64, help="responses decoded side by side; default 64")
+    parser.add_argument("--tensor", type=int, default=1, help="devices that share one copy of the weights; default 1")

@@ -1,0 +1,146 @@
+"""`tsopsd train`: run a configuration, or resume it."""
+
+import argparse
+import contextlib
+import functools
+import itertools
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from tsopsd_jax.commands import exit_codes, options
+from tsopsd_jax.config import Config, claim, load_config, strict
+from tsopsd_jax.config.build import prepare
+from tsopsd_jax.config.places import cache_folder, use_compilation_cache
+from tsopsd_jax.display.live_table import LiveTable, results_table
+from tsopsd_jax.display.page import write_report
+from tsopsd_jax.distributed import processes
+from tsopsd_jax.rundir import object_store
+from tsopsd_jax.rundir.log import read_evaluations, read_metrics
+from tsopsd_jax.train.phase import GuardError
+from tsopsd_jax.train.trainer import Interrupted, Trainer
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options."""
+    parser.add_argument("config", metavar="CONFIG")
+    options.add_run(parser)
+    parser.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0; TPUs, SLURM, Open MPI need no flags")
+    parser.add_argument("--processes", type=int, metavar="N", help="how many processes run this command")
+    parser.add_argument("--process", type=int, metavar="I", help="which of them this is, from 0")
+    parser.add_argument(
+        "--heartbeat-s", type=int, default=100, help="silence after which a process is taken for dead; default 100"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Join the other processes of the run, if there are any, and run."""
+    with processes.joined(
+        coordinator=args.coordinator,
+        processes=args.processes,
+        process=args.process,
+        heartbeat_s=args.heartbeat_s,
+        explain=functools.partial(exit_codes.explain, "train"),
+    ):
+        return run_file(Path(args.config), args.run_dir or f"runs/{Path(args.config).stem}", args.set, "train")
+
+
+def run_file(path: Path, place: str, overrides: list[str], command: str) -> int:
+    """Run a configuration's file at `place` until it is done or stopped, then print results and write the page."""
+    config = load_config(path, overrides)
+    run_dir = object_store.folder_of(place, cache_folder(config))
+    code = exit_codes.DONE
+    try:
+        with open_trainer(config, run_dir, LiveTable(stream=processes.console())) as trainer:
+            if trainer.progress.phase == len(config.phases):
+                print(f"{place} is done: {int(trainer.state.step)} steps")
+            trainer.run()
+    except Interrupted as reason:
+        print(f"{reason}; the same command goes on", file=sys.stderr)
+        code = exit_codes.INTERRUPTED
+    except GuardError as reason:
+        print(f"tsopsd {command}: {reason}", file=sys.stderr)
+        code = exit_codes.GUARD
+    if not processes.is_first():
+        return code
+    if evaluations := read_evaluations(run_dir):
+        print(results_table(evaluations))
+        for line in transitions(evaluations, read_metrics(run_dir)):
+            print(line)
+    if read_metrics(run_dir):
+        print(f"report: {write_report(run_dir)}")
+    object_store.push(run_dir)
+    return code
+
+
+def _check_same(config: Config) -> None:
+    """All processes of a run were started with one configuration."""
+    mine = strict.plain(config)
+    odd = strict.first_difference(processes.from_first(mine), mine)
+    if odd is not None:
+        raise ValueError(
+            f"process {jax.process_index()} has another configuration than process 0 ({odd}); start all with the same one"
+        )
+
+
+@contextlib.contextmanager
+def _claimed(config: Config, run_dir: Path) -> Iterator[list[str]]:
+    """The run directory held and claimed by process 0, for all; what changed in its settings."""
+    with contextlib.ExitStack() as stack:
+        changed = []
+        if processes.is_first():
+            stack.enter_context(claim.held(run_dir))
+            object_store.fetch(run_dir)
+            changed = claim.claim(run_dir, config)
+        changed = processes.from_first(changed)
+        if object_store.address(run_dir) is None and not (run_dir / claim.CONFIG_FILE).is_file():
+            raise ValueError(
+                f"process {jax.process_index()} expected the {claim.CONFIG_FILE} that process 0 wrote to {run_dir}, got no "
+                "such file; choose a --run-dir that all hosts share (a network file system, gs://...)"
+            )
+        yield changed
+
+
+@contextlib.contextmanager
+def open_trainer(config: Config, run_dir: Path, table: LiveTable) -> Iterator[Trainer]:
+    """A trainer in `run_dir`, resuming what stands there; no other process may run there meanwhile."""
+    use_compilation_cache(cache_folder(config))
+    _check_same(config)
+    parts = prepare(config)
+    with _claimed(config, run_dir) as changed:
+        trainer = Trainer(
+            model=parts.model,
+            load_params=parts.load_params,
+            phases=parts.phases,
+            task=parts.task,
+            evaluation=parts.evaluation,
+            mesh=parts.mesh,
+            seed=config.seed,
+            run_dir=run_dir,
+            checkpoint_every_steps=config.checkpoint_every_steps,
+            keep_checkpoints=config.keep_checkpoints,
+            wandb_project=config.wandb_project,
+            table=table,
+        )
+        with table:
+            for note in parts.notes:
+                table.note(note)
+            if changed:
+                table.note(f"goes on with changed settings: {'; '.join(changed)}")
+            yield trainer
+
+
+def transitions(evaluations: Sequence[dict[str, Any]], metrics: Sequence[dict[str, Any]]) -> list[str]:
+    """What each phase took and what it did to accuracy, from one evaluation between phases to the next."""
+    lines = []
+    for before, after in itertools.pairwise(e for e in evaluations if not e.get("phase_step")):
+        steps = [m for m in metrics if before["step"] < m["step"] <= after["step"]]
+        nats = [m["policy/entropy_nats"] for m in steps if m.get("policy/entropy_nats") is not None]
+        entropy = f", entropy {nats[0]:.3f} -> {nats[-1]:.3f} nats" if nats else ""
+        gains = (100 * (after[key] - before[key]) for key in ("avg_at_k", "pass_at_k"))
+        points = ", ".join(f"{name}@k {gain:+.1f}" for name, gain in zip(("avg", "pass"), gains, strict=True))
+        lines.append(f"{before['stage']} -> {after['stage']}: {len(steps)} steps{entropy}, {points} points")
+    return lines

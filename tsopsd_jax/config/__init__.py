@@ -1,0 +1,29 @@
+"""The configuration of a run: the only place that takes one apart."""
+
+from tsopsd_jax.config.schema import (
+    DTYPES,
+    Config,
+    DataSettings,
+    EvaluationSettings,
+    MeshSettings,
+    ModelSettings,
+    ObjectiveSettings,
+    OptimizerSettings,
+    PhaseSettings,
+    RewardSettings,
+    load_config,
+)
+
+__all__ = [
+    "DTYPES",
+    "Config",
+    "DataSettings",
+    "EvaluationSettings",
+    "MeshSettings",
+    "ModelSettings",
+    "ObjectiveSettings",
+    "OptimizerSettings",
+    "PhaseSettings",
+    "RewardSettings",
+    "load_config",
+]

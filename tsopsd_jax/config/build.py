@@ -1,0 +1,224 @@
+"""From a configuration to a running trainer: checks everything that can be checked before anything is written."""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from tsopsd_jax.config.places import datasets_folder, model_folder
+from tsopsd_jax.config.schema import DTYPES, Config, DataSettings, PhaseSettings
+from tsopsd_jax.data import Problem, Tokenizer, load_problems, selection
+from tsopsd_jax.data.encode import encode_prompts
+from tsopsd_jax.distributed import processes
+from tsopsd_jax.distributed.sharding import AnyMesh, make_mesh, row_multiple, tree_shardings
+from tsopsd_jax.judge.groups import RewardRule
+from tsopsd_jax.learn.update import make_optimizer
+from tsopsd_jax.model import Qwen3, load_pretrained
+from tsopsd_jax.model.hf import INDEX, WEIGHTS
+from tsopsd_jax.model.hf_config import read_config, read_json
+from tsopsd_jax.objectives import make_objective
+from tsopsd_jax.rewards import VERIFIERS
+from tsopsd_jax.train.phase import Phase
+from tsopsd_jax.train.task import EvaluationPlan, Task
+from tsopsd_jax.types import PyTree
+
+
+def make_phase(phase: PhaseSettings) -> Phase:
+    """The trainer's phase; errors name it."""
+    try:
+        return _phase(phase)
+    except ValueError as error:
+        raise ValueError(f"phase {phase.name!r}: {error}") from error
+
+
+def _phase(phase: PhaseSettings) -> Phase:
+    reward = None
+    if phase.reward is not None:
+        reward = RewardRule(max_response_tokens=phase.max_response_tokens, **_fields(phase.reward))
+    return Phase(
+        name=phase.name,
+        outcome=phase.outcome or f"after {phase.name}",
+        objective=make_objective(phase.objective.name, phase.objective.hyperparameters),
+        optimizer=make_optimizer(**_fields(phase.optimizer)),
+        reset_optimizer=phase.optimizer_state == "reset",
+        sampling=phase.sampling,
+        max_response_tokens=phase.max_response_tokens,
+        prompts_per_step=phase.prompts_per_step,
+        responses_per_prompt=phase.responses_per_prompt,
+        rows_at_once=phase.rows_at_once,
+        micro_batches=phase.micro_batches,
+        chunk_tokens=phase.chunk_tokens,
+        pack=phase.pack,
+        measure_start_kl=phase.measure_start_kl,
+        reward=reward,
+        stop=phase.stop,
+        guard=phase.guard,
+    )
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    return {f.name: vars(value)[f.name] for f in dataclasses.fields(value)}
+
+
+class Parts(NamedTuple):
+    """What a run is made of, built and checked."""
+
+    model: Qwen3
+    mesh: jax.sharding.Mesh
+    phases: list[Phase]
+    task: Task
+    evaluation: EvaluationPlan | None
+    load_params: Callable[[], PyTree]
+    notes: list[str]
+    """What was left out of the training problems."""
+
+
+def divide_cpu(devices: int | None) -> None:
+    """Make so many devices of this process's CPU cores. Too late, and without effect, once JAX has started."""
+    if devices is not None:
+        with contextlib.suppress(RuntimeError):
+            jax.config.update("jax_num_cpu_devices", devices)
+
+
+def check_batches(config: Config, mesh: AnyMesh) -> None:
+    """Rows must split over the mesh.
+
+    Raises:
+        ValueError: naming the phase, the rows and the multiple.
+    """
+    multiple = row_multiple(mesh)
+    for phase in config.phases:
+        rows = phase.prompts_per_step * phase.responses_per_prompt
+        for what, count in (
+            ("rows of a step", rows),
+            ("rows of a micro-batch", rows // (phase.micro_batches or 1)),
+        ):
+            if count % multiple:
+                raise ValueError(
+                    f"phase {phase.name!r}: {count} {what} do not split over {multiple} devices (mesh data x fsdp); "
+                    f"choose a multiple of {multiple}"
+                )
+
+
+def _problems(data: DataSettings, config: Config, tokenizer: Tokenizer, notes: list[str]) -> Sequence[Problem]:
+    """The problems that the settings choose; what they leave out is added to `notes`."""
+    directory = datasets_folder(config.cache_dir)
+    filtered = data.exclude or data.drop_longer
+    problems = processes.first_then_others(
+        lambda: load_problems(
+            data.name,
+            split=data.split,
+            path=data.path,
+            directory=directory,
+            first=None if filtered else data.first,
+            template=data.template,
+            problem_field=data.problem_field,
+            answer_field=data.answer_field,
+        )
+    )
+    if data.exclude:
+        kept = selection.without(problems, [selection.fingerprints(name, directory) for name in data.exclude])
+        notes.append(
+            f"left out of {len(problems):,} problems: {len(problems) - len(kept):,} of {', '.join(data.exclude)}"
+        )
+        problems = kept
+    if data.drop_longer:
+        kept = [p for p in problems if len(tokenizer.encode(p.prompt)) <= data.max_prompt_tokens]
+        notes.append(
+            f"left out of {len(problems):,} problems: {len(problems) - len(kept):,} over {data.max_prompt_tokens} tokens"
+        )
+        problems = kept
+    if filtered and not problems:
+        raise ValueError("data: exclude and drop_longer leave no problem")
+    if data.sample is not None:
+        notes.append(f"a sample of {data.sample:,} of {len(problems):,} problems")
+        problems = selection.sample(problems, data.sample, seed=config.seed)
+    return problems[: data.first]
+
+
+def check_weights(folder: Path) -> None:
+    """The weight files of a model directory are there (their content is read when the run starts).
+
+    Raises:
+        ValueError: naming what is missing.
+    """
+    files = [WEIGHTS]
+    if (folder / INDEX).is_file() and not (folder / WEIGHTS).is_file():
+        where = read_json(folder / INDEX).get("weight_map")
+        files = sorted({str(shard) for shard in where.values()}) if isinstance(where, dict) else []
+    missing = [name for name in files if not (folder / name).is_file()]
+    if missing:
+        raise ValueError(
+            f"model.path: expected weight files in {folder}, got no {missing[0]} ({len(missing)} missing in all); "
+            "fetch them, or set model.random_init: true"
+        )
+
+
+def _check_prompts(evaluation: EvaluationPlan, task: Task) -> None:
+    try:
+        encode_prompts(evaluation.problems, task.tokenizer, max_prompt_tokens=task.max_prompt_tokens)
+    except ValueError as error:
+        raise ValueError(f"evaluation.data: {error}") from error
+
+
+def prepare(config: Config) -> Parts:
+    """Build and check everything but the parameters. Writes only prepared data sets, to the cache.
+
+    Raises:
+        ValueError: one line naming what is wrong and the remedy.
+    """
+    phases = [make_phase(phase) for phase in config.phases]
+    folder = model_folder(config)
+    if not folder.is_dir():
+        raise ValueError(f"model.path: expected a Hugging Face model directory, got {folder}: no such directory")
+    if not config.model.random_init:
+        check_weights(folder)
+    shape = read_config(folder / "config.json")
+    dtype = DTYPES[config.model.compute_dtype]
+    tokenizer = Tokenizer.load(folder, chat=config.data.chat)
+    tokenizer.check_fits(shape.vocab_size)
+    responses = [p.max_response_tokens for p in config.phases]
+    if config.evaluation.data is not None:
+        responses.append(config.evaluation.max_response_tokens)
+    longest = max(responses) + config.data.max_prompt_tokens
+    if longest > shape.max_position_embeddings:
+        raise ValueError(
+            f"prompt and response may take {longest} tokens, more than the model's {shape.max_position_embeddings} "
+            "positions; lower max_prompt_tokens or max_response_tokens"
+        )
+    divide_cpu(config.mesh.cpu_devices)
+    mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor)
+    model = Qwen3(shape, compute_dtype=dtype, remat=config.model.remat, mesh=mesh)
+    check_batches(config, mesh)
+    shardings = tree_shardings(model.param_axes(), model.param_shapes(), mesh)
+    notes: list[str] = []
+    task = Task(
+        problems=_problems(config.data, config, tokenizer, notes),
+        tokenizer=tokenizer,
+        verify=VERIFIERS[config.data.verifier],
+        max_prompt_tokens=config.data.max_prompt_tokens,
+        seed=config.seed,
+    )
+    _ = task.encoded  # a prompt that is too long is found here, not in the middle of a run
+    evaluation, asked = None, config.evaluation
+    if asked.data is not None:
+        evaluation = EvaluationPlan(
+            benchmark=f"{asked.data.name} {asked.data.split or ''}".strip(),
+            problems=_problems(asked.data, config, tokenizer, []),
+            samples=asked.samples,
+            sampling=asked.sampling,
+            max_response_tokens=asked.max_response_tokens,
+            rows_at_once=asked.rows_at_once,
+            every_steps=asked.every_steps,
+        )
+        _check_prompts(evaluation, task)
+
+    def load_params() -> PyTree:
+        if config.model.random_init:
+            return model.init(jax.random.key(config.seed), shardings=shardings)
+        return load_pretrained(folder, mesh=mesh)[1]
+
+    return Parts(model, mesh, phases, task, evaluation, load_params, notes)

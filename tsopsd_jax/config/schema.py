@@ -1,0 +1,317 @@
+"""The configuration: one frozen dataclass per concern, defaults only here, each with its unit and source.
+
+Sources: [P] the TS-OPSD paper (arXiv 2606.00755), appendix A; [D] DAPO (arXiv 2503.14476); [V] verl's DAPO recipe, which
+the paper builds on. This is the only place where a configuration is taken apart: `make_*` turn it into the arguments
+that the layers below take.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import yaml
+
+from tsopsd_jax.config import strict
+from tsopsd_jax.data import CHATS, SOURCES, TEMPLATES
+from tsopsd_jax.head import CHUNK_TOKENS
+from tsopsd_jax.model.qwen3 import REMAT
+from tsopsd_jax.rewards import VERIFIERS
+from tsopsd_jax.rollout import Sampling
+from tsopsd_jax.train.phase import Guard, StopRule
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+def _known(name: str, value: str, known: Any) -> None:
+    if value not in known:
+        raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """`path`: a Hugging Face directory, or `countdown-tiny`."""
+
+    path: str
+    random_init: bool = False
+    """Start from random weights of the directory's config.json (trials and tests); needs no weight files."""
+    compute_dtype: str = "float32"
+    """float32 or bfloat16 [P: bfloat16]; master weights are float32 always."""
+    remat: str = "none"
+    """What a layer keeps for its backward pass: none recomputed, dots (results of matrix products kept), full (its input)."""
+
+    def __post_init__(self):
+        _known("compute_dtype", self.compute_dtype, DTYPES)
+        _known("remat", self.remat, REMAT)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshSettings:
+    """Devices per mesh axis; one may be -1: all that are left."""
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+    cpu_devices: int | None = None
+    """Devices into which a process divides its CPU cores; null: as JAX has it."""
+
+    def __post_init__(self):
+        if self.cpu_devices is not None and self.cpu_devices < 1:
+            raise ValueError(f"cpu_devices must be at least 1, got {self.cpu_devices}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    """Where problems come from and how they are scored."""
+
+    name: str
+    verifier: str
+    split: str | None = None
+    path: str | None = None
+    """A published file or a folder with it; null: the prepared data set of that name."""
+    problem_field: str = "problem"
+    answer_field: str = "answer"
+    """Names in the rows of a jsonl file."""
+    template: str | None = None
+    """Text around a problem; null: the source's own."""
+    chat: str = "none"
+    """none, or the model's chat turn around that: direct or thinking."""
+    exclude: tuple[str, ...] = ()
+    """Leave out problems that equal one of these evaluation sets."""
+    drop_longer: bool = False
+    """Leave out prompts over max_prompt_tokens."""
+    first: int | None = None
+    """Use the first N problems only, of those that are not left out."""
+    sample: int | None = None
+    """Use N problems drawn by the run's seed [P, figure 13: 2048]."""
+    max_prompt_tokens: int = 2048
+    """Longer prompts are an error [V: 2048]."""
+
+    def __post_init__(self):
+        _known("name", self.name, SOURCES)
+        _known("verifier", self.verifier, VERIFIERS)
+        if self.template is not None:
+            _known("template", self.template, TEMPLATES)
+        _known("chat", self.chat, CHATS)
+        if self.first is not None and self.sample is not None:
+            raise ValueError(f"expected first or sample, got both ({self.first}, {self.sample})")
+        if self.sample is not None and self.sample < 1:
+            raise ValueError(f"sample must be at least 1, got {self.sample}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSettings:
+    """Evaluation before the first phase and after each, and every so many steps; `data` None: none."""
+
+    data: DataSettings | None = None
+    samples: int = 8
+    """Responses per problem [P: 8]."""
+    sampling: Sampling = field(default_factory=lambda: Sampling(sampling_temperature=1.0, top_p=0.7))
+    """[P: temperature 1.0, top-p 0.7, top-k off]"""
+    max_response_tokens: int = 8192
+    """[P: 8192]"""
+    rows_at_once: int = 512
+    """Slots: responses decoded side by side."""
+    every_steps: int | None = None
+    """Evaluate within phases too, at steps that it divides; each is saved first."""
+
+    def __post_init__(self):
+        for name in ("samples", "max_response_tokens", "rows_at_once", "every_steps"):
+            if vars(self)[name] is not None and vars(self)[name] < 1:
+                raise ValueError(f"{name} must be at least 1, got {vars(self)[name]}")
+        if self.every_steps is not None and self.data is None:
+            raise ValueError("every_steps: expected evaluation.data too, got none; set it, or leave every_steps out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerSettings:
+    """AdamW; see `learn.update.make_optimizer`."""
+
+    learning_rate: float
+    """[P: 2e-6 RL, 1e-6 OPSD]"""
+    warmup_steps: int = 0
+    """[P: 10 in RL; constant in OPSD]"""
+    weight_decay: float = 0.0
+    """[P: 0.1 in RL]"""
+    clip_norm: float = 1.0
+    """[P: 1.0]"""
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-8
+    momentum_dtype: str = "float32"
+    """Of the stored first moment; bfloat16 saves 2 bytes per parameter."""
+
+    def __post_init__(self):
+        _known("momentum_dtype", self.momentum_dtype, DTYPES)
+        for name in ("learning_rate", "clip_norm", "epsilon"):
+            if vars(self)[name] <= 0:
+                raise ValueError(f"{name} must be positive, got {vars(self)[name]}")
+        if self.warmup_steps < 0 or self.weight_decay < 0 or not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
+            raise ValueError(f"expected warmup_steps and weight_decay >= 0, betas in [0, 1), got {self}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveSettings:
+    """An entry of OBJECTIVES or `path/to/file.py:function`, and its hyperparameters."""
+
+    name: str
+    hyperparameters: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardSettings:
+    """See `judge.groups.RewardRule`."""
+
+    overlong_buffer_tokens: int = 0
+    """[P: 1024]; 0: no penalty"""
+    overlong_factor: float = 1.0
+    """[V: 1.0]"""
+    normalize_std: bool = True
+    max_generation_batches: int = 0
+    """Dynamic sampling draws at most this many batches a step [V: 10]; 0: no dynamic sampling."""
+    surplus: str = "drop"
+    """Informative groups beyond a full batch: drop [V], or keep for the next step."""
+    on_shortage: str = "error"
+    """When the limit is reached: error [V], or fill with uninformative groups (no advantage by accuracy)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhaseSettings:
+    """One stretch of the schedule."""
+
+    name: str
+    objective: ObjectiveSettings
+    optimizer: OptimizerSettings
+    stop: StopRule
+    prompts_per_step: int
+    """[P: 64 RL; 1024 sequences OPSD]"""
+    responses_per_prompt: int
+    """[P: 8 RL]"""
+    max_response_tokens: int
+    """[P: 8192 RL, 4096 OPSD]"""
+    outcome: str | None = None
+    """Label of the policy after the phase, in evaluations."""
+    sampling: Sampling = field(default_factory=Sampling)
+    """[P: temperature 1.0, top-p 1.0]"""
+    reward: RewardSettings | None = None
+    """None: the objective needs no reward, and its step is one jitted function."""
+    optimizer_state: str = "reset"
+    """reset or keep, at the phase's start"""
+    rows_at_once: int | None = None
+    """Slots: responses decoded side by side; one that ends makes room for the next. null: all of the step's."""
+    micro_batches: int | None = None
+    """Pieces of the update; changes memory, not the result. null: as many as the devices' memory asks for, none with more
+    than 16,384 tokens a device (2,048 on a CPU)."""
+    chunk_tokens: int = CHUNK_TOKENS
+    """Tokens whose logits exist at once, on each device."""
+    pack: bool = True
+    """Several responses in one row of an update of several pieces, where the objective is tokenwise."""
+    measure_start_kl: bool = False
+    """Measure the KL to the phase's start policy (a copy in the compute dtype) at every step."""
+    guard: Guard = field(default_factory=Guard)
+
+    def __post_init__(self):
+        _known("optimizer_state", self.optimizer_state, ("reset", "keep"))
+        for name in (
+            "prompts_per_step",
+            "responses_per_prompt",
+            "max_response_tokens",
+            "micro_batches",
+            "chunk_tokens",
+        ):
+            if vars(self)[name] is not None and vars(self)[name] < 1:
+                raise ValueError(f"{name} must be at least 1, got {vars(self)[name]}")
+        rows = self.prompts_per_step * self.responses_per_prompt
+        if rows % (self.micro_batches or 1):
+            raise ValueError(
+                f"micro_batches {self.micro_batches} does not divide the step's {rows} rows "
+                f"({self.prompts_per_step} prompts x {self.responses_per_prompt} responses); choose a divisor"
+            )
+        if self.rows_at_once is not None and self.rows_at_once < 1:
+            raise ValueError(f"rows_at_once must be at least 1, got {self.rows_at_once}")
+        on_policy = self.sampling == Sampling()
+        if self.objective.name == "dapo" and not on_policy:
+            raise ValueError(
+                "sampling: dapo's ratio compares the policy at temperature 1 with the policy that sampled; expected "
+                f"sampling_temperature 1, top_p 1, top_k 0, got {self.sampling}"
+            )
+        if self.measure_start_kl and not on_policy:
+            raise ValueError(
+                "measure_start_kl: the estimate needs responses of the policy at temperature 1; expected sampling_temperature "
+                f"1, top_p 1, top_k 0, got {self.sampling}"
+            )
+        if self.objective.name == "dapo" and self.reward is None:
+            raise ValueError("reward: dapo needs rewards; add a reward section ({} for the defaults)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A whole run."""
+
+    model: ModelSettings
+    data: DataSettings
+    phases: tuple[PhaseSettings, ...]
+    seed: int = 0
+    """Of sampling and of the data order."""
+    mesh: MeshSettings = field(default_factory=MeshSettings)
+    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+    checkpoint_every_steps: int = 20
+    keep_checkpoints: int = 2
+    wandb_project: str | None = None
+    """Mirror the log to this Weights & Biases project."""
+    cache_dir: str | None = None
+    """Prepared data sets and compiled programs; null: $TSOPSD_CACHE_DIR, else ~/.cache/tsopsd_jax."""
+
+    def __post_init__(self):
+        if not self.phases:
+            raise ValueError("phases: expected at least one, got none")
+        asked = self.evaluation.data
+        if asked is not None and (asked.verifier, asked.max_prompt_tokens, asked.chat) != (
+            self.data.verifier,
+            self.data.max_prompt_tokens,
+            self.data.chat,
+        ):
+            raise ValueError(
+                "evaluation.data: verifier, max_prompt_tokens and chat must be those of data: the evaluation runs the same "
+                f"task, got {asked.verifier}, {asked.max_prompt_tokens}, {asked.chat} for {self.data.verifier}, "
+                f"{self.data.max_prompt_tokens}, {self.data.chat}"
+            )
+        if asked is not None and (asked.exclude or asked.drop_longer):
+            raise ValueError("evaluation.data: exclude and drop_longer choose training problems; leave them out")
+        names = [p.name for p in self.phases]
+        if len(set(names)) != len(names):
+            raise ValueError(f"phases: expected different names, got {names}")
+        dtypes = [p.optimizer.momentum_dtype for p in self.phases]
+        if len(set(dtypes)) != 1:
+            raise ValueError(
+                f"phases: expected one optimizer.momentum_dtype (the state is one), got {', '.join(dtypes)}"
+            )
+        if not 0 <= self.seed < 2**32:  # a random key holds 32 bits of it
+            raise ValueError(f"seed must be >= 0 and < 2**32, got {self.seed}")
+        for name in ("checkpoint_every_steps", "keep_checkpoints"):
+            if vars(self)[name] < 1:
+                raise ValueError(f"{name} must be at least 1, got {vars(self)[name]}")
+
+
+def load_config(path: str | Path, overrides: list[str]) -> Config:
+    """Read a YAML file and apply `a.b=value` overrides.
+
+    Raises:
+        ValueError: missing file, invalid YAML, or anything that `strict.build` rejects.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"configuration {path}: no such file")
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"configuration {path}: not valid YAML: {' '.join(str(error).split())}") from error
+    try:
+        data = strict.plain(
+            data
+        )  # what YAML's anchors and merges share becomes separate: an override changes one place
+        for assignment in overrides:
+            strict.override(data, assignment)
+        return strict.build(Config, data)
+    except ValueError as error:
+        raise ValueError(f"configuration {path}: {error}") from error

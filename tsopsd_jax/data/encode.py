@@ -1,0 +1,50 @@
+"""Prompts as right-padded arrays of tokens."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from tsopsd_jax.data import Problem, Tokenizer
+from tsopsd_jax.distributed import processes
+
+
+def encode_prompts(problems: Sequence[Problem], tokenizer: Tokenizer, *, max_prompt_tokens: int):
+    """Right-padded prompt tokens [N, max_prompt_tokens] and their lengths [N]; each process tokenises its share.
+
+    Raises:
+        ValueError: for a prompt that is empty or longer than the limit, naming it.
+    """
+    ids = processes.divided(lambda i: tokenizer.encode(problems[i].prompt), len(problems))
+    return pad_prompts([problem.id for problem in problems], ids, max_prompt_tokens=max_prompt_tokens)
+
+
+def encode_to_fit(
+    names: Sequence[str], prompts: Sequence[str], tokenizer: Tokenizer, *, max_tokens: int, positions: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens [N, P] and lengths of prompts that leave room for `max_tokens` in a model of `positions`; P is the longest.
+
+    Raises:
+        ValueError: the longest does not, or one is empty.
+    """
+    ids = [tokenizer.encode(prompt) for prompt in prompts]
+    longest = max(len(i) for i in ids)
+    if longest + max_tokens > positions:
+        raise ValueError(
+            f"the longest prompt has {longest} tokens; with max_tokens {max_tokens} that is more than the model's "
+            f"{positions} positions; lower --max-tokens"
+        )
+    return pad_prompts(names, ids, max_prompt_tokens=longest)
+
+
+def pad_prompts(names: Sequence[str], ids: Sequence[Sequence[int]], *, max_prompt_tokens: int):
+    """The same for prompts that are tokens already."""
+    tokens = np.zeros((len(ids), max_prompt_tokens), np.int32)
+    lengths = np.zeros(len(ids), np.int32)
+    for row, (name, prompt) in enumerate(zip(names, ids, strict=True)):
+        if not 0 < len(prompt) <= max_prompt_tokens:
+            raise ValueError(
+                f"prompt {name!r} has {len(prompt)} tokens, expected 1 to {max_prompt_tokens}; "
+                "raise data.max_prompt_tokens or set data.drop_longer: true"
+            )
+        tokens[row, : len(prompt)], lengths[row] = prompt, len(prompt)
+    return tokens, lengths

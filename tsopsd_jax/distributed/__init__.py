@@ -1,0 +1,1 @@
+"""The mesh and its sharding rules; a run's processes and their heartbeat."""

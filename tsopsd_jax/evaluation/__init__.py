@@ -1,0 +1,1 @@
+"""Accuracy of a policy on problems, and tables of several policies."""

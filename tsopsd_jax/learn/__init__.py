@@ -1,0 +1,1 @@
+"""update : TrainState, Batch -> TrainState."""

@@ -1,0 +1,236 @@
+"""One update of the policy: micro-batches, one division, clip, AdamW; and the reheater's whole step as one function."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from tsopsd_jax.distributed.sharding import AnyMesh, replicated, tree_shardings
+from tsopsd_jax.head import CHUNK_TOKENS, add, batch_loss, batch_stats
+from tsopsd_jax.model.qwen3 import Qwen3
+from tsopsd_jax.objectives import Objective
+from tsopsd_jax.types import Batch, Prompts, PyTree, Rollout, TrainState
+
+ENTROPY = "policy/entropy_nats"
+"""The metric that stop rules and guards look at."""
+
+
+MICRO_BATCHES = "micro_batches"
+"""Name of the loop over the pieces of a batch in profiles and compiled programs."""
+
+
+class UpdateOut(NamedTuple):
+    """What an update reports: scalars named `group/name_unit`; `finite` is False where the update was skipped."""
+
+    metrics: dict[str, Float[Array, ""]]
+    finite: Array
+
+
+Update = Callable[..., tuple[TrainState, UpdateOut]]
+
+
+def make_optimizer(
+    *,
+    learning_rate: float,
+    warmup_steps: int = 0,
+    weight_decay: float = 0.0,
+    clip_norm: float = 1.0,
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    epsilon: float = 1e-8,
+    momentum_dtype: DTypeLike = jnp.float32,
+) -> optax.GradientTransformation:
+    """AdamW behind a global-norm clip; the rate rises linearly to `learning_rate` over `warmup_steps`, then stays.
+
+    Weight decay spares the norms' scales and the biases: decaying a scale towards 0 is not decay towards a simpler function.
+    `momentum_dtype` is that of the stored first moment. The second stays float32: at beta2 = 0.999 bfloat16 would round
+    its changes away.
+    """
+
+    def rate(count):
+        return learning_rate * jnp.minimum(1.0, (count.astype(jnp.float32) + 1.0) / max(warmup_steps, 1))
+
+    return optax.chain(
+        optax.clip_by_global_norm(clip_norm),
+        optax.adamw(
+            rate, b1=beta1, b2=beta2, eps=epsilon, weight_decay=weight_decay, mask=decay_mask, mu_dtype=momentum_dtype
+        ),
+    )
+
+
+def decay_mask(params: PyTree) -> PyTree:
+    """True for the parameters that weight decay applies to: all but norms and biases."""
+
+    def decays(path, _):
+        name = jax.tree_util.keystr(path)
+        return "norm" not in name and "bias" not in name
+
+    return jax.tree_util.tree_map_with_path(decays, params)
+
+
+def abstract_state(model: Qwen3, optimizer: optax.GradientTransformation, mesh: AnyMesh) -> TrainState:
+    """The train state as ShapeDtypeStructs with their shardings; the optimizer's moments lie where their parameters do."""
+    shapes = model.param_shapes()
+    shardings = tree_shardings(model.param_axes(), shapes, mesh)
+    by_path = {jax.tree_util.keystr(path): s for path, s in jax.tree_util.tree_leaves_with_path(shardings)}
+
+    def struct(leaf, sharding):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    def moment(path, leaf):
+        name = jax.tree_util.keystr(path)
+        return struct(leaf, next((s for key, s in by_path.items() if name.endswith(key)), replicated(mesh)))
+
+    with jax.numpy_dtype_promotion("standard"):
+        moments = jax.eval_shape(optimizer.init, shapes)
+    step: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh))
+    return TrainState(
+        step=step,
+        params=jax.tree.map(struct, shapes, shardings),
+        opt_state=jax.tree_util.tree_map_with_path(moment, moments),
+    )
+
+
+def fresh_optimizer_state(optimizer: optax.GradientTransformation, like: TrainState, params: PyTree) -> PyTree:
+    """The optimizer's initial state, laid out as in `like` (from `abstract_state`)."""
+    layout = jax.tree.map(lambda x: x.sharding, like.opt_state)
+    return jax.jit(optimizer.init, out_shardings=layout)(params)
+
+
+def per_token_stats(
+    model: Qwen3, params: PyTree, batch: Batch, objective: Objective, *, chunk_tokens: int = CHUNK_TOKENS
+) -> dict[str, Array]:
+    """The objective's statistics of every response token under the learner's own forward pass, {name: [B, L]}."""
+    hidden, unembed = model.hidden(params, batch.tokens, batch.segment), model.unembed(params)
+    return batch_stats(objective.stats, hidden, unembed, batch, chunk_tokens=chunk_tokens, mesh=model.mesh)
+
+
+def make_gradient(model: Qwen3, objective: Objective, *, micro_batches: int = 1, chunk_tokens: int = CHUNK_TOKENS):
+    """(params, batch) -> (gradient, LossOutput, largest |sampler's - learner's log-prob|), averaged once.
+
+    gradient = sum over micro-batches of d(total) / sum of count, so that splitting changes nothing but memory. Pieces
+    are strided rows (piece i: rows i, i + micro_batches, ...), each on all devices; those after the last piece that
+    holds a response token are not computed.
+    """
+
+    def total(params, piece: Batch):
+        hidden = model.hidden(params, piece.tokens, piece.segment)
+        found = batch_loss(
+            objective.stats,
+            objective.loss,
+            hidden,
+            model.unembed(params),
+            piece,
+            tokenwise=objective.tokenwise,
+            chunk_tokens=chunk_tokens,
+            mesh=model.mesh,
+        )
+        return found.out.loss.total, found
+
+    def gradient(params, batch: Batch):
+        one = jax.grad(total, has_aux=True)
+        if micro_batches == 1:
+            grads, found = one(params, batch)
+        else:
+            pieces = jax.tree.map(lambda x: x.reshape(-1, micro_batches, *x.shape[1:]).swapaxes(0, 1), batch)
+            holds = jnp.any(pieces.mask, axis=(1, 2))
+            used = jnp.max(jnp.where(holds, jnp.arange(1, micro_batches + 1, dtype=jnp.int32), 0))
+
+            def take(i):
+                return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), pieces)
+
+            def more(i, carry):
+                grads, found = one(params, take(i))
+                return jax.tree.map(jnp.add, carry[0], grads), add(carry[1], found)
+
+            zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(one, params, take(0)))
+            with jax.named_scope(MICRO_BATCHES):
+                grads, found = jax.lax.fori_loop(0, used, more, zero)
+        count = jnp.maximum(found.out.loss.count, 1.0)
+        return jax.tree.map(lambda g: g / count.astype(g.dtype), grads), found.out, found.gap
+
+    return gradient
+
+
+def make_update(
+    model: Qwen3,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    *,
+    micro_batches: int = 1,
+    chunk_tokens: int = CHUNK_TOKENS,
+) -> Update:
+    """update(state, batch, hold_above_nats=inf) -> (state, UpdateOut); pure, to be jitted with a donated state.
+
+    A gradient that is not finite leaves parameters and optimizer as they were and advances only the step; so does a
+    policy whose mean token entropy has reached `hold_above_nats`. A stop rule on entropy then keeps the policy that it
+    measured, not one that is an update further.
+
+    Args:
+        micro_batches: number of equal strided pieces of the batch's rows; gradients of the pieces are added.
+        chunk_tokens: tokens whose logits exist at once, on each device.
+    """
+    gradient = make_gradient(model, objective, micro_batches=micro_batches, chunk_tokens=chunk_tokens)
+
+    def update(
+        state: TrainState, batch: Batch, hold_above_nats: Array | float = float("inf")
+    ) -> tuple[TrainState, UpdateOut]:
+        if batch.tokens.shape[0] % micro_batches:
+            raise ValueError(f"{batch.tokens.shape[0]} rows do not split into {micro_batches} micro-batches")
+        grads, out, gap = gradient(state.params, batch)
+        norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(norm) & jnp.isfinite(out.loss.total)
+        with jax.numpy_dtype_promotion("standard"):  # optax relies on implicit promotion
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        held = jnp.zeros((), bool)
+        if ENTROPY in out.metrics:
+            held = out.metrics[ENTROPY].value >= hold_above_nats
+        params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(finite & ~held, new, old), (params, opt_state), (state.params, state.opt_state)
+        )
+        metrics = {name: mean.value for name, mean in out.metrics.items()}
+        metrics |= {
+            "loss/total": out.loss.value,
+            "optim/grad_norm": norm,
+            "optim/skipped": 1.0 - finite.astype(jnp.float32),
+            "optim/held": held.astype(jnp.float32),
+            "rollout/logp_gap_max_nats": gap,
+            "loss/tokens": out.loss.count,
+        }
+        return TrainState(state.step + 1, params, opt_state), UpdateOut(metrics, finite)
+
+    return update
+
+
+def distillation_batch(rollout: Rollout) -> Batch:
+    """The batch of an objective without rewards: the responses, with advantage 0."""
+    return Batch.of(
+        tokens=rollout.tokens,
+        mask=rollout.mask,
+        advantage=jnp.zeros_like(rollout.logp),
+        old_logp=rollout.logp,
+    )
+
+
+def make_reheat_step(
+    sample: Callable[[PyTree, Prompts, Array], Rollout], update: Update
+) -> Callable[..., tuple[TrainState, UpdateOut, Rollout]]:
+    """The reheater's whole step as one function of (state, prompts, run key, hold_above_nats), to be jitted with a donated state:
+    sample on-policy, self-teacher, full-vocabulary KL, update. No host round trip.
+
+    Args:
+        sample: (params, prompts, key) -> Rollout.
+        update: from `make_update`.
+    """
+
+    def reheat_step(state: TrainState, prompts: Prompts, run_key: Array, hold_above_nats: Array | float):
+        rollout = sample(state.params, prompts, jax.random.fold_in(run_key, state.step))
+        state, out = update(state, distillation_batch(rollout), hold_above_nats)
+        return state, out, rollout
+
+    return reheat_step

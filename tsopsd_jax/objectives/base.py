@@ -1,0 +1,24 @@
+"""What a phase optimises: an `Objective` is a pair of pure functions, and `OBJECTIVES` a plain dict of factories.
+
+To write your own, return an `Objective` from a function of keyword-only hyperparameters and name it in the YAML as
+`path/to/file.py:function`; it runs sharded, chunked and micro-batched like these.
+"""
+
+from typing import NamedTuple
+
+from tsopsd_jax.head import Loss, Stats
+
+
+class Objective(NamedTuple):
+    """stats: (logits [..., V], tokens [...]) -> {name: [...]}, the only code that sees the vocabulary.
+    loss: ({name: [B, L]}, Batch) -> LossOutput, sees whole sequences and no vocabulary.
+
+    tokenwise: the loss of a token follows from the statistics and the batch at that token alone. Then it may be asked
+    about any tokens in any arrangement, [1, n] at a time: the head forms gradients in one pass, and rows are packed.
+
+    A statistic called `logp` (log-probability of the token) lets the learner measure the sampler against itself.
+    """
+
+    stats: Stats
+    loss: Loss
+    tokenwise: bool = False

@@ -1,0 +1,1 @@
+"""The loop: phases, their steps, their metrics, the trainer."""

@@ -1,0 +1,135 @@
+"""A phase's update as the loop calls it: cut into pieces that fit the devices, rows packed where the objective allows."""
+
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+
+from tsopsd_jax.distributed.sharding import put, replicated, row_multiple, row_sharding
+from tsopsd_jax.learn.micro_batches import TOKENS_PER_CPU, TOKENS_PER_DEVICE, choose_micro_batches, compile_within
+from tsopsd_jax.learn.packing import pack, useful_fraction
+from tsopsd_jax.learn.update import Update, UpdateOut, abstract_state, make_reheat_step, make_update
+from tsopsd_jax.model import Qwen3
+from tsopsd_jax.rollout import sample
+from tsopsd_jax.train.phase import Phase
+from tsopsd_jax.types import AnyArray, Batch, Prompts, TrainState
+
+
+class Updater:
+    """Updates of one phase.
+
+    Args:
+        model, phase, mesh: what is updated, how, where.
+        max_prompt_tokens: the width of a row is this and the phase's longest response.
+        limit_bytes: of each device's memory; None: no limit.
+
+    Attributes:
+        state: shapes and shardings of the train state, which it keeps from step to step: a drifting layout would be
+            compiled for again.
+        update: the pure function, not jitted.
+        micro_batches: pieces of a batch; the phase's, or chosen by the devices' memory.
+
+    Raises:
+        ValueError: if the update fits the devices in no way.
+    """
+
+    def __init__(
+        self,
+        model: Qwen3,
+        phase: Phase,
+        mesh: jax.sharding.Mesh,
+        *,
+        max_prompt_tokens: int,
+        limit_bytes: int | None,
+    ):
+        self.phase, self.mesh, self.model = phase, mesh, model
+        self.max_prompt_tokens = max_prompt_tokens
+        self.width = max_prompt_tokens + phase.max_response_tokens
+        self.state = abstract_state(model, phase.optimizer, mesh)
+        self._layout = jax.tree.map(lambda x: x.sharding, self.state)
+        self._jitted: dict[int, Any] = {}
+        on_cpu = mesh.devices.flat[0].platform == "cpu"
+        self.micro_batches = phase.micro_batches or choose_micro_batches(
+            lambda pieces: compile_within(self.lowered(pieces))[1],
+            rows=phase.rows,
+            width=self.width,
+            shards=row_multiple(mesh),
+            limit_bytes=limit_bytes,
+            tokens=TOKENS_PER_CPU if on_cpu else TOKENS_PER_DEVICE,
+        )
+        self.packs = self._packs(self.micro_batches)
+        self.update = self._make(self.micro_batches)
+
+    @property
+    def programs(self) -> int:
+        """Programs compiled so far."""
+        return self._jit(self.micro_batches)._cache_size()
+
+    def _packs(self, micro_batches: int) -> bool:
+        return self.phase.pack and self.phase.objective.tokenwise and micro_batches > 1
+
+    def _make(self, micro_batches: int) -> Update:
+        phase = self.phase
+        return make_update(
+            self.model,
+            phase.objective,
+            phase.optimizer,
+            micro_batches=micro_batches,
+            chunk_tokens=phase.chunk_tokens,
+        )
+
+    def _jit(self, micro_batches: int) -> Any:
+        """One function for each number of pieces: what was compiled when it was chosen is not compiled again."""
+        if micro_batches not in self._jitted:
+            layout = (self._layout, replicated(self.mesh))
+            self._jitted[micro_batches] = jax.jit(self._make(micro_batches), donate_argnums=0, out_shardings=layout)
+        return self._jitted[micro_batches]
+
+    def _of(self, dtype: Any, *shape: int) -> Any:
+        return jax.ShapeDtypeStruct((self.phase.rows, *shape), dtype, sharding=row_sharding(self.mesh))
+
+    def _once(self, dtype: Any) -> Any:
+        return jax.ShapeDtypeStruct((), dtype, sharding=replicated(self.mesh))
+
+    def lowered(self, micro_batches: int | None = None) -> Any:
+        """The update of a batch cut into `micro_batches` (None: its own), ready to be compiled; nothing is computed."""
+        pieces = micro_batches or self.micro_batches
+        fields = [self._of(dtype, self.width) for dtype in (np.int32, bool, np.float32, np.float32)]
+        segment = self._of(np.int32, self.width) if self._packs(pieces) else None
+        return self._jit(pieces).lower(self.state, Batch(*fields, segment=segment), self._once(np.float32))
+
+    def lowered_reheat_step(self, step: Any) -> Any:
+        """A `reheat_step`, ready to be compiled."""
+        prompts = Prompts(self._of(np.int32, self.max_prompt_tokens), self._of(np.int32), self._of(np.uint32))
+        key = self._once(jax.eval_shape(lambda: jax.random.key(0)).dtype)
+        return step.lower(self.state, prompts, key, self._once(np.float32))
+
+    def reheat_step(self, stop_ids: tuple[int, ...]) -> Any:
+        """The whole step of a phase without rewards as one jitted function; see `learn.update.make_reheat_step`."""
+        draw = functools.partial(
+            sample,
+            self.model,
+            sampling=self.phase.sampling,
+            max_response_tokens=self.phase.max_response_tokens,
+            stop_ids=stop_ids,
+            group=self.phase.responses_per_prompt,
+        )
+        step = make_reheat_step(draw, self.update)
+        everywhere = replicated(self.mesh)
+        return jax.jit(step, donate_argnums=0, out_shardings=(self._layout, everywhere, everywhere))
+
+    def __call__(
+        self, state: TrainState, batch: Batch, length: AnyArray, hold_above_nats: jax.Array
+    ) -> tuple[TrainState, UpdateOut, float]:
+        """(state after, what the update reports, share of the computed positions that hold a token). `state` is consumed.
+
+        Args:
+            batch: one sequence a row; its tokens, prompt and response, are `length` [B].
+        """
+        if self.packs:
+            batch = pack(batch, np.asarray(length), micro_batches=self.micro_batches)
+        useful = useful_fraction(batch, np.asarray(length), micro_batches=self.micro_batches)
+        state, out = self._jit(self.micro_batches)(state, put(batch, row_sharding(self.mesh)), hold_above_nats)
+        jax.block_until_ready(out)
+        return state, out, useful
