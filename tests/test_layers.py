@@ -1,11 +1,17 @@
-"""The architecture, read from the imports: a module may import only what stands before it in ORDER."""
+"""The architecture, read from the imports: a module may import only what stands before it in ORDER.
+
+docs/architecture.md shows the same rooms with their modules, and every `module.name` that a docstring mentions exists.
+"""
 
 import ast
+import importlib
+import re
 from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).resolve().parents[1] / "tsopsd_jax"
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "tsopsd_jax"
 
 ORDER = [
     "types",
@@ -31,7 +37,10 @@ ORDER = [
     "cli",
     "__main__",
 ]
-"""Every module, or subpackage as a whole, from the bottom up. A new module gets its place here."""
+"""Every room of the package, a folder or a file, from the bottom up. A new one gets its place here."""
+
+WALLS = {"config": {"config", "plan", "commands", "cli"}, "commands": {"commands", "cli"}, "cli": {"__main__"}}
+"""Room -> the only rooms that may import it. (Other walls are the order: a run directory does not know how it is shown.)"""
 
 MAX_LINES = 400
 
@@ -43,6 +52,10 @@ def name_of(file: Path) -> str:
 
 
 FILES = {name_of(file): file for file in sorted(PACKAGE.rglob("*.py"))}
+
+
+def room_of(module: str) -> str:
+    return module.split(".")[0]
 
 
 def imported(file: Path) -> set[str]:
@@ -66,39 +79,107 @@ def edges(module: str) -> set[str]:
     return ours - {""}
 
 
-def test_every_module_has_a_place():
-    assert sorted({name.split(".")[0] for name in FILES if name}) == sorted(ORDER)
+def test_every_room_has_a_place():
+    assert sorted({room_of(name) for name in FILES if name}) == sorted(ORDER)
 
 
 @pytest.mark.parametrize("module", [name for name in FILES if name])
 def test_imports_go_downwards(module):
-    own = module.split(".")[0]
+    own = room_of(module)
     for other in edges(module):
         assert other in FILES, f"{module} imports {other}, which is no module"
-        top = other.split(".")[0]
-        if top != own:
-            assert ORDER.index(top) < ORDER.index(own), f"{module} imports {other}, which stands above it"
+        room = room_of(other)
+        if room != own:
+            assert ORDER.index(room) < ORDER.index(own), f"{module} imports {other}, which stands above it"
+        assert own in WALLS.get(room, ORDER), f"{module} imports {other}: only {WALLS[room]} may"
 
 
 def test_the_package_itself_imports_nothing_of_its_own():
     assert edges("") == set()
 
 
-def test_subpackages_have_no_cycles():
-    inside = {m: {e for e in edges(m) if e.split(".")[0] == m.split(".")[0]} for m in FILES if m}
+def test_rooms_have_no_cycles():
+    inside = {m: {e for e in edges(m) if room_of(e) == room_of(m)} for m in FILES if m}
     done: set[str] = set()
     while len(done) < len(inside):
         ready = {m for m, needs in inside.items() if m not in done and needs - {m} <= done}
         # A package's __init__ gathers its modules; a lazy import of it from below would be a cycle all the same.
-        ready |= {m for m, needs in inside.items() if m not in done and needs - {m, m.split(".")[0]} <= done}
+        ready |= {m for m, needs in inside.items() if m not in done and needs - {m, room_of(m)} <= done}
         assert ready, f"a cycle among {sorted(set(inside) - done)}"
         done |= ready
+
+
+def test_the_architecture_page_shows_the_rooms_and_their_modules():
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    table = page.split("| room | modules |")[1].split("\n\n")[0]
+    shown, order = set(), []
+    for line in table.splitlines()[2:]:
+        rooms, modules, _ = (re.findall(r"`([\w/]+)`", cell) for cell in line.strip("|").split("|"))
+        order += [room.rstrip("/") for room in rooms]
+        shown |= {f"{rooms[0].rstrip('/')}.{module}" for module in modules} or set(rooms)
+    assert order == ORDER, "the page lists the rooms in the order of the layers"
+    assert shown == {name for name, file in FILES.items() if name and file.name != "__init__.py"}
+
+
+def docstrings(file: Path):
+    """(line, text) of every docstring in a file: of modules, classes, functions, and strings that follow a constant or field."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        for child in ast.iter_child_nodes(node):
+            if (
+                isinstance(child, ast.Expr)
+                and isinstance(child.value, ast.Constant)
+                and isinstance(child.value.value, str)
+            ):
+                yield child.lineno, child.value.value
+
+
+def mentioned(text: str) -> set[str]:
+    """The back-ticked dotted names of a text that begin with a room: `learn.update.make_update`. (Files have slashes.)"""
+    names = re.findall(r"`([a-z_]+(?:\.\w+)+)(?:\(\))?`", text)
+    return {name for name in names if room_of(name) in ORDER and not name.endswith(".py")}
+
+
+def exists(name: str) -> bool:
+    """A dotted name below the package leads to a module or to something defined in one."""
+    parts = name.split(".")
+    for cut in range(len(parts), 0, -1):
+        if ".".join(parts[:cut]) not in FILES:
+            continue
+        found = importlib.import_module("tsopsd_jax." + ".".join(parts[:cut]))
+        for part in parts[cut:]:
+            if part not in vars(found) and part not in vars(found).get("__annotations__", {}):
+                return False
+            found = vars(found).get(part)
+            if found is None:
+                return True
+        return True
+    return False
+
+
+def setting(name: str) -> bool:
+    """A key of the configuration, such as `data.path`."""
+    return f"`{name}`" in (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("module", list(FILES), ids=lambda name: name or "tsopsd_jax")
+def test_names_in_docstrings_exist(module):
+    for line, text in docstrings(FILES[module]):
+        gone = [name for name in mentioned(text) if not exists(name) and not setting(name)]
+        assert not gone, f"{FILES[module].name}:{line}: {gone}"
+
+
+def test_names_in_documents_exist():
+    """The lab notes keep the names of their day."""
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        if page.name != "lab_notes.md":
+            gone = [n for n in mentioned(page.read_text(encoding="utf-8")) if not exists(n) and not setting(n)]
+            assert not gone, f"{page.name}: {gone}"
 
 
 def test_flax_stays_inside_model():
     users = {m for m, file in FILES.items() if any(n.split(".")[0] == "flax" for n in imported(file))}
     assert users
-    assert {m.split(".")[0] for m in users} == {"model"}
+    assert {room_of(m) for m in users} == {"model"}
 
 
 def test_heavy_libraries_are_imported_where_they_are_used():
@@ -113,7 +194,7 @@ def test_heavy_libraries_are_imported_where_they_are_used():
 
 
 def test_files_stay_short():
-    lengths = {file.name: len(file.read_text().splitlines()) for file in FILES.values() if file.name != "__init__.py"}
+    lengths = {name: len(file.read_text().splitlines()) for name, file in FILES.items()}
     long = {name: n for name, n in lengths.items() if n > MAX_LINES}
     assert not long, f"split these files (lines): {long}"
 

@@ -11,7 +11,7 @@ Axes (capital letters in shape comments; suffixes such as `q_BTNH` inside `model
     N  query heads     K  key-value heads                  H  head dimension      F  feed-forward width
 
 Index `t` of a per-token array always refers to `tokens[:, t]`; the shift between a hidden state and the token
-that it predicts happens in exactly one function, `head.next_token_stats`.
+that it predicts happens in exactly one function, `head._next_token`.
 
 Units are part of the names: `_tokens`, `_nats`, `_s`, `_fraction`. Temperatures say whose they are:
 `sampling_temperature`, `teacher_temperature`.
