@@ -1,10 +1,11 @@
-"""One-line bugs that the suite must notice: `python tests/mutants.py [--jobs N] [--only WORD ...]`.
+"""One-line bugs that the suite must notice: `python tests/mutants.py [--jobs N] [--only WORD ...] [--recent]`.
 
 Each mutant is applied in a temporary copy of the tree and the tests named with it must fail there. Exit code 1 if one
 survives, or if its text no longer occurs exactly once (then update the list below).
 """
 
 import argparse
+import hashlib
 import os
 import shutil
 import subprocess
@@ -1159,8 +1160,7 @@ def arguments(tests: str) -> list[str]:
 
 def pytest_in(folder: Path, tests: str, timeout_s: float) -> tuple[int, str]:
     """(exit code, the end of the output) of the tests in a copied tree; a test that hangs counts as failed."""
-    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "xla"))
-    env = os.environ | {"JAX_COMPILATION_CACHE_DIR": cache, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
+    env = os.environ | {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *arguments(tests)]
     try:
         done = subprocess.run(
@@ -1188,6 +1188,34 @@ def try_mutant(mutant: Mutant, timeout_s: float) -> Verdict:
     return Verdict(mutant, word, time.monotonic() - start, tail)
 
 
+def git(*arguments: str) -> str:
+    return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def changed_files(hours: int = 24) -> set[str]:
+    """Files in which the commits of the last hours changed more than imports; none where the history is missing."""
+    before = git("rev-list", "-1", f"--before={hours} hours ago", "HEAD").strip()
+    if not before:
+        return set()
+    rows = git("diff", "-M", "--numstat", "-z", r"-I^\s*(from|import) ", before, "HEAD").split("\0")
+    # A row: added, removed, path; for a renamed file the path is empty and the old and the new one follow.
+    return {row.split("\t")[-1] for row in rows} - {""}
+
+
+def recent(mutants: list[Mutant]) -> list[Mutant]:
+    """The mutants whose file or tests changed in the last day, and a tenth of the others, which the commit chooses."""
+    commit, changed = git("rev-parse", "HEAD").strip(), changed_files()
+
+    def drawn(mutant: Mutant) -> bool:
+        return int(hashlib.sha256(f"{commit} {mutant.name}".encode()).hexdigest(), 16) % 10 == 0
+
+    def touched(mutant: Mutant) -> bool:
+        tests = [name.partition("::")[0] for name in arguments(mutant.tests)]
+        return any(file in changed for file in [os.path.normpath(f"tsopsd_jax/{mutant.file}"), *tests])
+
+    return [m for m in mutants if touched(m) or drawn(m)]
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--jobs", type=int, default=1, help="mutants at once")
@@ -1195,8 +1223,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="only check that every text occurs exactly once")
     parser.add_argument("--timeout-s", type=float, default=300.0, help="limit per mutant")
     parser.add_argument("--verbose", action="store_true", help="show the output of what was not killed")
+    parser.add_argument("--recent", action="store_true", help="those of files changed today, and a tenth of the rest")
     options = parser.parse_args(argv)
     chosen = [m for m in MUTANTS if not options.only or any(w in f"{m.name} {m.file} {m.tests}" for w in options.only)]
+    if options.recent:
+        chosen = recent(chosen)
     if options.check:
         wrong = [m for m in chosen if (ROOT / "tsopsd_jax" / m.file).read_text().count(m.old) != 1]
         print(

@@ -70,6 +70,25 @@ def test_example_runs_in_the_learner(tiny):
     assert float(after.metrics["policy/entropy_nats"]) > float(before.metrics["policy/entropy_nats"]) + 1e-3
 
 
+def test_the_method_fits_on_a_page():
+    lines = (ROOT / "examples" / "one_page.py").read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 135
+    private = [line for line in lines if "tsopsd_jax" in line and "import _" in line]
+    assert not private
+
+
+def test_the_page_runs_its_three_phases(monkeypatch, tmp_path):
+    """A step each: from the same state the reheater keeps the responses' accuracy and RL changes the parameters."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    import one_page
+
+    small = [phase._replace(prompts=8 * 8 // phase.group, group=phase.group) for phase in one_page.SCHEDULE]
+    monkeypatch.setattr(one_page, "SCHEDULE", small)
+    seen = one_page.main(1, tmp_path)
+    assert [name for name, _, _ in seen] == ["rl", "reheat", "rl-again"]
+    assert all(0.1 < entropy < 0.6 and 0 <= accuracy <= 1 for _, entropy, accuracy in seen)
+
+
 def test_unknown_hyperparameter_of_an_own_objective_is_named():
     with pytest.raises(ValueError, match="coeficient"):
         make_objective(NAME, {"coeficient": 0.1})
