@@ -68,6 +68,7 @@ def our_update(asked: dict[str, Any], objective: str, *, chunk: int = 1024, micr
     optimizer = make_optimizer(learning_rate=1e-6)
     cut = {"micro_batches": micro_batches, "chunk_tokens": chunk}
     made = make_update(model, OBJECTIVES[objective](), optimizer, **cut)
+    assert model.mesh is not None
     like = abstract_state(model, optimizer, model.mesh)
     layout = jax.tree.map(lambda x: x.sharding, like)
     params = model.init(jax.random.key(0), shardings=layout.params)

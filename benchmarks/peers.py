@@ -26,6 +26,7 @@ class Peer:
     """A worker process that runs when told."""
 
     def __init__(self, command: list[str], env: dict[str, str] | None = None):
+        self.command = " ".join(command[:4])
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=env
         )
@@ -47,7 +48,7 @@ class Peer:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            raise RuntimeError(f"worker ended with code {self.process.wait()}: {' '.join(self.process.args[:4])}")
+            raise RuntimeError(f"worker ended with code {self.process.wait()}: {self.command}")
         return json.loads(line)
 
 

@@ -18,7 +18,7 @@ import platform
 import random
 import sys
 import time
-from typing import TextIO
+from typing import Any, TextIO
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # before the first import of jax
 
@@ -147,9 +147,9 @@ def main() -> None:
     job = Job(**json.loads(sys.argv[1]))
     compiles: list[float] = []
 
-    def count(event: str, seconds: float, **_: object) -> None:
+    def count(event: str, duration_secs: float, **_: Any) -> None:
         if event == COMPILE_EVENT:
-            compiles.append(seconds)
+            compiles.append(duration_secs)
 
     jax.monitoring.register_event_duration_secs_listener(count)
     sampler = build_sampler(job)

@@ -57,6 +57,7 @@ def work_ours(asked: dict[str, Any], dtype: str) -> None:
 
     devices = divide_cpu(asked)
     model, engine = our_engine(asked, dtype)
+    assert model.mesh is not None
     layout = tree_shardings(model.param_axes(), model.param_shapes(), model.mesh)
     prompts, params = our_prompts(asked), model.init(jax.random.key(0), shardings=layout)
     a = jnp.ones((1024, 1024))

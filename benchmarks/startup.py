@@ -41,7 +41,8 @@ def work(config: str, overrides: list[str], folder: Path) -> None:
 
     import jax
 
-    from tsopsd_jax.config import build, load_config
+    from tsopsd_jax.commands import train
+    from tsopsd_jax.config import load_config
     from tsopsd_jax.display.live_table import LiveTable
 
     until_now("python and imports")
@@ -54,14 +55,14 @@ def work(config: str, overrides: list[str], folder: Path) -> None:
 
     jax.monitoring.register_event_duration_secs_listener(heard)
     settings = load_config(Path(config), [f"cache_dir={folder / 'cache'}", *overrides])
-    prepare = build.prepare
+    prepare = train.prepare
 
     def timed(given: Any) -> Any:
         made = prepare(given)
         until_now("configuration, data, tokenizer")
         return made
 
-    build.prepare = timed
+    train.prepare = timed
     steps: list[float] = []
 
     class Table(LiveTable):
@@ -73,7 +74,7 @@ def work(config: str, overrides: list[str], folder: Path) -> None:
                 print(json.dumps(parts | {"all": time.time() - began}), flush=True)
                 os._exit(0)
 
-    with build.open_trainer(
+    with train.open_trainer(
         settings, Path(tempfile.mkdtemp(dir=folder)) / "run", Table(stream=io.StringIO())
     ) as trainer:
         until_now("weights onto the mesh")

@@ -10,6 +10,7 @@ process until the second step is done.
 """
 
 import argparse
+import functools
 import json
 import os
 import statistics
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +131,9 @@ def main() -> None:
         work_trl(args.worker)
         return
     with tempfile.TemporaryDirectory() as name:
-        runs = {f"tsopsd_jax, {n} device{'s' * (n > 1)}": lambda n=n: ours(args.steps, n, Path(name)) for n in (1, 2)}
+        runs: dict[str, Callable[[], list[float]]] = {
+            f"tsopsd_jax, {n} device{'s' * (n > 1)}": functools.partial(ours, args.steps, n, Path(name)) for n in (1, 2)
+        }
         if args.trl_python:
             runs["trl"] = lambda: trl(args.trl_python, args.steps)
         for run in runs.values():

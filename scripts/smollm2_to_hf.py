@@ -195,7 +195,7 @@ def convert(file: Path, out: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="a new directory")
     args = parser.parse_args()
     try:

@@ -1,5 +1,6 @@
 """The objective of the README, loaded by the name that a configuration gives it."""
 
+import importlib
 from math import log
 from pathlib import Path
 
@@ -80,7 +81,7 @@ def test_the_method_fits_on_a_page():
 def test_the_page_runs_its_three_phases(monkeypatch, tmp_path):
     """A step each: from the same state the reheater keeps the responses' accuracy and RL changes the parameters."""
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
-    import one_page
+    one_page = importlib.import_module("one_page")
 
     small = [phase._replace(prompts=8 * 8 // phase.group, group=phase.group) for phase in one_page.SCHEDULE]
     monkeypatch.setattr(one_page, "SCHEDULE", small)

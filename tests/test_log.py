@@ -1,5 +1,6 @@
 """What is logged is kept, strictly JSON, and survives a crash and a resume."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -26,17 +27,16 @@ def write_steps(run_dir, steps, *, last_step=0):
 
 def tensorboard_events(run_dir):
     """(step, tag, value) of every scalar, and the purge steps, in order of writing."""
-    from tensorboardX.proto.event_pb2 import Event, SessionLog
-
+    event_pb2 = importlib.import_module("tensorboardX.proto.event_pb2")
     scalars, purges = [], []
     for path in sorted((run_dir / "events").iterdir(), key=lambda path: path.stat().st_mtime_ns):
         data = path.read_bytes()
         at = 0
         while at < len(data):  # TFRecord: u64 length, u32 crc, data, u32 crc
             length = int.from_bytes(data[at : at + 8], "little")
-            event = Event.FromString(data[at + 12 : at + 12 + length])
+            event = event_pb2.Event.FromString(data[at + 12 : at + 12 + length])
             at += 12 + length + 4
-            if event.session_log.status == SessionLog.START:
+            if event.session_log.status == event_pb2.SessionLog.START:
                 purges.append(event.step)
             scalars += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
     return scalars, purges
