@@ -32,6 +32,20 @@ class Mutant(NamedTuple):
 
 MUTANTS = [
     Mutant(
+        "generate: responses of other weights taken for this model's",
+        "commands/generate.py",
+        "facts |= model_facts(Path(settings.model))",
+        "model_facts(Path(settings.model))",
+        "test_generate.py -k other_weights",
+    ),
+    Mutant(
+        "fingerprint: blocks hashed in any order",
+        "model/fingerprint.py",
+        'b"".join(threads.map(block, range(0, size, BLOCK_BYTES)))',
+        'b"".join(sorted(threads.map(block, range(0, size, BLOCK_BYTES))))',
+        "test_fingerprint.py -k in_order",
+    ),
+    Mutant(
         "a rollout that is left waits for all its verifications",
         "judge/scoring.py",
         "threads.shutdown(cancel_futures=True)",

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from tsopsd_jax.cli import main
+from tsopsd_jax.commands.generate import writing
 from tsopsd_jax.config.places import DEMO_CONFIG
 from tsopsd_jax.evaluation.scoreboard import read_out
 from tsopsd_jax.rewards import verify_countdown
@@ -216,3 +218,22 @@ def test_fields_of_a_benchmark_of_ones_own(tmp_path, capsys):
     assert json.loads(line)["avg_at_k"] > 0, "the packaged model solves it"
     assert main(arguments([file], tmp_path / "other")) == 2
     assert "malformed" in capsys.readouterr().err
+
+
+def test_results_belong_to_weights(toy, tmp_path, capsys):
+    model, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(MODEL, model)
+    command = ["eval", "--model", str(model), "--benchmarks", str(toy), "--out", str(out), *COMMON]
+    assert main(command) == 0
+    before = (out / "table.md").read_bytes()
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert "(model_config: " in error
+    assert "--again" in error
+    assert (out / "table.md").read_bytes() == before
+    assert main([*command, "--again"]) == 0
+    with writing(out):
+        assert main(command) == 2
+    assert "another process writes" in capsys.readouterr().err

@@ -1,10 +1,12 @@
 """`tsopsd generate`: every prompt and sample once, interrupted or not; what it refuses."""
 
 import json
+import shutil
 
 import pytest
 
 from tsopsd_jax.cli import main
+from tsopsd_jax.commands.generate import writing
 from tsopsd_jax.config.places import DEMO_CONFIG
 from tsopsd_jax.rewards import verify_countdown
 
@@ -102,3 +104,36 @@ def test_a_file_of_other_settings_is_left_alone(prompts, tmp_path, capsys):
     assert run(prompts, foreign) == 2
     assert "was not written by this command" in capsys.readouterr().err
     assert foreign.read_text() == "precious"
+
+
+def test_responses_of_other_weights_are_not_taken_for_this_models(prompts, tmp_path, capsys):
+    """A directory that was replaced by another of the same name."""
+    model, out = tmp_path / "model", tmp_path / "out.jsonl"
+    shutil.copytree(MODEL, model)
+    arguments = ["generate", "--model", str(model), "--prompts", str(prompts), "--out", str(out), "--max-tokens", "19"]
+    assert main(arguments) == 0
+    before = out.read_bytes()
+    weights = bytearray((model / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (model / "model.safetensors").write_bytes(weights)
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert "begun with other settings (model_weights: " in error
+    assert "--again" in error
+    assert out.read_bytes() == before
+    assert main([*arguments, "--again"]) == 0
+    assert "3 responses, 3 of them new" in capsys.readouterr().out
+    assert main(arguments) == 0, "what stands there now is this model's"
+    precious = tmp_path / "notes.jsonl"
+    precious.write_text("precious")
+    assert main([*arguments[:5], "--out", str(precious), "--again"]) == 2, "only what this command wrote is replaced"
+    assert precious.read_text() == "precious"
+
+
+def test_two_processes_do_not_write_one_file(prompts, tmp_path, capsys):
+    out = tmp_path / "out.jsonl"
+    with writing(out):
+        assert run(prompts, out) == 2
+    assert "another process writes" in capsys.readouterr().err
+    assert not out.exists()
+    assert run(prompts, out) == 0

@@ -4,7 +4,7 @@ import argparse
 import contextlib
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,22 +12,20 @@ import jax
 import numpy as np
 
 from tsopsd_jax.commands import exit_codes, options
-from tsopsd_jax.commands.generate import GenerateSettings, digest
-from tsopsd_jax.config import DTYPES
-from tsopsd_jax.config.places import datasets_folder, model_folder
-from tsopsd_jax.config.restore import checkpoints_of, resolved_config, restore_run
+from tsopsd_jax.commands.generate import GenerateSettings, digest, writing
+from tsopsd_jax.commands.policies import Policy, of_directory, of_run
+from tsopsd_jax.config.places import datasets_folder
 from tsopsd_jax.data import Problem, Tokenizer, evaluation_split, load_problems
 from tsopsd_jax.data.encode import encode_to_fit
 from tsopsd_jax.display.live_table import LiveTable
 from tsopsd_jax.distributed.sharding import make_mesh
 from tsopsd_jax.evaluation.evaluate import Response, evaluation_key, respond
 from tsopsd_jax.evaluation.scoreboard import compare, write_tables
-from tsopsd_jax.model import Qwen3, load_pretrained
 from tsopsd_jax.model.hf_config import read_config
 from tsopsd_jax.rewards import VERIFIERS
 from tsopsd_jax.rollout import Engine, Sampling
 from tsopsd_jax.rundir import resumable_jsonl
-from tsopsd_jax.types import Prompts, PyTree
+from tsopsd_jax.types import Prompts
 
 ALIKE = ("samples", "max_tokens", "sampling", "verifier", "problems_sha256")
 """Settings that all models of a benchmark share in one table."""
@@ -42,17 +40,6 @@ class Benchmark(NamedTuple):
     problems: Sequence[Problem]
     template: str
     verifier: str
-
-
-class Policy(NamedTuple):
-    """What is evaluated: its name in the tables, the directory of its config and tokenizer, and how it is loaded."""
-
-    name: str
-    source: dict[str, Any]
-    folder: Path
-    chat: str
-    dtype: str
-    load: Callable[[jax.sharding.Mesh], tuple[Qwen3, PyTree]]
 
 
 def load_benchmark(
@@ -105,48 +92,6 @@ def _check_name(what: str, name: str) -> None:
         raise ValueError(f"{what}: expected a name of letters, digits and . _ + = @ -, got {name!r}")
 
 
-def of_directory(folder: Path, *, name: str | None, chat: str | None, dtype: str | None) -> Policy:
-    """The policy of a Hugging Face directory, by default under the directory's name."""
-    dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    source = {"model": str(folder.resolve()), "step": None}
-    return Policy(
-        name or folder.resolve().name,
-        source,
-        folder,
-        chat or "none",
-        dtype,
-        lambda mesh: load_pretrained(folder, dtype=DTYPES[dtype], mesh=mesh),
-    )
-
-
-def of_run(run_dir: Path, *, step: int | None, name: str | None, chat: str | None, dtype: str | None) -> Policy:
-    """The policy of a run's checkpoint (default: the latest), by default under the run's name and the step.
-
-    Raises:
-        ValueError: no run, or it has no checkpoint.
-    """
-    config = resolved_config(run_dir)
-    if step is None:
-        with checkpoints_of(run_dir) as checkpoints:
-            step = checkpoints.latest()
-        if step is None:
-            raise ValueError(f"{run_dir} has no checkpoints yet")
-    dtype = dtype or config.model.compute_dtype
-
-    def load(mesh: jax.sharding.Mesh) -> tuple[Qwen3, PyTree]:
-        model, state = restore_run(run_dir, step=step, mesh=mesh, compute_dtype=dtype)
-        return model, state.params
-
-    return Policy(
-        name or f"{run_dir.resolve().name}-{step}",
-        {"model": str(run_dir.resolve()), "step": step},
-        model_folder(config),
-        chat or config.data.chat,
-        dtype,
-        load,
-    )
-
-
 class _Row(NamedTuple):
     """A response to be sampled: whose problem (in the list of all), and the line's keys."""
 
@@ -165,6 +110,7 @@ def evaluate_policy(
     *,
     slots: int,
     tensor: int,
+    again: bool,
     table: LiveTable,
 ) -> None:
     """Write a line {benchmark, id, sample, response, tokens, stopped, correct, entropy_nats} for each response that `out`
@@ -177,7 +123,7 @@ def evaluate_policy(
         policy, benchmarks: who is asked what.
         settings: of the sampling; its `model` and `template` are the policy's and the benchmarks'.
         out: the directory.
-        slots, tensor: see `generate`.
+        slots, tensor, again: see `generate`.
         table: where progress is shown.
 
     Raises:
@@ -186,10 +132,34 @@ def evaluate_policy(
     files = [out / b.name / f"{policy.name}.jsonl" for b in benchmarks]
     facts = [_facts(policy, b, settings) for b in benchmarks]
     for file, fact in zip(files, facts, strict=True):
-        resumable_jsonl.check_ours(file, fact)
+        if not again:
+            resumable_jsonl.check_ours(file, fact)
         _check_alike(file, fact)
     tokenizer = Tokenizer.load(policy.folder, chat=settings.chat)
-    tokens, lengths = _encode(policy, benchmarks, tokenizer, settings.max_tokens)
+    prompted = _encode(policy, benchmarks, tokenizer, settings.max_tokens)
+    with writing(out):
+        for file in files if again else ():
+            resumable_jsonl.remove(file)
+        _add_missing(
+            policy, benchmarks, settings, tokenizer, prompted, files, facts, slots=slots, tensor=tensor, table=table
+        )
+
+
+def _add_missing(
+    policy: Policy,
+    benchmarks: Sequence[Benchmark],
+    settings: GenerateSettings,
+    tokenizer: Tokenizer,
+    prompted: tuple[np.ndarray, np.ndarray],
+    files: Sequence[Path],
+    facts: Sequence[dict[str, Any]],
+    *,
+    slots: int,
+    tensor: int,
+    table: LiveTable,
+) -> None:
+    """Sample the responses that `files`, which are held, do not have yet."""
+    tokens, lengths = prompted
     rows, prompts = _missing(benchmarks, files, tokens, lengths, settings.samples)
     table.note(f"{policy.name}: {len(lengths) * settings.samples - len(rows)} responses are there, {len(rows)} to go")
     if not rows:
@@ -313,6 +283,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--problem-field", default="problem", metavar="KEY", help="of a file's lines; default problem")
     parser.add_argument("--answer-field", default="answer", metavar="KEY", help="of a file's lines; default answer")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="responses and tables, of all models")
+    options.add_again(parser)
     parser.add_argument("--k", type=int, help="of pass@k; default: all samples")
     parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="B less A of the tables, by paired bootstrap")
     parser.add_argument(
@@ -385,4 +356,13 @@ def _evaluate(args: argparse.Namespace) -> None:
     if len(set(names)) < len(names):
         raise ValueError(f"--benchmarks: expected different names, got {', '.join(names)}")
     with LiveTable(stream=sys.stderr) as table:
-        evaluate_policy(policy, benchmarks, settings, args.out, slots=args.slots, tensor=args.tensor, table=table)
+        evaluate_policy(
+            policy,
+            benchmarks,
+            settings,
+            args.out,
+            slots=args.slots,
+            tensor=args.tensor,
+            again=args.again,
+            table=table,
+        )

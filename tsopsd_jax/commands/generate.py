@@ -1,11 +1,12 @@
 """`tsopsd generate`: responses of a model to a file of prompts, with the sampler that trains."""
 
 import argparse
+import contextlib
 import dataclasses
 import hashlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ import jax
 import numpy as np
 
 from tsopsd_jax.commands import exit_codes, options
+from tsopsd_jax.commands.policies import model_facts
 from tsopsd_jax.config import DTYPES
 from tsopsd_jax.data import Tokenizer
 from tsopsd_jax.data.encode import encode_to_fit
@@ -20,8 +22,10 @@ from tsopsd_jax.data.prompts import render
 from tsopsd_jax.display.live_table import LiveTable
 from tsopsd_jax.distributed.sharding import make_mesh
 from tsopsd_jax.model import load_pretrained
+from tsopsd_jax.model.hf_config import read_config
 from tsopsd_jax.rollout import Engine, Sampling
 from tsopsd_jax.rundir import resumable_jsonl
+from tsopsd_jax.rundir.lock import locked
 from tsopsd_jax.types import Prompts
 
 
@@ -63,7 +67,14 @@ def digest(texts: Sequence[str]) -> str:
 
 
 def generate(
-    settings: GenerateSettings, prompts: Path, out: Path, *, slots: int = 64, tensor: int = 1, table: LiveTable
+    settings: GenerateSettings,
+    prompts: Path,
+    out: Path,
+    *,
+    slots: int = 64,
+    tensor: int = 1,
+    again: bool = False,
+    table: LiveTable,
 ) -> tuple[int, int]:
     """Write a line {id, sample, prompt, response, tokens, stopped} for every prompt and sample, as responses end.
 
@@ -76,28 +87,64 @@ def generate(
         out: JSON lines; `out`.settings.json beside it remembers the settings.
         slots: responses decoded side by side.
         tensor: devices over which heads and vocabulary are divided; the others take rows.
+        again: replace what `out` holds instead of adding what it lacks.
         table: where progress is shown.
 
     Returns:
         (responses written now, responses in the file).
 
     Raises:
-        ValueError: a malformed line, a file of other settings, a prompt that does not fit the model.
+        ValueError: a malformed line, a file of other settings or of another model, a prompt that does not fit the model,
+            another process that writes `out`.
     """
     requests = _read_requests(prompts)
+    facts = settings.facts() | {"prompts_sha256": digest([part for r in requests for part in r])}
     tokenizer = Tokenizer.load(Path(settings.model), chat=settings.chat)
-    mesh = make_mesh(tensor=tensor)
-    # Laid out as in training: each device reads its part; the view below is what decoding needs.
-    model, params = load_pretrained(settings.model, dtype=DTYPES[settings.dtype], mesh=mesh)
-    tokenizer.check_fits(model.vocab_size)
-    tokens, lengths = encode_to_fit(
+    shape = read_config(Path(settings.model) / "config.json")
+    tokenizer.check_fits(shape.vocab_size)
+    prompted = encode_to_fit(
         [r.id for r in requests],
         [render(settings.template, r.prompt) for r in requests],
         tokenizer,
         max_tokens=settings.max_tokens,
-        positions=model.config.max_position_embeddings,
+        positions=shape.max_position_embeddings,
     )
-    resumable_jsonl.claim(out, settings.facts() | {"prompts_sha256": digest([part for r in requests for part in r])})
+    facts |= model_facts(Path(settings.model))
+    if not again:
+        resumable_jsonl.check_ours(out, facts)
+    with writing(out):
+        if again:
+            resumable_jsonl.remove(out)
+        resumable_jsonl.claim(out, facts)
+        return _add_missing(settings, requests, tokenizer, prompted, out, slots=slots, tensor=tensor, table=table)
+
+
+@contextlib.contextmanager
+def writing(out: Path) -> Iterator[None]:
+    """Keep other processes from writing a file of JSON lines, or a folder of them.
+
+    Raises:
+        ValueError: one writes there, or nothing can be written there.
+    """
+    file = out.with_name(f".{out.name}.lock") if out.suffix == ".jsonl" else out / ".lock"
+    taken = f"another process writes {out}; wait for it, or choose another --out"
+    with locked(file, taken=taken, unwritable=f"{out}: cannot be written ({{reason}}); choose another --out"):
+        yield
+
+
+def _add_missing(
+    settings: GenerateSettings,
+    requests: Sequence[Request],
+    tokenizer: Tokenizer,
+    prompted: tuple[np.ndarray, np.ndarray],
+    out: Path,
+    *,
+    slots: int,
+    tensor: int,
+    table: LiveTable,
+) -> tuple[int, int]:
+    """Sample the responses that `out`, which is ours and held, does not have yet."""
+    tokens, lengths = prompted
     done = {(line["id"], line["sample"]) for line in resumable_jsonl.lines(out)}
     rows = np.asarray(
         [
@@ -110,6 +157,9 @@ def generate(
     )
     which = (rows // settings.samples).astype(np.int64)
     if len(rows):
+        mesh = make_mesh(tensor=tensor)
+        # Laid out as in training: each device reads its part; the view below is what decoding needs.
+        model, params = load_pretrained(settings.model, dtype=DTYPES[settings.dtype], mesh=mesh)
         engine = Engine(
             model,
             mesh,
@@ -181,6 +231,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--template", default="plain", help="text around the prompt: plain, boxed, dapo_answer")
     parser.add_argument("--chat", default="none", help="the model's chat turn around that: none, direct, thinking")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32 on a CPU, else bfloat16")
+    options.add_again(parser)
     options.add_sampling(parser, samples=1, max_tokens=1024, top_p=1.0)
 
 
@@ -206,6 +257,8 @@ def _run(args: argparse.Namespace) -> int:
         dtype=dtype,
     )
     with LiveTable(stream=sys.stderr) as table:
-        now, total = generate(settings, args.prompts, args.out, slots=args.slots, tensor=args.tensor, table=table)
+        now, total = generate(
+            settings, args.prompts, args.out, slots=args.slots, tensor=args.tensor, again=args.again, table=table
+        )
     print(f"{args.out}: {total} responses, {now} of them new")
     return exit_codes.DONE

@@ -14,6 +14,13 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     add_overrides(parser)
 
 
+def add_again(parser: argparse.ArgumentParser) -> None:
+    """Add `--again`, for commands that resume what stands in their output."""
+    parser.add_argument(
+        "--again", action="store_true", help="sample anew: what stands there under this name is replaced"
+    )
+
+
 def add_sampling(parser: argparse.ArgumentParser, *, samples: int, max_tokens: int, top_p: float) -> None:
     """Add how responses are sampled, with these defaults."""
     parser.add_argument("--samples", type=int, default=samples, help=f"responses per prompt; default {samples}")

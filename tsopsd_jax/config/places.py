@@ -24,6 +24,11 @@ def datasets_folder(cache_dir: str | None) -> Path:
     return _cache(cache_dir) / "datasets"
 
 
+def digests_file(cache_dir: str | None = None) -> Path:
+    """Where digests of large weight files are remembered."""
+    return _cache(cache_dir) / "digests.json"
+
+
 def _cache(cache_dir: str | None) -> Path:
     named = cache_dir or os.environ.get("TSOPSD_CACHE_DIR")
     return Path(named) if named else Path.home() / ".cache" / "tsopsd_jax"

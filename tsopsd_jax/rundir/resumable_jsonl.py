@@ -45,7 +45,21 @@ def check_ours(out: Path, settings: Mapping[str, Any]) -> None:
         ValueError: another program wrote it, or other settings (the first is named).
     """
     if out.exists() and (differs := first_difference(read_settings(out), settings)):
-        raise ValueError(f"{out} was begun with other settings ({differs}); choose another --out, or delete it")
+        raise ValueError(
+            f"{out} was begun with other settings ({differs}); choose another --out, or --again to replace it"
+        )
+
+
+def remove(out: Path) -> None:
+    """Remove `out` and its settings, to begin anew; no other file is touched.
+
+    Raises:
+        ValueError: another program wrote `out`.
+    """
+    if out.exists():
+        read_settings(out)
+        out.unlink()
+    settings_file(out).unlink(missing_ok=True)
 
 
 def lines(out: Path) -> list[dict[str, Any]]:

@@ -1,0 +1,72 @@
+"""Policies that commands take: a Hugging Face directory, or a run's checkpoint."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from tsopsd_jax.config import DTYPES
+from tsopsd_jax.config.places import digests_file, model_folder
+from tsopsd_jax.config.restore import checkpoints_of, resolved_config, restore_run
+from tsopsd_jax.model import Qwen3, load_pretrained
+from tsopsd_jax.model.fingerprint import fingerprint
+from tsopsd_jax.types import PyTree
+
+
+class Policy(NamedTuple):
+    """What is evaluated: its name in the tables, the directory of its config and tokenizer, and how it is loaded."""
+
+    name: str
+    source: dict[str, Any]
+    folder: Path
+    chat: str
+    dtype: str
+    load: Callable[[jax.sharding.Mesh], tuple[Qwen3, PyTree]]
+
+
+def model_facts(folder: Path) -> dict[str, str]:
+    """Digests of a model directory, as settings of a file: a directory may be replaced by another of the same name."""
+    return {f"model_{part}": sha for part, sha in fingerprint(folder, cache=digests_file()).items()}
+
+
+def of_directory(folder: Path, *, name: str | None, chat: str | None, dtype: str | None) -> Policy:
+    """The policy of a Hugging Face directory, by default under the directory's name."""
+    dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    source = {"model": str(folder.resolve()), "step": None, **model_facts(folder)}
+    return Policy(
+        name or folder.resolve().name,
+        source,
+        folder,
+        chat or "none",
+        dtype,
+        lambda mesh: load_pretrained(folder, dtype=DTYPES[dtype], mesh=mesh),
+    )
+
+
+def of_run(run_dir: Path, *, step: int | None, name: str | None, chat: str | None, dtype: str | None) -> Policy:
+    """The policy of a run's checkpoint (default: the latest), by default under the run's name and the step.
+
+    Raises:
+        ValueError: no run, or it has no checkpoint.
+    """
+    config = resolved_config(run_dir)
+    if step is None:
+        with checkpoints_of(run_dir) as checkpoints:
+            step = checkpoints.latest()
+        if step is None:
+            raise ValueError(f"{run_dir} has no checkpoints yet")
+    dtype = dtype or config.model.compute_dtype
+
+    def load(mesh: jax.sharding.Mesh) -> tuple[Qwen3, PyTree]:
+        model, state = restore_run(run_dir, step=step, mesh=mesh, compute_dtype=dtype)
+        return model, state.params
+
+    return Policy(
+        name or f"{run_dir.resolve().name}-{step}",
+        {"model": str(run_dir.resolve()), "step": step},
+        model_folder(config),
+        chat or config.data.chat,
+        dtype,
+        load,
+    )

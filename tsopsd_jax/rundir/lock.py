@@ -1,0 +1,35 @@
+"""Locks: one process at a time writes a run directory, or a file of results."""
+
+import contextlib
+import errno
+import fcntl
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def locked(file: Path, *, taken: str, unwritable: str) -> Iterator[None]:
+    """Hold the lock `file`, which is made if absent and left behind; a process that dies gives it up.
+
+    Args:
+        file: the lock; its folder is made if absent.
+        taken: what to say where another process holds it.
+        unwritable: what to say, with {reason}, where it cannot be made.
+
+    Raises:
+        ValueError: another process holds it, or it cannot be made.
+    """
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        stream = file.open("a")
+    except OSError as error:
+        raise ValueError(unwritable.format(reason=error.strerror)) from error
+    with stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(taken) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):  # a file system without locks
+                raise
+        yield
