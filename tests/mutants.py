@@ -504,6 +504,28 @@ MUTANTS = [
         "test_rollout.py -k draw_follows",
     ),
     Mutant(
+        "logits divided before they are centred",
+        "rollout/distribution.py",
+        "vocab = logits.shape[-1]\n",
+        "vocab, logits = logits.shape[-1], logits / (sampling.sampling_temperature or 1)\n"
+        "    sampling = dataclasses.replace(sampling, sampling_temperature=float(sampling.sampling_temperature > 0))\n",
+        "test_rollout.py -k temperature_is_exact",
+    ),
+    Mutant(
+        "greedy decoding takes the last of the likeliest",
+        "rollout/distribution.py",
+        "jnp.argmax(logits, axis=-1)",
+        "(vocab - 1 - jnp.argmax(logits[:, ::-1], axis=-1))",
+        "test_rollout.py -k greedy",
+    ),
+    Mutant(
+        "temperatures too small to be exact",
+        "rollout/distribution.py",
+        "not SMALLEST_TEMPERATURE <= temperature <",
+        "not 0 < temperature <",
+        "test_rollout.py -k refuses",
+    ),
+    Mutant(
         "a nucleus that must exceed top-p",
         "rollout/distribution.py",
         "measure(bits >= middle[:, None]) >= goal",

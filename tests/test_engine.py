@@ -134,6 +134,15 @@ def test_entropy_is_the_policys_own_at_the_tokens_drawn(tiny, prompts):
         assert done.entropy_nats == pytest.approx(want, abs=1e-5)
 
 
+def test_greedy_decoding_follows_the_policys_likeliest_token(tiny, prompts):
+    model, params = tiny
+    engine = engine_of(model, slots=4, segment=3, sampling=Sampling(sampling_temperature=0.0, top_p=0.9))
+    rollout = engine.run(engine.view(params), prompts, jax.random.key(11), group=2)
+    likeliest = np.argmax(jax.jit(model.logits)(params, jnp.asarray(rollout.tokens)), axis=-1)
+    np.testing.assert_array_equal(rollout.tokens[:, 1:][rollout.mask[:, 1:]], likeliest[:, :-1][rollout.mask[:, 1:]])
+    assert not rollout.logp.any()
+
+
 def test_a_prompt_is_prefilled_once_per_group(tiny, prompts):
     """Groups of two rows, three slots: the second row of a group often finds its slot a segment later."""
     model, params = tiny
