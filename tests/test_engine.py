@@ -183,8 +183,8 @@ def test_a_prompts_cache_stays_where_it_is_continued(tiny, prompts):
     for text, _ in compiled["_place"]:
         assert not re.findall(r"all-\w+|collective-\w+|reduce-scatter", text)
     for text, _ in compiled["_prefill"]:
-        assert not re.findall(r"all-to-all|collective-permute", text)
-        assert {shape for shape, _ in re.findall(r"= (\S+?)(?:\{[\d,]*\})? (all-gather)\(", text)} <= {"s32[8,2]"}
+        assert not re.findall(r"all-gather|all-to-all|collective-permute|reduce-scatter", text)
+        assert "all-reduce" in text, "sums over tensor are expected: was the right program read?"
 
 
 def test_pieces_prefill_what_each_shard_needs():

@@ -329,7 +329,7 @@ class _Rollout:
             return
         if self.carry is None:
             self.carry = self.engine._empty(slots=shards, places=self.width)
-        for piece in pieces(admitted, self.group.tolist(), self.carried, self.geometry.prefill_most(self.width)):
+        for piece in pieces(admitted, self.schedule.group, self.carried, self.geometry.prefill_most(self.width)):
             store = self._prefill(view, piece) if piece.rows else self.carry
             to = placement(piece, slots=each, pool=self.schedule.owner.shape[1], r=r)
             arrays = (self._put(x) for x in to)

@@ -79,7 +79,7 @@ class Geometry:
         return max(1, PREFILL_TOKENS // (width * self.shards))
 
     def prefill_rows(self, prompts: int, width: int) -> int:
-        """Rows of the first piece of so many prompts, over all shards: the most that one prefill takes."""
+        """Rows of the first piece of so many prompts, evenly divided, over all shards."""
         each = min(-(-prompts // self.shards), self.prefill_most(max(width, 1)))
         return power_of_two(each) * self.shards
 
