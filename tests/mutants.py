@@ -653,7 +653,7 @@ MUTANTS = [
     ),
     Mutant(
         "a prompt's cache is sent to all devices",
-        "rollout/engine.py",
+        "rollout/programs.py",
         "attention=causal), out_shardings=self._heads)",
         "attention=causal), out_shardings=replicated(mesh))",
         "test_engine.py -k stays_where",

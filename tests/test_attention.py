@@ -251,7 +251,9 @@ def test_a_decoding_segment_compiles_for_a_tpu(tpu):
     pool = Pool(everywhere(pool.pages, P(rows, None, "tensor")), everywhere(pool.owner, P(rows)))
     slots = everywhere(Slots(*(jax.ShapeDtypeStruct((32,), jnp.int32),) * 6), P(rows))
     key = everywhere(jax.eval_shape(lambda: jax.random.key(0)), P())
-    text = engine._segment.lower(placed(view, layout), everywhere(tails, P(rows, "tensor")), pool, slots, key)
+    text = engine.on_device.decode_segment.lower(
+        placed(view, layout), everywhere(tails, P(rows, "tensor")), pool, slots, key
+    )
     text = text.compile().as_text()
     assert "tpu_custom_call" in text
     moved = re.findall(r"= \(?(\w+)\[([\d,]*)\]\S* (?:all-gather|all-to-all|all-reduce|collective-permute)", text)

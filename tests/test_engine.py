@@ -148,8 +148,10 @@ def test_a_prompt_is_prefilled_once_per_group(tiny, prompts):
     model, params = tiny
     engine = engine_of(model, slots=3, segment=3)
     prefilled = []
-    original = engine._prefill
-    engine._prefill = lambda view, tokens: prefilled.extend(np.asarray(tokens).tolist()) or original(view, tokens)
+    original = engine.on_device.prefill
+    engine.on_device.prefill = lambda view, tokens: (
+        prefilled.extend(np.asarray(tokens).tolist()) or original(view, tokens)
+    )
     list(engine.stream(engine.view(params), prompts, jax.random.key(11), group=2))
     real = [row for row in prefilled if any(row)]
     assert len(real) == 6, "six groups, each once"
@@ -164,25 +166,25 @@ def test_a_prompts_cache_stays_where_it_is_continued(tiny, prompts):
     compiled = {}
 
     def watch(name):
-        original = getattr(engine, name)
+        original = getattr(engine.on_device, name)
 
         def call(*args):
             program = original.lower(*args).compile()
             compiled.setdefault(name, []).append((program.as_text(), args[-1].shape))
             return original(*args)
 
-        setattr(engine, name, call)
+        setattr(engine.on_device, name, call)
 
-    watch("_prefill")
-    watch("_place")
+    watch("prefill")
+    watch("place")
     layout = tree_shardings(model.param_axes(), model.param_shapes(), engine.mesh)
     view = engine.view(jax.device_put(params, layout))
     list(engine.stream(view, prompts, jax.random.key(11), group=2))
-    assert sum(shape[0] for _, shape in compiled["_prefill"]) >= 6
-    assert any("dynamic-slice" in text or "gather" in text for text, _ in compiled["_place"])
-    for text, _ in compiled["_place"]:
+    assert sum(shape[0] for _, shape in compiled["prefill"]) >= 6
+    assert any("dynamic-slice" in text or "gather" in text for text, _ in compiled["place"])
+    for text, _ in compiled["place"]:
         assert not re.findall(r"all-\w+|collective-\w+|reduce-scatter", text)
-    for text, _ in compiled["_prefill"]:
+    for text, _ in compiled["prefill"]:
         assert not re.findall(r"all-gather|all-to-all|collective-permute|reduce-scatter", text)
         assert "all-reduce" in text, "sums over tensor are expected: was the right program read?"
 
@@ -242,15 +244,15 @@ def test_no_weight_is_gathered_while_decoding(tiny, prompts):
     engine = engine_of(model, slots=8, segment=3, devices=8, fsdp=8)
     layout = tree_shardings(model.param_axes(), model.param_shapes(), engine.mesh)
     sharded = jax.device_put(params, layout)
-    assert "all-gather" in engine._view.lower(sharded).compile().as_text()
+    assert "all-gather" in engine.on_device.view.lower(sharded).compile().as_text()
     texts = []
-    original = engine._segment
+    original = engine.on_device.decode_segment
 
     def watched(*args):
         texts.append(original.lower(*args).compile().as_text())
         return original(*args)
 
-    engine._segment = watched
+    engine.on_device.decode_segment = watched
     list(engine.stream(engine.view(sharded), prompts, jax.random.key(11)))
     for text in texts:
         moved = re.findall(r"= (\S+) (all-gather|all-to-all|collective-permute|reduce-scatter)\(", text)

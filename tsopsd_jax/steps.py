@@ -20,7 +20,7 @@ from tsopsd_jax.judge import Groups, Scored, ShortageError, accuracies, collect,
 from tsopsd_jax.learner import ENTROPY, UpdateOut, distillation_batch
 from tsopsd_jax.model import Qwen3
 from tsopsd_jax.phases import GuardError, Phase
-from tsopsd_jax.rollout import Engine, Progress, Sampling, ahead
+from tsopsd_jax.rollout import Engine, Progress, Sampling
 from tsopsd_jax.sharding import put, replicated, row_sharding
 from tsopsd_jax.start_policy import StartKL
 from tsopsd_jax.step_metrics import engine_metrics, reward_metrics, rollout_metrics
@@ -119,12 +119,12 @@ class Steps:
         if self._take == self._reheat:
             yield self.update.lowered_reheat_step(self._step)
             return
-        engine, params = self.engine, self.update.state.params
-        yield ahead.lower_view(engine, params)
-        yield ahead.lower_prefill(engine, params, ahead.prefill_shape(engine, self.phase.prompts_per_step))
+        sampler, params = self.engine.on_device, self.update.state.params
+        yield sampler.lower_view(params)
+        yield sampler.lower_prefill(params, sampler.prefill_shape(self.phase.prompts_per_step))
         # The pool grows with the responses. Shapes of fewer slots are left to the end of a rollout.
-        for size in ahead.pool_sizes(engine):
-            yield ahead.lower_segment(engine, params, size)
+        for size in sampler.pool_sizes():
+            yield sampler.lower_segment(params, size)
         yield self.update.lowered()
 
     # --------------------------------------------------------------- the three
