@@ -2,6 +2,7 @@
 
 import functools
 
+import einops
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
@@ -44,10 +45,10 @@ def place(tails, pages, carry, store, home_SB: Array, start_SB: Array, table: Ar
         return tail, pool, every[keep]
 
     def one(tail, pool, carried, stored, axis):
-        tail_S, stored_S = (x.reshape(shards, -1, *x.shape[1:]) for x in (tail, stored))
+        tail_S, stored_S = (einops.rearrange(x, "(S B) ... -> S B ...", S=shards) for x in (tail, stored))
         function = jax.vmap(functools.partial(of_shard, axis=axis))
         tail_S, pool, carried = function(tail_S, pool, carried, stored_S, home_SB, start_SB, table, keep_S)
-        return tail_S.reshape(tail.shape), pool, carried
+        return einops.rearrange(tail_S, "S B ... -> (S B) ..."), pool, carried
 
     out = []
     for i, (tail, carried, stored) in enumerate(zip(tails, carry, store, strict=True)):
@@ -66,7 +67,7 @@ def commit(pages, tails, page_SB: Array):
     def one(pool, tail, axis):
         r = pool.shape[axis + 1]
         drawn = jax.lax.slice_in_dim(tail, tail.shape[axis] - r, tail.shape[axis], axis=axis)
-        drawn = drawn.reshape(*page_SB.shape, *drawn.shape[1:])
+        drawn = einops.rearrange(drawn, "(S B) ... -> S B ...", S=page_SB.shape[0])
         return jax.vmap(lambda p, at, new: p.at[at].set(new, mode="drop"))(pool, page_SB, drawn)
 
     return tuple((one(k, tk, 3), one(v, tv, 2)) for (k, v), (tk, tv) in zip(pages, tails, strict=True))
@@ -82,7 +83,7 @@ def shrink_pages(pages: LayerCache, source_SQ: Array) -> LayerCache:
 
 def shrink_tails(tails: LayerCache, source_SB: Array) -> LayerCache:
     def slots(tail):
-        parts = tail.reshape(source_SB.shape[0], -1, *tail.shape[1:])
-        return jax.vmap(lambda x, at: x[at])(parts, source_SB).reshape(-1, *tail.shape[1:])
+        parts = einops.rearrange(tail, "(S B) ... -> S B ...", S=source_SB.shape[0])
+        return einops.rearrange(jax.vmap(lambda x, at: x[at])(parts, source_SB), "S B ... -> (S B) ...")
 
     return jax.tree.map(slots, tails)

@@ -12,6 +12,7 @@ found by bisection over float32 bit patterns: each pass counts or adds what stan
 import dataclasses
 from typing import NamedTuple
 
+import einops
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -82,7 +83,7 @@ def draw(
     cut = _cut(weight, sampling) if sampling.top_p < 1.0 or 0 < sampling.top_k < vocab else None
     blocks = _blocks(vocab)
     width = vocab // blocks
-    weight_BNW = weight.reshape(-1, blocks, width)
+    weight_BNW = einops.rearrange(weight, "B (N W) -> B N W", N=blocks)
     if cut is None:
         mass_BN = jnp.sum(weight_BNW, axis=-1)
         ties_BN = None

@@ -10,6 +10,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import einops
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -61,8 +62,7 @@ def pages_attention(
         raise ValueError(f"paged attention: expected one of {', '.join(IMPLEMENTATIONS)}, got {implementation!r}")
     owner = jnp.asarray(owner)
     shard: Callable[..., Any] = functools.partial(_pallas, interpret=interpret) if implementation == "pallas" else _xla
-    s = owner.shape[0]
-    q_SBKGH = q_BKGH.reshape(s, -1, *q_BKGH.shape[1:])
+    q_SBKGH = einops.rearrange(q_BKGH, "(S B) K G H -> S B K G H", S=owner.shape[0])
     if implementation == "xla":
         parts = jax.vmap(shard)(q_SBKGH, *pages, owner)
     else:
@@ -76,7 +76,7 @@ def pages_attention(
             specs = (heads, heads, heads, P(ROW_AXES))
             run = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=heads, check_vma=False)
         parts = run(q_SBKGH, *pages, owner)
-    return Partial(*(x.reshape(-1, *x.shape[2:]) for x in parts))
+    return Partial(*(einops.rearrange(x, "S B ... -> (S B) ...") for x in parts))
 
 
 def _xla(q_BKGH: Array, keys_QKHR: Array, values_QKRH: Array, owner_Q: Array) -> Partial:

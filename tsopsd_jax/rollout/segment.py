@@ -10,6 +10,7 @@ import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
+import einops
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -112,8 +113,10 @@ def decode_segment(
 
         def attend(q_BTNH, k_BTKH, v_BTKH, cache):
             (keys, values), pages = cache
-            keys = jax.lax.dynamic_update_slice(keys, jnp.transpose(k_BTKH, (0, 2, 3, 1)), (0, 0, 0, home + t))
-            values = jax.lax.dynamic_update_slice(values, jnp.transpose(v_BTKH, (0, 2, 1, 3)), (0, 0, home + t, 0))
+            k_BKHT = einops.rearrange(k_BTKH, "B T K H -> B K H T")
+            keys = jax.lax.dynamic_update_slice(keys, k_BKHT, (0, 0, 0, home + t))
+            v_BKTH = einops.rearrange(v_BTKH, "B T K H -> B K T H")
+            values = jax.lax.dynamic_update_slice(values, v_BKTH, (0, 0, home + t, 0))
             over = None if pool is None else functools.partial(_over_pages, paged, pages, pool.owner)
             return _attention(q_BTNH[:, 0], (keys, values), seen_BC, over)[:, None], (keys, values)
 
@@ -152,10 +155,9 @@ def _over_pages(paged: Paged, pages: LayerCache, owner: AnyArray, q_BKGH: Array)
 def _attention(q_BNH: Array, tail: LayerCache, seen_BC: Array, pages: Callable[[Array], Partial] | None) -> Array:
     """One query per slot over its tail and its pages; softmax in float32."""
     keys_BKHC, values_BKCH = tail
-    b, n, h = q_BNH.shape
-    q_BKGH = q_BNH.reshape(b, keys_BKHC.shape[1], -1, h)
+    q_BKGH = einops.rearrange(q_BNH, "B (K G) H -> B K G H", K=keys_BKHC.shape[1])
     scores = jnp.einsum("BKGH,BKHC->BKGC", q_BKGH, keys_BKHC, preferred_element_type=jnp.float32)
-    scores = jnp.where(seen_BC[:, None, None, :], scores * h**-0.5, -jnp.inf)
+    scores = jnp.where(seen_BC[:, None, None, :], scores * q_BNH.shape[-1] ** -0.5, -jnp.inf)
     top, part = jnp.max(scores, axis=-1), None
     if pages is not None:
         part = pages(q_BKGH)
@@ -168,7 +170,8 @@ def _attention(q_BNH: Array, tail: LayerCache, seen_BC: Array, pages: Callable[[
     if part is not None:
         scale = jnp.exp(part.top - top)
         total, out = total + part.total * scale, out + part.out * scale[..., None]
-    return (out / total[..., None]).astype(q_BNH.dtype).reshape(b, n, h)
+    out = (out / total[..., None]).astype(q_BNH.dtype)
+    return einops.rearrange(out, "B K G H -> B (K G) H")
 
 
 def sample(
