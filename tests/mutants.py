@@ -180,8 +180,8 @@ MUTANTS = [
     Mutant(
         "sampling temperature inverted",
         "rollout/distribution.py",
-        "logits = logits / sampling.sampling_temperature",
-        "logits = logits * sampling.sampling_temperature",
+        "centred / sampling.sampling_temperature",
+        "centred * sampling.sampling_temperature",
         "test_rollout.py -k draw_follows",
     ),
     Mutant(

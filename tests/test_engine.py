@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -259,6 +260,17 @@ def test_no_weight_is_gathered_while_decoding(tiny, prompts):
         assert not moved, moved
         # What is left is the loop's condition: does any slot still run?
         assert {shape for shape, _ in re.findall(r"= (\S+) (all-reduce)\(", text)} <= {"pred[]", "s32[]"}
+
+
+def test_nobody_reads_the_engines_private_parts():
+    package = Path(__file__).resolve().parents[1] / "tsopsd_jax"
+    found = [
+        f"{file.name}: {line.strip()}"
+        for file in sorted(package.rglob("*.py"))
+        for line in file.read_text().splitlines()
+        if re.search(r"\b(engine|on_device|sampler)\._[a-z]", line)
+    ]
+    assert not found, "\n".join(found)
 
 
 def test_wrong_prompts_are_refused(tiny, prompts):

@@ -1,4 +1,4 @@
-"""Device programs on the cache between segments: prompts in, segments into pages, other sizes."""
+"""Device programs on the cache between two segments: they place prompts, turn segments into pages and change sizes."""
 
 import functools
 
@@ -12,18 +12,19 @@ from tsopsd_jax.model.qwen3 import Qwen3
 
 
 def empty_pages(model: Qwen3, *, shape: tuple[int, int], r: int) -> tuple[LayerCache, ...]:
+    """Make zeroed pages of `r` tokens for every layer; `shape` is (shards, pages of a shard)."""
     c = model.config
     keys = jnp.zeros((*shape, c.num_key_value_heads, c.head_dim, r), model.compute_dtype)
     return ((keys, keys.swapaxes(3, 4)),) * c.num_hidden_layers
 
 
 def place(tails, pages, carry, store, home_SB: Array, start_SB: Array, table: Array, keep_S: Array, *, home: int):
-    """Prompts' cache into slots: whole pages into the pool, the rest into the tails; each shard's into its own.
+    """Copy prompts' cache into slots: whole pages into the pool, the rest into the tails; each shard copies its own.
 
     Args:
         carry, store: caches of prompts, one and A of them a shard, [S, K, H, W] and [S A, K, H, W] keys per layer and
             [., K, W, H] values; numbered together within a shard.
-        home_SB, start_SB, table, keep_S: see `admission.Placement`.
+        home_SB, start_SB, table, keep_S: the fields of `admission.Placement`.
         home: places of a tail for the rest.
     """
     shards = keep_S.shape[0]
@@ -62,7 +63,7 @@ def place(tails, pages, carry, store, home_SB: Array, start_SB: Array, table: Ar
 
 
 def commit(pages, tails, page_SB: Array):
-    """What each slot drew in the last segment becomes its page `page_SB`; beyond the pool: nothing is kept."""
+    """Copy what each slot drew in the last segment to its page `page_SB`; a page beyond the pool keeps nothing."""
 
     def one(pool, tail, axis):
         r = pool.shape[axis + 1]
@@ -74,14 +75,18 @@ def commit(pages, tails, page_SB: Array):
 
 
 def grow(pages: LayerCache, *, size: int) -> LayerCache:
+    """Enlarge a layer's pool to `size` pages a shard; the new ones are zero."""
     return jax.tree.map(lambda p: jnp.pad(p, [(0, 0), (0, size - p.shape[1]), *[(0, 0)] * 3]), pages)
 
 
 def shrink_pages(pages: LayerCache, source_SQ: Array) -> LayerCache:
+    """Take page `source_SQ` of the old pool for each page of the new one."""
     return jax.tree.map(lambda p: jax.vmap(lambda x, at: x[at])(p, source_SQ), pages)
 
 
 def shrink_tails(tails: LayerCache, source_SB: Array) -> LayerCache:
+    """Take the tail of slot `source_SB` (within its shard) for each slot that stays."""
+
     def slots(tail):
         parts = einops.rearrange(tail, "(S B) ... -> S B ...", S=source_SB.shape[0])
         return einops.rearrange(jax.vmap(lambda x, at: x[at])(parts, source_SB), "S B ... -> (S B) ...")

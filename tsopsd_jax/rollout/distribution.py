@@ -25,7 +25,8 @@ SMALLEST_TEMPERATURE = 1e-6
 class Sampling:
     """How responses are drawn.
 
-    `sampling_temperature` 1, `top_p` 1, `top_k` 0 (off) is the policy itself. `sampling_temperature` 0 is greedy decoding.
+    `sampling_temperature` 1, `top_p` 1, `top_k` 0 (off) is the policy itself; `sampling_temperature` 0 is greedy
+    decoding.
 
     Raises:
         ValueError: for a temperature that is neither 0 nor at least `SMALLEST_TEMPERATURE`, and for a top-p or top-k
@@ -50,7 +51,7 @@ class Sampling:
 
 
 class Cut(NamedTuple):
-    """Which tokens are kept: those of weight above `weight`, and of those equal to it the first `ties` by index."""
+    """The tokens of each row that are kept: all of weight above `weight`, and of those equal to it the first `ties`."""
 
     weight: Float[Array, " B"]
     ties: Int[Array, " B"]
@@ -59,7 +60,7 @@ class Cut(NamedTuple):
 def draw(
     logits: Float[Array, "B V"], uniform: Float[Array, " B"], sampling: Sampling
 ) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
-    """One token per row and its log-probability (nats) under the distribution sampled.
+    """Draw one token per row; returns it and its log-probability (nats) under the distribution sampled.
 
     The token is the first whose cumulative weight exceeds uniform x total, so tokens of weight zero are never drawn. At
     temperature 0 it is the likeliest (of equal ones the first), whose log-probability is then 0.
@@ -111,7 +112,7 @@ def draw(
 
 
 def _blocks(vocab: int) -> int:
-    """A power of two near the square root that divides the vocabulary: 128 for 151,936. 1 for an odd one."""
+    """Choose the number of blocks: a power of two near the square root that divides the vocabulary; 128 for 151,936."""
     blocks = 1
     while 4 * blocks * blocks <= vocab and vocab % (2 * blocks) == 0:
         blocks *= 2
@@ -123,14 +124,14 @@ def _pick(values_BN: Array, at_B: Array) -> Array:
 
 
 def _first_above(running_BN: Array, mass_BN: Array, goal_B: Array) -> Array:
-    """The first index whose running sum exceeds the goal; rounding can leave none, then the last one with any mass."""
+    """Find the first index whose running sum exceeds the goal; rounding can leave none, then the last with any mass."""
     at = jnp.sum(running_BN <= goal_B[:, None], axis=-1, dtype=jnp.int32)
     index_N = jnp.arange(mass_BN.shape[-1], dtype=jnp.int32)
     return jnp.minimum(at, jnp.max(jnp.where(mass_BN > 0, index_N[None, :], 0), axis=-1))
 
 
 def _cut(weight: Float[Array, "B V"], sampling: Sampling) -> Cut:
-    """Where top-k and then top-p cut the weights (not negative; the largest of each row is 1)."""
+    """Find where top-k and then top-p cut the weights (not negative; the largest of each row is 1)."""
     vocab = weight.shape[-1]
     cut = Cut(jnp.zeros(weight.shape[:1]), jnp.full(weight.shape[:1], vocab, jnp.int32))
     total = jnp.sum(weight, axis=-1)
@@ -155,7 +156,7 @@ def _cut(weight: Float[Array, "B V"], sampling: Sampling) -> Cut:
 
 
 def _boundary(weight: Float[Array, "B V"], goal: Float[Array, " B"], measure) -> Float[Array, " B"]:
-    """The largest weight w of each row with measure(weights >= w) >= goal.
+    """Find the largest weight w of each row with measure(weights >= w) >= goal.
 
     Floats that are not negative order as their bit patterns do, so 30 halvings find the weight exactly; the search
     ends sooner where a single token is left between the bounds in every row, for a language model after about ten.

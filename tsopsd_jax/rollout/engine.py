@@ -36,7 +36,7 @@ class Finished(NamedTuple):
 
 @dataclasses.dataclass
 class Progress:
-    """Where a rollout stands, and what it took."""
+    """Facts of a rollout so far: rows finished, tokens, time, memory."""
 
     rows: int
     finished: int = 0
@@ -48,29 +48,32 @@ class Progress:
 
     @property
     def left_s(self) -> float:
-        """Seconds that the rest may take: rows so far, and rows to come, at the mean rate of finishing."""
+        """An estimate of the seconds left: the rows to come, at the mean rate at which rows finished so far."""
         return self.seconds * (self.rows - self.finished) / max(self.finished, 1)
 
     @property
     def slot_use(self) -> float:
-        """Share of decoded slot-steps that gave a token which is kept."""
+        """The share of decoded slot-steps that gave a token which is kept."""
         return self.tokens / max(self.slot_steps, 1)
 
 
 def segment_tokens(max_prompt_tokens: int, max_response_tokens: int, *, platform: str) -> int:
-    """R: 64 tokens, 128 on a TPU (the width of its registers); short responses to short prompts are one segment."""
+    """Choose R, the tokens of a segment: 64, or 128 on a TPU, the width of its registers.
+
+    Short responses to short prompts are one segment.
+    """
     if max(max_prompt_tokens, max_response_tokens) <= SHORT_TOKENS:
         return max_response_tokens
     return 128 if platform == "tpu" else 64
 
 
 class Engine:
-    """The sampler outside of jit; programs are compiled once and kept.
+    """The sampler outside of jit, with continuous batching; its programs are compiled once and kept.
 
     Args:
         model: the policy's functions.
         mesh: slots and pages are divided over data x fsdp, heads and vocabulary over tensor.
-        sampling, max_response_tokens, stop_ids: what is drawn.
+        sampling, max_response_tokens, stop_ids: the distribution, the longest response, the tokens that end one.
         max_prompt_tokens: P, the width of the prompts.
         slots: rows decoded together, at most; rounded up to the mesh.
         segment: R, tokens between two looks at the schedule; None: `segment_tokens`.
@@ -118,7 +121,7 @@ class Engine:
         self.progress = Progress(0)
 
     def view(self, params: PyTree) -> PyTree:
-        """The rollout view of the parameters: gathered and cast once, for as many rollouts as the parameters last."""
+        """Gather and cast the parameters into a rollout view, once for as many rollouts as the parameters last."""
         return self.on_device.view(params)
 
     @property
@@ -136,7 +139,11 @@ class Engine:
         on_finished: Callable[[Finished], None] | None = None,
         on_progress: Callable[[Progress], None] | None = None,
     ) -> Rollout:
-        """All rows, as a Rollout on the host; `on_finished` sees each as it ends, while others are still decoded."""
+        """Sample all rows into a Rollout on the host.
+
+        `on_finished` sees each row as it ends, while others are still decoded. The other arguments are those of
+        `stream`, which also says what raises.
+        """
         n, p = prompts.tokens.shape
         length = np.asarray(prompts.length, np.int32)
         tokens = np.zeros((n, p + self.limit), np.int32)
@@ -160,14 +167,18 @@ class Engine:
         group: int | np.ndarray = 1,
         on_progress: Callable[[Progress], None] | None = None,
     ) -> Iterator[Finished]:
-        """Rows as they end, in an order that follows from lengths alone.
+        """Yield rows as they end, in an order that follows from lengths alone.
 
         Args:
             view: from `view`.
             prompts: host arrays.
             group: rows with the same prompt stand side by side, in groups of this many, or [N] with a number for each
                 group; a group's prompt is prefilled once.
-            key: the step's; a row's randomness depends on it and on the row's id alone.
+            key: the key of the step; a row's randomness depends on it and on the row's id alone.
+            on_progress: called after every segment; what it raises ends the rollout.
+
+        Raises:
+            ValueError: if `group` does not divide the rows, or the prompts are not `max_prompt_tokens` wide.
         """
         if isinstance(group, int) and len(prompts.length) % group:
             raise ValueError(f"group {group} does not divide {len(prompts.length)} rows")
@@ -206,7 +217,7 @@ class _Rollout:
         slots = self.schedule.row.size
         self.tails = self.on_device.empty_tails(slots)
         self.pages = self.on_device.empty_pages(self.schedule.owner.shape[1])
-        # Of each shard the last prompt's cache and its group: its rows may not all have found a slot.
+        # The cache and the group of the last prompt on each shard: its rows may not all have found a slot.
         self.carry: tuple[LayerCache, ...] | None = None
         self.carried = [-1] * engine.shards
         self.last = np.zeros(slots, np.int32)  # each slot's last token, and all of its response so far
@@ -220,7 +231,7 @@ class _Rollout:
         self.peak_bytes = 0
 
     def turn(self, view: PyTree) -> None:
-        """Between segments: keep what was drawn, make room, let rows in."""
+        """Do what is due between two segments: keep what was drawn, make room, let rows in."""
         on_device, schedule = self.on_device, self.schedule
         size = schedule.grow()
         if size is not None and self.pages is not None:
@@ -305,7 +316,7 @@ class _Rollout:
             )
 
     def _prefill(self, view: PyTree, piece: Piece) -> tuple[LayerCache, ...]:
-        """The cache of a piece's new prompts, each shard's on its own devices."""
+        """Prefill a piece's new prompts, each shard's on its own devices."""
         rows = np.full((len(piece.new), piece.rows), -1)
         for shard, groups in enumerate(piece.new):
             rows[shard, : len(groups)] = [self.first[g] for g in groups]

@@ -2,8 +2,8 @@
 
 | name | where | what it is |
 |---|---|---|
-| `xla` | everywhere | every page of the pool is read once, in the order in which they lie; partial softmaxes are joined by slot |
-| `pallas` | TPU | the same walk as a kernel: pages in the order of their owners, free ones never read, sums kept on the chip |
+| `xla` | everywhere | every page of the pool is read once, in place; partial softmaxes are joined by slot |
+| `pallas` | TPU | a kernel that walks pages in the order of their owners; free ones are never read |
 """
 
 import functools
@@ -45,7 +45,7 @@ def pages_attention(
     mesh: Mesh | None = None,
     interpret: bool = False,
 ) -> Partial:
-    """The partial softmax of each slot's query over its pages.
+    """Compute the partial softmax of each slot's query over its pages.
 
     Args:
         q_BKGH: queries; scores are scaled by H^-0.5; slots are divided evenly over the S shards, in order.
@@ -96,8 +96,11 @@ def _xla(q_BKGH: Array, keys_QKHR: Array, values_QKRH: Array, owner_Q: Array) ->
 
 
 def _pallas(q_BKGH: Array, keys_QKHR: Array, values_QKRH: Array, owner_Q: Array, *, interpret: bool) -> Partial:
-    """One grid step a page. The pages of a slot follow each other, so that its query and its sums stay where they are;
-    the free ones come last and name the page before them, which is then not fetched again."""
+    """Walk over the pages with one grid step each.
+
+    The pages of a slot follow each other, so that its query and its sums stay on the chip; the free ones come last and
+    name the page before them, which is then not fetched again.
+    """
     from jax.experimental.pallas import tpu as pltpu
 
     b, kv, g, h = q_BKGH.shape

@@ -1,5 +1,7 @@
-"""The engine's programs: what is jitted, how its arrays lie on the devices, and the same programs for shapes alone, ready
-to be compiled before any array exists."""
+"""The engine's programs: jitted functions, the layouts of their arrays, and their lowering for shapes alone.
+
+Lowered programs can be compiled before any array exists: ahead of a phase, or for devices that are not there.
+"""
 
 import functools
 from typing import Any
@@ -23,14 +25,16 @@ from tsopsd_jax.types import AnyArray, PyTree
 
 
 class Programs:
-    """Jitted functions, each compiled once a shape and kept; rows and pages lie over data x fsdp, heads over tensor.
+    """The jitted functions of an engine, each compiled once a shape and kept.
+
+    Rows and pages are divided over data x fsdp, heads over tensor.
 
     Args:
         model: the policy's functions.
         mesh: the devices.
         geometry: sizes.
-        slots: of all shards.
-        sampling, stop_ids, entropy: see `segment.decode_segment`.
+        slots: rows decoded together, over all shards.
+        sampling, stop_ids, entropy: what `segment.decode_segment` takes.
         attention: `auto`, the best implementations of the mesh's backend; or `xla`.
 
     Attributes:
@@ -121,25 +125,25 @@ class Programs:
     # ---------------------------------------------------- for shapes: nothing is sampled and no array exists
 
     def pool_sizes(self) -> list[int]:
-        """Pages that the pool of a shard may have with all slots in use, rising."""
+        """List the sizes, in pages and rising, that the pool of a shard may have with all slots in use."""
         return self._geometry.pool_sizes(self._slots // self._geometry.shards)
 
     def prefill_shape(self, prompts: int) -> tuple[int, int]:
-        """(prompts of one piece, positions): the largest that a step with this many prompts asks for."""
+        """Return (prompts of one piece, positions), the largest that a step with this many prompts asks for."""
         width = self._geometry.prefill_width(self._geometry.max_prompt_tokens - 1)
         return self._geometry.prefill_rows(prompts, width), width
 
     def lower_view(self, params: PyTree) -> Any:
-        """Lower: master weights -> rollout view. `params` may be abstract, here and below."""
+        """Lower the program master weights -> rollout view; `params` may be abstract."""
         return self.view.lower(params)
 
     def lower_prefill(self, params: PyTree, shape: tuple[int, int]) -> Any:
-        """Lower: a piece of prompts -> their cache."""
+        """Lower the program that prefills a piece of prompts of `shape`; `params` may be abstract."""
         tokens = jax.ShapeDtypeStruct(shape, np.int32, sharding=self._rows)
         return self.prefill.lower(self._abstract_view(params), tokens)
 
     def lower_segment(self, params: PyTree, size: int | None = None) -> Any:
-        """Lower: a segment of all slots over a pool of `size`, by default the largest."""
+        """Lower a segment of all slots; `params` may be abstract. `size`: pages of a shard, by default the most."""
         tails, pool = self._abstract_cache(self.pool_sizes()[-1] if size is None else size)
         integers: dict[str, Any] = dict.fromkeys(
             Slots._fields, jax.ShapeDtypeStruct((self._slots,), np.int32, sharding=self._rows)
@@ -153,7 +157,7 @@ class Programs:
         return jax.tree.map(_abstract, view, self._view_layout)
 
     def _abstract_cache(self, size: int) -> tuple[Any, Pool | None]:
-        """(tails, pool) of all slots, the pool of `size` pages a shard."""
+        """Return abstract (tails, pool) of all slots, the pool of `size` pages a shard."""
         tails = _abstract(jax.eval_shape(lambda: self.empty_tails(self._slots)), self._heads)
         if not size:
             return tails, None
