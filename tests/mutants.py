@@ -195,8 +195,8 @@ MUTANTS = [
     Mutant(
         "sampling temperature inverted",
         "rollout/distribution.py",
-        "logits = logits / sampling.sampling_temperature",
-        "logits = logits * sampling.sampling_temperature",
+        "centred / sampling.sampling_temperature",
+        "centred * sampling.sampling_temperature",
         "test_rollout.py -k draw_follows",
     ),
     Mutant(
@@ -519,6 +519,28 @@ MUTANTS = [
         "test_rollout.py -k draw_follows",
     ),
     Mutant(
+        "logits divided before they are centred",
+        "rollout/distribution.py",
+        "vocab = logits.shape[-1]\n",
+        "vocab, logits = logits.shape[-1], logits / (sampling.sampling_temperature or 1)\n"
+        "    sampling = dataclasses.replace(sampling, sampling_temperature=float(sampling.sampling_temperature > 0))\n",
+        "test_rollout.py -k temperature_is_exact",
+    ),
+    Mutant(
+        "greedy decoding takes the last of the likeliest",
+        "rollout/distribution.py",
+        "jnp.argmax(logits, axis=-1)",
+        "(vocab - 1 - jnp.argmax(logits[:, ::-1], axis=-1))",
+        "test_rollout.py -k greedy",
+    ),
+    Mutant(
+        "temperatures too small to be exact",
+        "rollout/distribution.py",
+        "not SMALLEST_TEMPERATURE <= temperature <",
+        "not 0 < temperature <",
+        "test_rollout.py -k refuses",
+    ),
+    Mutant(
         "a nucleus that must exceed top-p",
         "rollout/distribution.py",
         "measure(bits >= middle[:, None]) >= goal",
@@ -646,7 +668,7 @@ MUTANTS = [
     ),
     Mutant(
         "a prompt's cache is sent to all devices",
-        "rollout/engine.py",
+        "rollout/programs.py",
         "attention=causal), out_shardings=self._heads)",
         "attention=causal), out_shardings=replicated(mesh))",
         "test_engine.py -k stays_where",

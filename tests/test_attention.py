@@ -19,7 +19,7 @@ from tsopsd_jax.model import attention as attention_module
 from tsopsd_jax.model.attention import best_causal, causal_attention
 from tsopsd_jax.model.decoding import rollout_view, view_axes
 from tsopsd_jax.objectives import OBJECTIVES
-from tsopsd_jax.rollout import Engine, Sampling
+from tsopsd_jax.rollout import Engine, Sampling, draw
 from tsopsd_jax.rollout.paged_attention import pages_attention
 from tsopsd_jax.rollout.segment import Pool, Slots, empty_tails
 from tsopsd_jax.types import Batch
@@ -198,6 +198,27 @@ def test_kernels_compile_for_a_tpu(tpu):
     assert compiled.memory_analysis().temp_size_in_bytes < 0.1 * 2 * 300 * 8 * 128 * 128 * 2
 
 
+@pytest.mark.parametrize("settings", [{}, {"top_p": 0.95, "top_k": 20}])
+def test_a_tpu_divides_centred_logits_by_the_temperature_once(tpu, settings):
+    """In the program that comes out of the compiler, logits from a matrix product: over the vocabulary there is one
+    division (a product with 1 / T by now), and it divides a difference."""
+    vocab, batch = 4096, ("data", "fsdp")
+
+    def next_token(hidden, unembed, uniform):
+        logits = jnp.einsum("BD,DV->BV", hidden, unembed, preferred_element_type=jnp.float32)
+        return draw(logits, uniform, Sampling(sampling_temperature=0.6, **settings))
+
+    def array(shape, dtype, *axes):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(tpu, P(*axes)))
+
+    hidden = array((16, 256), jnp.bfloat16, batch)
+    unembed = array((256, vocab), jnp.bfloat16, None, "tensor")
+    text = jax.jit(next_token).lower(hidden, unembed, array((16,), jnp.float32, batch)).compile().as_text()
+    found = re.findall(rf"f32\[8,{vocab // 2}\]\S* (?:multiply|divide)\(%([\w.-]+), \S+\), metadata=.*/div\"", text)
+    (divided,) = found
+    assert re.search(rf"%{re.escape(divided)} = f32\[8,{vocab // 2}\]\S* subtract\(", text), "not centred"
+
+
 def test_a_decoding_segment_compiles_for_a_tpu(tpu):
     """The whole program with pages and kernel, for four chips: what moves between chips is activations, never weights."""
     model = Qwen3(
@@ -230,7 +251,9 @@ def test_a_decoding_segment_compiles_for_a_tpu(tpu):
     pool = Pool(everywhere(pool.pages, P(rows, None, "tensor")), everywhere(pool.owner, P(rows)))
     slots = everywhere(Slots(*(jax.ShapeDtypeStruct((32,), jnp.int32),) * 6), P(rows))
     key = everywhere(jax.eval_shape(lambda: jax.random.key(0)), P())
-    text = engine._segment.lower(placed(view, layout), everywhere(tails, P(rows, "tensor")), pool, slots, key)
+    text = engine.on_device.decode_segment.lower(
+        placed(view, layout), everywhere(tails, P(rows, "tensor")), pool, slots, key
+    )
     text = text.compile().as_text()
     assert "tpu_custom_call" in text
     moved = re.findall(r"= \(?(\w+)\[([\d,]*)\]\S* (?:all-gather|all-to-all|all-reduce|collective-permute)", text)

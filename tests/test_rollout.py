@@ -1,6 +1,7 @@
 """Sampling: the exact distribution, and rollouts that depend on nothing but key, row id and prompt."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -80,17 +81,25 @@ def test_rows_are_filtered_each_by_itself():
 LARGE = 1536  # 32 blocks of 48
 
 
-def reference(logits, sampling):
-    """The distribution by sorting, in float64."""
-    z = np.asarray(logits, np.float64) / sampling.sampling_temperature
+def reference_and_margin(logits, sampling):
+    """The distribution by sorting, in float64; and how far the nucleus is from holding a token more or less."""
+    z = np.asarray(logits, np.float64)
     order = np.argsort(-z, kind="stable")
-    p = normal(np.exp(z - z.max()))
+    if sampling.sampling_temperature == 0:
+        return (np.arange(len(z)) == order[0]).astype(np.float64), 1.0
+    p = normal(np.exp((z - z.max()) / sampling.sampling_temperature))
     if sampling.top_k:
         p[order[sampling.top_k :]] = 0
         p = normal(p)
+    if sampling.top_p == 1:
+        return p, 1.0
     before = np.cumsum(p[order]) - p[order]
     p[order[before >= sampling.top_p]] = 0
-    return normal(p)
+    return normal(p), np.abs(before - sampling.top_p).min()
+
+
+def reference(logits, sampling):
+    return reference_and_margin(logits, sampling)[0]
 
 
 @pytest.mark.parametrize("settings", [{}, {"top_p": 0.7}, {"top_k": 50}, {"top_k": 200, "top_p": 0.9}])
@@ -141,6 +150,81 @@ def test_the_real_vocabulary_without_a_sort():
     assert (np.asarray(uniform) >= high - want[np.asarray(token)] - 2e-4).all()
 
 
+MODES = {"plain": {}, "top-k": {"top_k": 20}, "top-p": {"top_p": 0.95}, "both": {"top_k": 20, "top_p": 0.8}}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-6, 0.1, 0.3, 0.6, 0.7, 1.0, 1.2, 1.7])
+@pytest.mark.parametrize("mode", MODES)
+def test_every_temperature_is_exact(mode, temperature):
+    """Jitted draws from logits far from zero: the token is the inverse of the sorted float64 distribution at the uniform
+    number, none lies outside the nucleus, the log-probability is its own. Half of the rows spread their mass; half are
+    nearly one token's, so that the nucleus is at its edge."""
+    rng = np.random.default_rng(7)
+    sampling = Sampling(sampling_temperature=temperature, **MODES[mode])
+    rows, draws, vocab = 48, 32, 256
+    tempered = rng.normal(0, 3, (rows, vocab))
+    tempered[::2, 5] = tempered[::2].max(axis=1) + rng.uniform(4, 9, rows // 2)
+    logits = (tempered * (temperature or 1) + rng.uniform(20, 40, (rows, 1))).astype(np.float32)  # 1e-6: many are equal
+    uniform = rng.random((rows, draws)).astype(np.float32)
+    args = np.repeat(logits, draws, axis=0), uniform.reshape(-1)
+    token, logp = jax.jit(functools.partial(draw, sampling=sampling))(*map(jnp.asarray, args))
+    token, logp = np.asarray(token).reshape(rows, draws), np.asarray(logp).reshape(rows, draws)
+    clear = 0
+    for i in range(rows):
+        want, margin = reference_and_margin(logits[i], sampling)
+        if margin < 1e-5:  # float32 cannot tell which side of top-p this row is on
+            continue
+        clear += 1
+        assert (want[token[i]] > 0).all(), "drew a token outside the nucleus"
+        np.testing.assert_allclose(logp[i], np.log(want[token[i]]), atol=2e-5)
+        high = np.cumsum(want)[token[i]]
+        assert (uniform[i] <= high + 1e-5).all()
+        assert (uniform[i] >= high - want[token[i]] - 1e-5).all()
+    assert clear > 0.9 * rows
+    if temperature == 0:
+        np.testing.assert_array_equal(logp, 0.0)
+
+
+def test_greedy_decoding_takes_the_first_of_the_likeliest():
+    logits = jnp.array([[1.0, 3.0, 3.0, -jnp.inf], [-5.0, -5.0, -5.0, -5.0], [-jnp.inf, -1e9, 0.0, 0.0]])
+    for settings in MODES.values():
+        token, logp = draw(logits, jnp.full(3, 0.99), Sampling(sampling_temperature=0.0, **settings))
+        np.testing.assert_array_equal(token, [1, 0, 2])
+        np.testing.assert_array_equal(logp, [0, 0, 0])
+
+
+def test_the_policy_itself_is_drawn_from_without_a_division():
+    shapes = jax.ShapeDtypeStruct((8, 256), jnp.float32), jax.ShapeDtypeStruct((8,), jnp.float32)
+    text = jax.jit(functools.partial(draw, sampling=Sampling())).lower(*shapes).as_text()
+    assert not re.findall(r"stablehlo.divide .*xf32>", text)
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu", "cpu"])
+@pytest.mark.parametrize("mode", MODES)
+def test_logits_are_centred_before_the_one_division(mode, platform):
+    """In the program handed to each compiler. (What a TPU's makes of it: `test_attention`.)"""
+    sampling = Sampling(sampling_temperature=0.6, **MODES[mode])
+    shapes = jax.ShapeDtypeStruct((8, 256), jnp.float32), jax.ShapeDtypeStruct((8,), jnp.float32)
+    traced = jax.jit(functools.partial(draw, sampling=sampling)).trace(*shapes)
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    assert len(re.findall(r"stablehlo.divide .*tensor<8x256xf32>", text)) == 1
+    # Lines of the main function; those of loops are indented further.
+    main = re.split(r"\n  func.func ", text)[1]
+    defined = dict(re.findall(r"^    (%\w+) = stablehlo\.(.*)$", main, flags=re.MULTILINE))
+    (line,) = [x for x in defined.values() if x.startswith("divide") and x.endswith("tensor<8x256xf32>")]
+
+    def operands(line, operation):
+        assert line.startswith(operation), line
+        return re.findall(r"%\w+", line)
+
+    centred, _ = operands(line, "divide")
+    logits, wide = operands(defined[centred], "subtract")
+    (column,) = operands(defined[wide], "broadcast_in_dim")
+    (top,) = operands(defined[column], "broadcast_in_dim")
+    assert operands(defined[top], "reduce")[0] == logits == "%arg0"
+    assert "stablehlo.maximum" in defined[top]
+
+
 def test_impossible_tokens_are_not_drawn_at_the_ends():
     logits = jnp.array([[-jnp.inf, 0.0, -jnp.inf, 1.0, -jnp.inf]] * 2)
     ends = jnp.array([0.0, np.nextafter(np.float32(1), np.float32(0))])
@@ -161,7 +245,11 @@ def test_extreme_logits_are_drawn_from():
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"sampling_temperature": 0.0}, "sampling_temperature must be positive, got 0.0"),
+        (
+            {"sampling_temperature": -1.0},
+            r"sampling_temperature must be 0 \(greedy decoding\) or .* at least 1e-06, got -1.0$",
+        ),
+        ({"sampling_temperature": 9e-7}, "sampling_temperature must be 0 .* got 9e-07$"),
         ({"sampling_temperature": float("nan")}, "sampling_temperature"),
         ({"sampling_temperature": float("inf")}, "sampling_temperature"),
         ({"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0.0"),

@@ -11,7 +11,6 @@ from tsopsd_jax.plan import estimate
 from tsopsd_jax.plan.case import Case, Part
 from tsopsd_jax.plan.collectives import Program
 from tsopsd_jax.rollout import Engine
-from tsopsd_jax.rollout.ahead import lower_prefill, lower_segment, lower_view
 from tsopsd_jax.rollout.segment import STEPS
 from tsopsd_jax.train.phase_update import Updater
 
@@ -75,11 +74,11 @@ def _sampling(case: Case, programs: Programs, estimated: dict[str, Part]) -> lis
         stop_ids=STOP_IDS,
         slots=case.slots,
     )
-    params, name = case.state.params, case.names[0]
+    sampler, params, name = engine.on_device, case.state.params, case.names[0]
     calls, rows, width = case.prefill
-    view = programs.compile(f"{name}: view", lower_view(engine, params))
-    prefill = programs.compile(f"{name}: prefill", lower_prefill(engine, params, (rows, width)))
-    decode = programs.compile(f"{name}: decode", lower_segment(engine, params))
+    view = programs.compile(f"{name}: view", sampler.lower_view(params))
+    prefill = programs.compile(f"{name}: prefill", sampler.lower_prefill(params, (rows, width)))
+    decode = programs.compile(f"{name}: decode", sampler.lower_segment(params))
     steps = {STEPS: engine.segment}
     return [
         _measured(estimated["view"], case, view, inside=("parameters", "rollout view")),

@@ -1,4 +1,4 @@
-"""Sampling: prompts -> Rollout."""
+"""The sampler: prompts -> Rollout."""
 
 from tsopsd_jax.rollout.distribution import Sampling, draw
 from tsopsd_jax.rollout.engine import Engine, Finished, Progress

@@ -1,4 +1,4 @@
-"""Which prompts are prefilled, on which shard, and which slots their cache goes to.
+"""Division of newly admitted rows into prefills: which prompts, on which shard, and which slots their cache goes to.
 
 A prompt is prefilled on the shard whose slots continue it, so no cache ever leaves its devices. Rows of a group mostly
 share a shard (`Schedule`); a group that does not fit into one is prefilled on each that it came to.
@@ -14,21 +14,23 @@ from tsopsd_jax.rollout.schedule import Admitted, power_of_two
 
 
 class Piece(NamedTuple):
-    """What is prefilled together. Prompts are numbered within their shard: 0 is the one that the shard carried on from
-    before, then come its new ones."""
+    """Prompts that are prefilled together, and the rows that wait for them.
+
+    Prompts are numbered within their shard: 0 is the one that it carried on from before, then come its new ones.
+    """
 
     new: list[list[int]]  # for each shard the groups to prefill
     entries: list[list[tuple[Admitted, int]]]  # for each shard its rows, and the prompt of each
 
     @property
     def rows(self) -> int:
-        """Prompts of a shard, one of few sizes; 0: nothing to prefill."""
+        """The number of prompts prefilled on each shard, padding included: a power of two; 0: nothing to prefill."""
         most = max(len(groups) for groups in self.new)
         return most and power_of_two(most)
 
 
 class Placement(NamedTuple):
-    """The arguments of `cache.place` that say what goes where."""
+    """The arguments of `cache.place` that say which cache goes into which slots and pages."""
 
     home: np.ndarray  # [S, b]: the prompt whose rest a slot's tail gets, or -1
     start: np.ndarray  # [S, b]: where in the prompt this rest begins
@@ -37,7 +39,7 @@ class Placement(NamedTuple):
 
 
 def pieces(admitted: Sequence[Admitted], group: Sequence[int], carried: list[int], most: int) -> Iterator[Piece]:
-    """Divide rows that found slots.
+    """Divide rows that found slots into pieces, in order.
 
     Args:
         admitted: rows in order.
@@ -62,7 +64,7 @@ def pieces(admitted: Sequence[Admitted], group: Sequence[int], carried: list[int
 
 
 def placement(piece: Piece, *, slots: int, pool: int, r: int) -> Placement:
-    """Where a piece goes: `slots` and `pool`, slots and pages of a shard; `r`, tokens of a page."""
+    """Work out where a piece's cache goes; a shard has `slots` slots and `pool` pages of `r` tokens."""
     shards = len(piece.new)
     pages = [[(p, prompt, j) for e, prompt in mine for j, p in enumerate(e.pages.tolist())] for mine in piece.entries]
     longest = max(map(len, pages))

@@ -1,7 +1,8 @@
-"""Device programs on the cache between segments: prompts in, segments into pages, other sizes."""
+"""Device programs on the cache between two segments: they place prompts, turn segments into pages and change sizes."""
 
 import functools
 
+import einops
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
@@ -11,18 +12,19 @@ from tsopsd_jax.model.qwen3 import Qwen3
 
 
 def empty_pages(model: Qwen3, *, shape: tuple[int, int], r: int) -> tuple[LayerCache, ...]:
+    """Make zeroed pages of `r` tokens for every layer; `shape` is (shards, pages of a shard)."""
     c = model.config
     keys = jnp.zeros((*shape, c.num_key_value_heads, c.head_dim, r), model.compute_dtype)
     return ((keys, keys.swapaxes(3, 4)),) * c.num_hidden_layers
 
 
 def place(tails, pages, carry, store, home_SB: Array, start_SB: Array, table: Array, keep_S: Array, *, home: int):
-    """Prompts' cache into slots: whole pages into the pool, the rest into the tails; each shard's into its own.
+    """Copy prompts' cache into slots: whole pages into the pool, the rest into the tails; each shard copies its own.
 
     Args:
         carry, store: caches of prompts, one and A of them a shard, [S, K, H, W] and [S A, K, H, W] keys per layer and
             [., K, W, H] values; numbered together within a shard.
-        home_SB, start_SB, table, keep_S: see `admission.Placement`.
+        home_SB, start_SB, table, keep_S: the fields of `admission.Placement`.
         home: places of a tail for the rest.
     """
     shards = keep_S.shape[0]
@@ -44,10 +46,10 @@ def place(tails, pages, carry, store, home_SB: Array, start_SB: Array, table: Ar
         return tail, pool, every[keep]
 
     def one(tail, pool, carried, stored, axis):
-        tail_S, stored_S = (x.reshape(shards, -1, *x.shape[1:]) for x in (tail, stored))
+        tail_S, stored_S = (einops.rearrange(x, "(S B) ... -> S B ...", S=shards) for x in (tail, stored))
         function = jax.vmap(functools.partial(of_shard, axis=axis))
         tail_S, pool, carried = function(tail_S, pool, carried, stored_S, home_SB, start_SB, table, keep_S)
-        return tail_S.reshape(tail.shape), pool, carried
+        return einops.rearrange(tail_S, "S B ... -> (S B) ..."), pool, carried
 
     out = []
     for i, (tail, carried, stored) in enumerate(zip(tails, carry, store, strict=True)):
@@ -61,28 +63,32 @@ def place(tails, pages, carry, store, home_SB: Array, start_SB: Array, table: Ar
 
 
 def commit(pages, tails, page_SB: Array):
-    """What each slot drew in the last segment becomes its page `page_SB`; beyond the pool: nothing is kept."""
+    """Copy what each slot drew in the last segment to its page `page_SB`; a page beyond the pool keeps nothing."""
 
     def one(pool, tail, axis):
         r = pool.shape[axis + 1]
         drawn = jax.lax.slice_in_dim(tail, tail.shape[axis] - r, tail.shape[axis], axis=axis)
-        drawn = drawn.reshape(*page_SB.shape, *drawn.shape[1:])
+        drawn = einops.rearrange(drawn, "(S B) ... -> S B ...", S=page_SB.shape[0])
         return jax.vmap(lambda p, at, new: p.at[at].set(new, mode="drop"))(pool, page_SB, drawn)
 
     return tuple((one(k, tk, 3), one(v, tv, 2)) for (k, v), (tk, tv) in zip(pages, tails, strict=True))
 
 
 def grow(pages: LayerCache, *, size: int) -> LayerCache:
+    """Enlarge a layer's pool to `size` pages a shard; the new ones are zero."""
     return jax.tree.map(lambda p: jnp.pad(p, [(0, 0), (0, size - p.shape[1]), *[(0, 0)] * 3]), pages)
 
 
 def shrink_pages(pages: LayerCache, source_SQ: Array) -> LayerCache:
+    """Take page `source_SQ` of the old pool for each page of the new one."""
     return jax.tree.map(lambda p: jax.vmap(lambda x, at: x[at])(p, source_SQ), pages)
 
 
 def shrink_tails(tails: LayerCache, source_SB: Array) -> LayerCache:
+    """Take the tail of slot `source_SB` (within its shard) for each slot that stays."""
+
     def slots(tail):
-        parts = tail.reshape(source_SB.shape[0], -1, *tail.shape[1:])
-        return jax.vmap(lambda x, at: x[at])(parts, source_SB).reshape(-1, *tail.shape[1:])
+        parts = einops.rearrange(tail, "(S B) ... -> S B ...", S=source_SB.shape[0])
+        return einops.rearrange(jax.vmap(lambda x, at: x[at])(parts, source_SB), "S B ... -> (S B) ...")
 
     return jax.tree.map(slots, tails)

@@ -1,5 +1,9 @@
 """The distribution that is sampled: temperature, then top-k, then top-p; and one exact draw from it per row.
 
+Logits are centred before they are divided by the temperature: the likeliest token's weight is then exactly 1, however
+a compiler rounds the division and however often it computes it. (Divided first, x / T and the maximum of x / T may be
+rounded apart, for all but powers of two.)
+
 The vocabulary is never sorted and needs no noise of its own. A draw inverts the cumulative distribution at one uniform
 number a row, in two levels: sums of blocks first, then inside one block. Top-k and the nucleus are cut at a weight
 found by bisection over float32 bit patterns: each pass counts or adds what stands above a candidate.
@@ -8,22 +12,38 @@ found by bisection over float32 bit patterns: each pass counts or adds what stan
 import dataclasses
 from typing import NamedTuple
 
+import einops
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+SMALLEST_TEMPERATURE = 1e-6
+"""Sampling is exact from here on; below there is greedy decoding, 0, only."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How responses are drawn. `sampling_temperature` 1, `top_p` 1, `top_k` 0 (off) is the policy itself."""
+    """How responses are drawn.
+
+    `sampling_temperature` 1, `top_p` 1, `top_k` 0 (off) is the policy itself; `sampling_temperature` 0 is greedy
+    decoding.
+
+    Raises:
+        ValueError: for a temperature that is neither 0 nor at least `SMALLEST_TEMPERATURE`, and for a top-p or top-k
+            that cuts off everything.
+    """
 
     sampling_temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
 
     def __post_init__(self):
-        if not 0 < self.sampling_temperature < float("inf"):
-            raise ValueError(f"sampling_temperature must be positive, got {self.sampling_temperature}")
+        temperature = self.sampling_temperature
+        if temperature != 0 and not SMALLEST_TEMPERATURE <= temperature < float("inf"):
+            raise ValueError(
+                f"sampling_temperature must be 0 (greedy decoding) or a number of at least {SMALLEST_TEMPERATURE:g}, "
+                f"got {temperature}"
+            )
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
         if self.top_k < 0:
@@ -31,7 +51,7 @@ class Sampling:
 
 
 class Cut(NamedTuple):
-    """Which tokens are kept: those of weight above `weight`, and of those equal to it the first `ties` by index."""
+    """The tokens of each row that are kept: all of weight above `weight`, and of those equal to it the first `ties`."""
 
     weight: Float[Array, " B"]
     ties: Int[Array, " B"]
@@ -40,9 +60,10 @@ class Cut(NamedTuple):
 def draw(
     logits: Float[Array, "B V"], uniform: Float[Array, " B"], sampling: Sampling
 ) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
-    """One token per row and its log-probability (nats) under the distribution sampled.
+    """Draw one token per row; returns it and its log-probability (nats) under the distribution sampled.
 
-    The token is the first whose cumulative weight exceeds uniform x total, so tokens of weight zero are never drawn.
+    The token is the first whose cumulative weight exceeds uniform x total, so tokens of weight zero are never drawn. At
+    temperature 0 it is the likeliest (of equal ones the first), whose log-probability is then 0.
 
     Args:
         logits: float32.
@@ -51,14 +72,19 @@ def draw(
             shortest prefix in order of falling probability (equal ones in order of index) whose mass reaches `top_p`.
     """
     vocab = logits.shape[-1]
-    if sampling.sampling_temperature != 1.0:
-        logits = logits / sampling.sampling_temperature
+    if sampling.sampling_temperature == 0:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32), jnp.zeros(logits.shape[:1], jnp.float32)
     top = jnp.max(logits, axis=-1, keepdims=True)
-    weight = jnp.exp(logits - top)
+
+    def scaled(z: Array) -> Array:
+        centred = z - top
+        return centred if sampling.sampling_temperature == 1 else centred / sampling.sampling_temperature
+
+    weight = jnp.exp(scaled(logits))
     cut = _cut(weight, sampling) if sampling.top_p < 1.0 or 0 < sampling.top_k < vocab else None
     blocks = _blocks(vocab)
     width = vocab // blocks
-    weight_BNW = weight.reshape(-1, blocks, width)
+    weight_BNW = einops.rearrange(weight, "B (N W) -> B N W", N=blocks)
     if cut is None:
         mass_BN = jnp.sum(weight_BNW, axis=-1)
         ties_BN = None
@@ -82,11 +108,11 @@ def draw(
     passed = _pick(running_BN - mass_BN, block)
     at = _first_above(passed[:, None] + jnp.cumsum(inside_BW, axis=-1), inside_BW, goal)
     token = block * width + at
-    return token, _pick(logits, token) - top[:, 0] - jnp.log(total)
+    return token, scaled(_pick(logits, token)[:, None])[:, 0] - jnp.log(total)
 
 
 def _blocks(vocab: int) -> int:
-    """A power of two near the square root that divides the vocabulary: 128 for 151,936. 1 for an odd one."""
+    """Choose the number of blocks: a power of two near the square root that divides the vocabulary; 128 for 151,936."""
     blocks = 1
     while 4 * blocks * blocks <= vocab and vocab % (2 * blocks) == 0:
         blocks *= 2
@@ -98,14 +124,14 @@ def _pick(values_BN: Array, at_B: Array) -> Array:
 
 
 def _first_above(running_BN: Array, mass_BN: Array, goal_B: Array) -> Array:
-    """The first index whose running sum exceeds the goal; rounding can leave none, then the last one with any mass."""
+    """Find the first index whose running sum exceeds the goal; rounding can leave none, then the last with any mass."""
     at = jnp.sum(running_BN <= goal_B[:, None], axis=-1, dtype=jnp.int32)
     index_N = jnp.arange(mass_BN.shape[-1], dtype=jnp.int32)
     return jnp.minimum(at, jnp.max(jnp.where(mass_BN > 0, index_N[None, :], 0), axis=-1))
 
 
 def _cut(weight: Float[Array, "B V"], sampling: Sampling) -> Cut:
-    """Where top-k and then top-p cut the weights (not negative; the largest of each row is 1)."""
+    """Find where top-k and then top-p cut the weights (not negative; the largest of each row is 1)."""
     vocab = weight.shape[-1]
     cut = Cut(jnp.zeros(weight.shape[:1]), jnp.full(weight.shape[:1], vocab, jnp.int32))
     total = jnp.sum(weight, axis=-1)
@@ -130,7 +156,7 @@ def _cut(weight: Float[Array, "B V"], sampling: Sampling) -> Cut:
 
 
 def _boundary(weight: Float[Array, "B V"], goal: Float[Array, " B"], measure) -> Float[Array, " B"]:
-    """The largest weight w of each row with measure(weights >= w) >= goal.
+    """Find the largest weight w of each row with measure(weights >= w) >= goal.
 
     Floats that are not negative order as their bit patterns do, so 30 halvings find the weight exactly; the search
     ends sooner where a single token is left between the bounds in every row, for a language model after about ten.

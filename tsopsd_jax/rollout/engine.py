@@ -1,29 +1,24 @@
 """Continuous batching: rows through slots, segment by segment; a cache of pages; rows come out as they end."""
 
 import dataclasses
-import functools
 import math
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
-from tsopsd_jax.distributed.sharding import DECODE_RULES, put, replicated, row_multiple, tree_shardings
-from tsopsd_jax.model.attention import causal_attention
-from tsopsd_jax.model.decoding import LayerCache, prefill, rollout_view, view_axes
+from tsopsd_jax.distributed.sharding import row_multiple
+from tsopsd_jax.model.decoding import LayerCache
 from tsopsd_jax.model.qwen3 import Qwen3
 from tsopsd_jax.rollout.admission import Piece, pieces, placement
-from tsopsd_jax.rollout.cache import commit, empty_pages, grow, place, shrink_pages, shrink_tails
 from tsopsd_jax.rollout.distribution import Sampling
-from tsopsd_jax.rollout.paged_attention import pages_attention
+from tsopsd_jax.rollout.programs import Programs
 from tsopsd_jax.rollout.schedule import Admitted, Geometry, Schedule
-from tsopsd_jax.rollout.segment import Pool, Slots, decode_segment, empty_tails
-from tsopsd_jax.types import AnyArray, Prompts, PyTree, Rollout
+from tsopsd_jax.rollout.segment import Pool, Segment, Slots
+from tsopsd_jax.types import Prompts, PyTree, Rollout
 
 SHORT_TOKENS = 128
 """Responses and prompts of at most this length are one segment: they need no pages."""
@@ -41,7 +36,7 @@ class Finished(NamedTuple):
 
 @dataclasses.dataclass
 class Progress:
-    """Where a rollout stands, and what it took."""
+    """Facts of a rollout so far: rows finished, tokens, time, memory."""
 
     rows: int
     finished: int = 0
@@ -53,34 +48,45 @@ class Progress:
 
     @property
     def left_s(self) -> float:
-        """Seconds that the rest may take: rows so far, and rows to come, at the mean rate of finishing."""
+        """An estimate of the seconds left: the rows to come, at the mean rate at which rows finished so far."""
         return self.seconds * (self.rows - self.finished) / max(self.finished, 1)
 
     @property
     def slot_use(self) -> float:
-        """Share of decoded slot-steps that gave a token which is kept."""
+        """The share of decoded slot-steps that gave a token which is kept."""
         return self.tokens / max(self.slot_steps, 1)
 
 
 def segment_tokens(max_prompt_tokens: int, max_response_tokens: int, *, platform: str) -> int:
-    """R: 64 tokens, 128 on a TPU (the width of its registers); short responses to short prompts are one segment."""
+    """Choose R, the tokens of a segment: 64, or 128 on a TPU, the width of its registers.
+
+    Short responses to short prompts are one segment.
+    """
     if max(max_prompt_tokens, max_response_tokens) <= SHORT_TOKENS:
         return max_response_tokens
     return 128 if platform == "tpu" else 64
 
 
 class Engine:
-    """The sampler outside of jit; programs are compiled once and kept.
+    """The sampler outside of jit, with continuous batching; its programs are compiled once and kept.
 
     Args:
         model: the policy's functions.
         mesh: slots and pages are divided over data x fsdp, heads and vocabulary over tensor.
-        sampling, max_response_tokens, stop_ids: what is drawn.
+        sampling, max_response_tokens, stop_ids: the distribution, the longest response, the tokens that end one.
         max_prompt_tokens: P, the width of the prompts.
         slots: rows decoded together, at most; rounded up to the mesh.
         segment: R, tokens between two looks at the schedule; None: `segment_tokens`.
         attention: `auto`, the best implementations of the mesh's backend; or `xla`.
         entropy: measure the policy's entropy wherever a token is drawn: one more pass over the logits.
+
+    Attributes:
+        limit: `max_response_tokens`.
+        shards: groups of devices over which slots and pages are divided.
+        slots, segment: as they are used.
+        geometry: sizes.
+        on_device: the programs, which can also be lowered before any array exists.
+        progress: of the last rollout.
     """
 
     def __init__(
@@ -97,67 +103,31 @@ class Engine:
         attention: str = "auto",
         entropy: bool = False,
     ):
-        self.model, self.mesh, self.limit = model, mesh, max_response_tokens
-        self.shards = row_multiple(mesh)
+        self.mesh, self.limit, self.shards = mesh, max_response_tokens, row_multiple(mesh)
         self.slots = -(-slots // self.shards) * self.shards
         platform = mesh.devices.flat[0].platform
         self.segment = segment or segment_tokens(max_prompt_tokens, max_response_tokens, platform=platform)
         self.geometry = Geometry(self.segment, max_prompt_tokens, max_response_tokens, self.shards)
-        self._rows = NamedSharding(mesh, P(DECODE_RULES["rows"]))
-        self._heads = NamedSharding(mesh, P(DECODE_RULES["rows"], DECODE_RULES["kv_heads"]))
-        self._paged = NamedSharding(mesh, P(DECODE_RULES["rows"], None, DECODE_RULES["kv_heads"]))
-        shapes = jax.eval_shape(functools.partial(rollout_view, model), model.param_shapes())
-        layout = tree_shardings(view_axes(model), shapes, mesh, DECODE_RULES)
-        self._view = jax.jit(functools.partial(rollout_view, model), out_shardings=layout)
-        platform = platform if attention == "auto" else "cpu"
-        causal = functools.partial(causal_attention, implementation=attention, mesh=mesh)
-        paged = functools.partial(pages_attention, implementation="pallas" if platform == "tpu" else "xla", mesh=mesh)
-        self._prefill = jax.jit(functools.partial(prefill, model, attention=causal), out_shardings=self._heads)
-        self._place = jax.jit(
-            functools.partial(place, home=self.geometry.home),
-            donate_argnums=(0, 1),
-            out_shardings=(self._heads, self._paged, self._heads),
+        self.on_device = Programs(
+            model,
+            mesh,
+            geometry=self.geometry,
+            slots=self.slots,
+            sampling=sampling,
+            stop_ids=stop_ids,
+            attention=attention,
+            entropy=entropy,
         )
-        self._empty = jax.jit(
-            functools.partial(empty_tails, model), static_argnames=("slots", "places"), out_shardings=self._heads
-        )
-        self._pages = jax.jit(
-            functools.partial(empty_pages, model, r=self.segment), static_argnames="shape", out_shardings=self._paged
-        )
-        self._commit = jax.jit(commit, donate_argnums=0, out_shardings=self._paged)
-        self._grow = jax.jit(grow, static_argnames="size", out_shardings=self._paged)
-        self._shrink_tails = jax.jit(shrink_tails, out_shardings=self._heads)
-        self._shrink_pages = jax.jit(shrink_pages, out_shardings=self._paged)
-        decode = functools.partial(decode_segment, model, sampling=sampling, steps=self.segment, stop_ids=stop_ids)
-        self._segment = jax.jit(
-            functools.partial(decode, paged=paged, entropy=entropy),
-            donate_argnums=1,
-            out_shardings=(None, self._heads),
-        )
-        self._gather = jax.jit(lambda drawn: drawn, out_shardings=replicated(mesh))  # every host sees every row
         self.progress = Progress(0)
 
     def view(self, params: PyTree) -> PyTree:
-        """The rollout view of the parameters: gathered and cast once, for as many rollouts as the parameters last."""
-        return self._view(params)
-
-    def _tails(self, *, slots: int) -> tuple[LayerCache, ...]:
-        return self._empty(slots=slots, places=self.geometry.home + self.segment)
+        """Gather and cast the parameters into a rollout view, once for as many rollouts as the parameters last."""
+        return self.on_device.view(params)
 
     @property
     def programs(self) -> int:
-        """Programs compiled so far."""
-        jits: tuple[Any, ...] = (
-            self._view,
-            self._prefill,
-            self._place,
-            self._commit,
-            self._grow,
-            self._shrink_tails,
-            self._shrink_pages,
-            self._segment,
-        )
-        return sum(f._cache_size() for f in jits)
+        """The number of programs compiled so far."""
+        return self.on_device.compiled
 
     def run(
         self,
@@ -169,7 +139,11 @@ class Engine:
         on_finished: Callable[[Finished], None] | None = None,
         on_progress: Callable[[Progress], None] | None = None,
     ) -> Rollout:
-        """All rows, as a Rollout on the host; `on_finished` sees each as it ends, while others are still decoded."""
+        """Sample all rows into a Rollout on the host.
+
+        `on_finished` sees each row as it ends, while others are still decoded. The other arguments are those of
+        `stream`, which also says what raises.
+        """
         n, p = prompts.tokens.shape
         length = np.asarray(prompts.length, np.int32)
         tokens = np.zeros((n, p + self.limit), np.int32)
@@ -193,14 +167,18 @@ class Engine:
         group: int | np.ndarray = 1,
         on_progress: Callable[[Progress], None] | None = None,
     ) -> Iterator[Finished]:
-        """Rows as they end, in an order that follows from lengths alone.
+        """Yield rows as they end, in an order that follows from lengths alone.
 
         Args:
             view: from `view`.
             prompts: host arrays.
             group: rows with the same prompt stand side by side, in groups of this many, or [N] with a number for each
                 group; a group's prompt is prefilled once.
-            key: the step's; a row's randomness depends on it and on the row's id alone.
+            key: the key of the step; a row's randomness depends on it and on the row's id alone.
+            on_progress: called after every segment; what it raises ends the rollout.
+
+        Raises:
+            ValueError: if `group` does not divide the rows, or the prompts are not `max_prompt_tokens` wide.
         """
         if isinstance(group, int) and len(prompts.length) % group:
             raise ValueError(f"group {group} does not divide {len(prompts.length)} rows")
@@ -230,16 +208,16 @@ class _Rollout:
     """The state of one rollout: the schedule, the cache on the device, the responses so far."""
 
     def __init__(self, engine: Engine, prompts: Prompts, group: int | np.ndarray):
-        self.engine, self.prompts = engine, prompts
+        self.engine, self.on_device, self.prompts = engine, engine.on_device, prompts
         self.group = np.arange(len(prompts.length)) // group if isinstance(group, int) else group
         self.geometry = engine.geometry
         self.length = np.asarray(prompts.length, np.int32)
         self.schedule = Schedule(self.length, slots=engine.slots, geometry=self.geometry, group=self.group)
         self.width = self.geometry.prefill_width(int(self.length.max()) - 1)
         slots = self.schedule.row.size
-        self.tails = engine._tails(slots=slots)
-        self.pages = engine._pages(shape=self.schedule.owner.shape) if self.geometry.row_pages else None
-        # Of each shard the last prompt's cache and its group: its rows may not all have found a slot.
+        self.tails = self.on_device.empty_tails(slots)
+        self.pages = self.on_device.empty_pages(self.schedule.owner.shape[1])
+        # The cache and the group of the last prompt on each shard: its rows may not all have found a slot.
         self.carry: tuple[LayerCache, ...] | None = None
         self.carried = [-1] * engine.shards
         self.last = np.zeros(slots, np.int32)  # each slot's last token, and all of its response so far
@@ -253,14 +231,14 @@ class _Rollout:
         self.peak_bytes = 0
 
     def turn(self, view: PyTree) -> None:
-        """Between segments: keep what was drawn, make room, let rows in."""
-        engine, schedule = self.engine, self.schedule
+        """Do what is due between two segments: keep what was drawn, make room, let rows in."""
+        on_device, schedule = self.on_device, self.schedule
         size = schedule.grow()
         if size is not None and self.pages is not None:
             layers, self.pages = list(self.pages), None
-            self.pages = self._by_layer(layers, lambda layer: engine._grow(layer, size=size))
+            self.pages = self._by_layer(layers, lambda layer: on_device.grow(layer, size=size))
         if schedule.live.any() and self.pages is not None:
-            self.pages = engine._commit(self.pages, self.tails, self._put(schedule.commit()))
+            self.pages = on_device.commit(self.pages, self.tails, self.on_device.put(schedule.commit()))
         shrink = schedule.shrink()
         if shrink is not None:
             shards = len(shrink.slot_source)
@@ -268,16 +246,16 @@ class _Rollout:
             stay = np.take_along_axis(before, shrink.slot_source, axis=1).reshape(-1)
             self.last, self.nats = self.last[stay], self.nats[stay]
             self.tokens, self.logp = self.tokens[stay], self.logp[stay]
-            slots, pages = self._put(shrink.slot_source), self._put(shrink.page_source)
+            slots, pages = self.on_device.put(shrink.slot_source), self.on_device.put(shrink.page_source)
             layers, self.tails = list(self.tails), ()
-            self.tails = self._by_layer(layers, lambda layer: engine._shrink_tails(layer, slots))
+            self.tails = self._by_layer(layers, lambda layer: on_device.shrink_tails(layer, slots))
             if self.pages is not None:
                 layers, self.pages = list(self.pages), None
-                self.pages = self._by_layer(layers, lambda layer: engine._shrink_pages(layer, pages))
+                self.pages = self._by_layer(layers, lambda layer: on_device.shrink_pages(layer, pages))
         self._count_bytes()
         self._admit(view, schedule.admit())
 
-    def dispatch(self, view: PyTree, key: Array):
+    def dispatch(self, view: PyTree, key: Array) -> Segment:
         """Start a segment; its results are fetched by `collect`."""
         schedule, row = self.schedule, self.schedule.row.reshape(-1)
         live, drawn = row >= 0, self.schedule.drawn.reshape(-1)
@@ -290,12 +268,12 @@ class _Rollout:
             drawn=drawn,
             left=np.where(live, self.engine.limit - drawn, 0),
         )
-        slots = Slots(*(self._put(x if x.dtype == np.uint32 else x.astype(np.int32)) for x in slots))
-        pool = None if self.pages is None else Pool(self.pages, self._put(schedule.owner))
-        segment, self.tails = self.engine._segment(view, self.tails, pool, slots, key)
-        return self.engine._gather(segment)
+        slots = Slots(*(self.on_device.put(x if x.dtype == np.uint32 else x.astype(np.int32)) for x in slots))
+        pool = None if self.pages is None else Pool(self.pages, self.on_device.put(schedule.owner))
+        segment, self.tails = self.on_device.decode_segment(view, self.tails, pool, slots, key)
+        return self.on_device.gather(segment)
 
-    def collect(self, segment) -> list[Finished]:
+    def collect(self, segment: Segment) -> list[Finished]:
         """Wait for a segment and take in what it drew."""
         tokens, logp, count, stopped, nats = jax.device_get(tuple(segment))
         schedule = self.schedule
@@ -321,22 +299,24 @@ class _Rollout:
         """Prefill the prompts of new groups, in pieces, and hand their cache to the slots."""
         if not admitted:
             return
-        (shards, each), r = self.schedule.row.shape, self.engine.segment
+        each, r = self.schedule.row.shape[1], self.engine.segment
         rows = [entry.row for entry in admitted]
         slots = [entry.shard * each + entry.slot for entry in admitted]
         self.last[slots] = np.asarray(self.prompts.tokens)[rows, self.length[rows] - 1]
         if self.width == 0:
             return
         if self.carry is None:
-            self.carry = self.engine._empty(slots=shards, places=self.width)
-        for piece in pieces(admitted, self.group.tolist(), self.carried, self.geometry.prefill_most(self.width)):
+            self.carry = self.on_device.empty_prompts(self.width)
+        for piece in pieces(admitted, self.schedule.group, self.carried, self.geometry.prefill_most(self.width)):
             store = self._prefill(view, piece) if piece.rows else self.carry
             to = placement(piece, slots=each, pool=self.schedule.owner.shape[1], r=r)
-            arrays = (self._put(x) for x in to)
-            self.tails, self.pages, self.carry = self.engine._place(self.tails, self.pages, self.carry, store, *arrays)
+            arrays = (self.on_device.put(x) for x in to)
+            self.tails, self.pages, self.carry = self.on_device.place(
+                self.tails, self.pages, self.carry, store, *arrays
+            )
 
     def _prefill(self, view: PyTree, piece: Piece) -> tuple[LayerCache, ...]:
-        """The cache of a piece's new prompts, each shard's on its own devices."""
+        """Prefill a piece's new prompts, each shard's on its own devices."""
         rows = np.full((len(piece.new), piece.rows), -1)
         for shard, groups in enumerate(piece.new):
             rows[shard, : len(groups)] = [self.first[g] for g in groups]
@@ -345,10 +325,7 @@ class _Rollout:
         take = np.asarray(self.prompts.tokens)[rows, : self.width]
         tokens = np.zeros(inside.shape, np.int32)
         tokens[:, : take.shape[1]] = np.where(inside[:, : take.shape[1]], take, 0)
-        return self.engine._prefill(view, self._put(tokens))
-
-    def _put(self, x: AnyArray) -> Array:
-        return put(x, self.engine._rows)
+        return self.on_device.prefill(view, self.on_device.put(tokens))
 
     def _by_layer(self, layers: list[LayerCache], change: Callable[[LayerCache], LayerCache]) -> tuple[LayerCache, ...]:
         """Change the size of a cache's layers one by one, emptying the list: only one of them ever exists twice."""

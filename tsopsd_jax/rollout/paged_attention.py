@@ -2,14 +2,15 @@
 
 | name | where | what it is |
 |---|---|---|
-| `xla` | everywhere | every page of the pool is read once, in the order in which they lie; partial softmaxes are joined by slot |
-| `pallas` | TPU | the same walk as a kernel: pages in the order of their owners, free ones never read, sums kept on the chip |
+| `xla` | everywhere | every page of the pool is read once, in place; partial softmaxes are joined by slot |
+| `pallas` | TPU | a kernel that walks pages in the order of their owners; free ones are never read |
 """
 
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import einops
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -44,7 +45,7 @@ def pages_attention(
     mesh: Mesh | None = None,
     interpret: bool = False,
 ) -> Partial:
-    """The partial softmax of each slot's query over its pages.
+    """Compute the partial softmax of each slot's query over its pages.
 
     Args:
         q_BKGH: queries; scores are scaled by H^-0.5; slots are divided evenly over the S shards, in order.
@@ -61,8 +62,7 @@ def pages_attention(
         raise ValueError(f"paged attention: expected one of {', '.join(IMPLEMENTATIONS)}, got {implementation!r}")
     owner = jnp.asarray(owner)
     shard: Callable[..., Any] = functools.partial(_pallas, interpret=interpret) if implementation == "pallas" else _xla
-    s = owner.shape[0]
-    q_SBKGH = q_BKGH.reshape(s, -1, *q_BKGH.shape[1:])
+    q_SBKGH = einops.rearrange(q_BKGH, "(S B) K G H -> S B K G H", S=owner.shape[0])
     if implementation == "xla":
         parts = jax.vmap(shard)(q_SBKGH, *pages, owner)
     else:
@@ -76,7 +76,7 @@ def pages_attention(
             specs = (heads, heads, heads, P(ROW_AXES))
             run = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=heads, check_vma=False)
         parts = run(q_SBKGH, *pages, owner)
-    return Partial(*(x.reshape(-1, *x.shape[2:]) for x in parts))
+    return Partial(*(einops.rearrange(x, "S B ... -> (S B) ...") for x in parts))
 
 
 def _xla(q_BKGH: Array, keys_QKHR: Array, values_QKRH: Array, owner_Q: Array) -> Partial:
@@ -96,8 +96,11 @@ def _xla(q_BKGH: Array, keys_QKHR: Array, values_QKRH: Array, owner_Q: Array) ->
 
 
 def _pallas(q_BKGH: Array, keys_QKHR: Array, values_QKRH: Array, owner_Q: Array, *, interpret: bool) -> Partial:
-    """One grid step a page. The pages of a slot follow each other, so that its query and its sums stay where they are;
-    the free ones come last and name the page before them, which is then not fetched again."""
+    """Walk over the pages with one grid step each.
+
+    The pages of a slot follow each other, so that its query and its sums stay on the chip; the free ones come last and
+    name the page before them, which is then not fetched again.
+    """
     from jax.experimental.pallas import tpu as pltpu
 
     b, kv, g, h = q_BKGH.shape

@@ -1,4 +1,4 @@
-"""Which row sits in which slot, and whose the pages are: the host's half of continuous batching.
+"""The host's half of continuous batching: which row sits in which slot, and which slot owns which pages.
 
 Everything here follows from lengths; nothing looks at a clock or at tokens. So a rollout can be repeated bit for bit,
 and the schedule can be simulated without a model (`benchmarks/rollout.py` does).
@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 PAGES_GROWTH = 1.5
-"""Ratio of neighbouring pool sizes: the pool is at most this much larger than it must be, and few programs are compiled."""
+"""Ratio of neighbouring pool sizes: no pool is larger than it must be by more, and few programs are compiled."""
 FIRST_SHARE = 8
 """The pool starts at no less than this fraction of the full length: responses are an eighth of their limit, about."""
 TAIL_MULTIPLE = 16
@@ -36,23 +36,23 @@ class Admitted(NamedTuple):
 
 
 class Shrink(NamedTuple):
-    """Fewer slots and pages: for each that stays, where it was; int32 [S, b] and [S, Q] (0 where it is free)."""
+    """A change to fewer slots and pages: where each that stays was, int32 [S, b] and [S, Q]; 0 where it is free."""
 
     slot_source: np.ndarray
     page_source: np.ndarray
 
 
 def power_of_two(n: int) -> int:
-    """The smallest one that is at least `n`."""
+    """Return the smallest power of two that is at least `n`."""
     return 1 << max(n - 1, 0).bit_length()
 
 
 @dataclasses.dataclass(frozen=True)
 class Geometry:
-    """Sizes that do not change during a rollout.
+    """The sizes that do not change during a rollout; slots and pages are counted per shard.
 
-    `segment_tokens` R; `home` C0, the places of a tail for the prompt's rest; `shards` S, over which slots and pages are
-    divided; slots and pages are counted per shard.
+    `segment_tokens` is R, the tokens of a segment and of a page; `shards` is S, the groups of devices over which slots
+    and pages are divided.
     """
 
     segment_tokens: int
@@ -62,12 +62,14 @@ class Geometry:
 
     @property
     def home(self) -> int:
+        """C0, the places of a tail for what is left of a prompt beyond its whole pages."""
         rest, r = min(self.segment_tokens, self.max_prompt_tokens) - 1, self.segment_tokens
         # Tails that fill whole cache lines, where that costs little: 191 places take 1.5 times as long to read as 192.
         return rest if r % TAIL_MULTIPLE else -(-rest // TAIL_MULTIPLE) * TAIL_MULTIPLE
 
     def prefill_width(self, longest: int) -> int:
-        """Prompt positions to prefill: the longest in a power of two of segments; one size for prompts without pages."""
+        """Choose how many prompt positions are prefilled where the longest prompt has `longest`: a power of two of
+        segments; always the same for prompts that fill no page."""
         if longest == 0:
             return 0
         if self.max_prompt_tokens <= self.segment_tokens:
@@ -75,25 +77,25 @@ class Geometry:
         return self.segment_tokens * power_of_two(-(-longest // self.segment_tokens))
 
     def prefill_most(self, width: int) -> int:
-        """Prompts of a shard that are prefilled together, at most: about `PREFILL_TOKENS` positions over all shards."""
+        """Return the most prompts that a shard prefills together: about `PREFILL_TOKENS` positions over all shards."""
         return max(1, PREFILL_TOKENS // (width * self.shards))
 
     def prefill_rows(self, prompts: int, width: int) -> int:
-        """Rows of the first piece of so many prompts, over all shards: the most that one prefill takes."""
+        """Return the rows, over all shards, of the first piece of this many prompts, evenly divided."""
         each = min(-(-prompts // self.shards), self.prefill_most(max(width, 1)))
         return power_of_two(each) * self.shards
 
     def prompt_pages(self, prompt_length: int) -> int:
-        """Pages that a prompt fills; its last token is the first to be decoded and in no page."""
+        """Count the pages that a prompt fills; its last token is the first to be decoded and in no page."""
         return (prompt_length - 1) // self.segment_tokens
 
     @property
     def row_pages(self) -> int:
-        """Pages of the longest row; its last segment never becomes one."""
+        """The number of pages of the longest row; its last segment never becomes one."""
         return self.prompt_pages(self.max_prompt_tokens) + (self.max_response_tokens - 1) // self.segment_tokens
 
     def pool_sizes(self, slots: int) -> list[int]:
-        """The pool's possible sizes, rising; the last holds every slot at full length."""
+        """List the pool's possible sizes, rising; the last holds every slot at full length."""
         full = slots * self.row_pages
         if full == 0:
             return [0]
@@ -102,7 +104,7 @@ class Geometry:
 
 
 class Schedule:
-    """Rows in order through slots; a group's rows into slots of one shard, as long as it has any.
+    """The assignment of rows to slots, in order; a group's rows take slots of one shard, as long as it has any.
 
     Args:
         prompt_length: [N], tokens of each row's prompt.
@@ -132,18 +134,19 @@ class Schedule:
 
     @property
     def live(self) -> np.ndarray:
-        """bool [S, b]: slots with a row."""
+        """The slots with a row, bool [S, b]."""
         return self.row >= 0
 
     @property
     def over(self) -> bool:
+        """Whether every row has ended."""
         return self.waiting == len(self.prompt_length) and not self.live.any()
 
     def advance(self, count: np.ndarray, stopped: np.ndarray) -> list[tuple[int, int, bool]]:
         """Take in a segment's counts and stops [S, b]; free the slots and pages of rows that ended.
 
         Returns:
-            (row, slot, stopped) of these.
+            (row, slot, stopped) of each row that ended, slots numbered over all shards.
         """
         self.drawn += np.where(self.live, count, 0).astype(np.int32)
         self.slot_steps += int(count.max()) * self.row.size
@@ -175,14 +178,14 @@ class Schedule:
         return size
 
     def commit(self) -> np.ndarray:
-        """A page for what each row drew in the last segment: [S, b], the pool's size where there is nothing to keep."""
+        """Take a page for what each row drew in the last segment: [S, b], the pool's size where nothing is kept."""
         page = np.full(self.row.shape, self.owner.shape[1], np.int32)
         for shard, slot in np.argwhere(self.live).tolist():
             page[shard, slot] = self._take(shard, slot, 1)[0]
         return page
 
     def shrink(self) -> Shrink | None:
-        """Once no row waits: halve the slots as often as the rows that are left allow."""
+        """Halve the slots as often as the rows that are left allow; nothing is done while rows wait."""
         if self.waiting < len(self.prompt_length):
             return None
         shards, old = self.row.shape
@@ -220,7 +223,7 @@ class Schedule:
         return admitted
 
     def _coming(self) -> list[tuple[int, tuple[int, int]]]:
-        """(row, (shard, slot)) of the rows that are next. A new group goes where most slots are idle."""
+        """List (row, (shard, slot)) of the rows that are next. A new group goes where most slots are idle."""
         idle = [deque(np.flatnonzero(~live).tolist()) for live in self.live]
         coming, shard = [], self.filled
         for row in range(self.waiting, len(self.prompt_length)):

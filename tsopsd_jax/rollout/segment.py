@@ -1,4 +1,4 @@
-"""A segment: up to R decoding steps of B slots inside one program, and the whole sampler inside jit made of one segment.
+"""The segment, up to R decoding steps of B slots inside one program, and the sampler inside jit, which is one segment.
 
 A slot's cache has two parts. *Pages*, in a pool that all slots share, hold whole runs of R tokens; they are read only
 during a segment. The slot's own *tail*, [K, H, C] with C = C0 + R, holds what is left of its prompt (fewer than R
@@ -10,6 +10,7 @@ import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
+import einops
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -26,25 +27,25 @@ STEPS = "decoding_steps"
 
 
 class Slots(NamedTuple):
-    """What a segment must know of each slot, int32 [B]."""
+    """The facts of each slot that a segment needs, int32 [B] (`row_id` uint32)."""
 
     token: Int[AnyArray, " B"]  # the last token, not yet in the cache
     position: Int[AnyArray, " B"]  # its position in the row
     tail: Int[AnyArray, " B"]  # prompt tokens in the first C0 places of the slot's tail
-    row_id: Int[AnyArray, " B"]  # of the row, for its randomness
+    row_id: Int[AnyArray, " B"]  # the id of its row, for its randomness
     drawn: Int[AnyArray, " B"]  # response tokens drawn in earlier segments
     left: Int[AnyArray, " B"]  # response tokens still allowed; 0: the slot is idle
 
 
 class Pool(NamedTuple):
-    """Pages of the cache on S shards: keys [S, Q, K, H, R] and values [S, Q, K, R, H] per layer, and whose they are."""
+    """The pages of S shards and their owners; of each layer keys [S, Q, K, H, R] and values [S, Q, K, R, H]."""
 
     pages: tuple[LayerCache, ...]
     owner: Int[AnyArray, "S Q"]  # the slot within the shard; -1: nobody's
 
 
 class Segment(NamedTuple):
-    """What a segment drew: step t of slot b at [t, b]; zero beyond `count[b]`."""
+    """The tokens that a segment drew: step t of slot b at [t, b]; zero beyond `count[b]`."""
 
     tokens: Int[Array, "R B"]
     logp: Float[Array, "R B"]
@@ -54,12 +55,12 @@ class Segment(NamedTuple):
 
 
 def row_keys(key: Array, row_id: AnyArray) -> Array:
-    """One key per row: fold_in(key, row_id). With key = fold_in(run key, step) a sample depends on nothing else."""
+    """Make one key per row, fold_in(key, row_id). With key = fold_in(run key, step) samples depend on nothing else."""
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, row_id)
 
 
 def uniforms(key: Array, row_id: AnyArray, drawn: AnyArray, steps: int) -> Float[Array, "R B"]:
-    """The numbers in [0, 1) of the next `steps` tokens of each row: that of token t comes from fold_in(row's key, t)."""
+    """Draw the numbers in [0, 1) of the next `steps` tokens of each row: that of token t from fold_in(row's key, t)."""
 
     def of_row(row_key, first):
         t_R = first + jnp.arange(steps, dtype=jnp.int32)
@@ -88,8 +89,8 @@ def decode_segment(
         model, view: the policy (`rollout_view`).
         tails: the slots' own caches, [B, K, H, C] and [B, K, C, H] per layer, C - steps places for the prompt's rest.
         pool: pages of the shared cache, or None where no slot has any.
-        slots: see there.
-        key: the step's.
+        slots: the state of each slot.
+        key: the key of the step.
         sampling, steps, stop_ids: what is drawn, how many, what ends a row.
         paged: attention over pages.
         entropy: measure the exact entropy of softmax(logits) too, whatever the sampling settings.
@@ -112,8 +113,10 @@ def decode_segment(
 
         def attend(q_BTNH, k_BTKH, v_BTKH, cache):
             (keys, values), pages = cache
-            keys = jax.lax.dynamic_update_slice(keys, jnp.transpose(k_BTKH, (0, 2, 3, 1)), (0, 0, 0, home + t))
-            values = jax.lax.dynamic_update_slice(values, jnp.transpose(v_BTKH, (0, 2, 1, 3)), (0, 0, home + t, 0))
+            k_BKHT = einops.rearrange(k_BTKH, "B T K H -> B K H T")
+            keys = jax.lax.dynamic_update_slice(keys, k_BKHT, (0, 0, 0, home + t))
+            v_BKTH = einops.rearrange(v_BTKH, "B T K H -> B K T H")
+            values = jax.lax.dynamic_update_slice(values, v_BKTH, (0, 0, home + t, 0))
             over = None if pool is None else functools.partial(_over_pages, paged, pages, pool.owner)
             return _attention(q_BTNH[:, 0], (keys, values), seen_BC, over)[:, None], (keys, values)
 
@@ -150,12 +153,11 @@ def _over_pages(paged: Paged, pages: LayerCache, owner: AnyArray, q_BKGH: Array)
 
 
 def _attention(q_BNH: Array, tail: LayerCache, seen_BC: Array, pages: Callable[[Array], Partial] | None) -> Array:
-    """One query per slot over its tail and its pages; softmax in float32."""
+    """Attend with one query per slot to its tail and its pages; softmax in float32."""
     keys_BKHC, values_BKCH = tail
-    b, n, h = q_BNH.shape
-    q_BKGH = q_BNH.reshape(b, keys_BKHC.shape[1], -1, h)
+    q_BKGH = einops.rearrange(q_BNH, "B (K G) H -> B K G H", K=keys_BKHC.shape[1])
     scores = jnp.einsum("BKGH,BKHC->BKGC", q_BKGH, keys_BKHC, preferred_element_type=jnp.float32)
-    scores = jnp.where(seen_BC[:, None, None, :], scores * h**-0.5, -jnp.inf)
+    scores = jnp.where(seen_BC[:, None, None, :], scores * q_BNH.shape[-1] ** -0.5, -jnp.inf)
     top, part = jnp.max(scores, axis=-1), None
     if pages is not None:
         part = pages(q_BKGH)
@@ -168,7 +170,8 @@ def _attention(q_BNH: Array, tail: LayerCache, seen_BC: Array, pages: Callable[[
     if part is not None:
         scale = jnp.exp(part.top - top)
         total, out = total + part.total * scale, out + part.out * scale[..., None]
-    return (out / total[..., None]).astype(q_BNH.dtype).reshape(b, n, h)
+    out = (out / total[..., None]).astype(q_BNH.dtype)
+    return einops.rearrange(out, "B K G H -> B (K G) H")
 
 
 def sample(
@@ -251,7 +254,7 @@ def sample(
 
 
 def empty_tails(model: Qwen3, slots: int, places: int) -> tuple[LayerCache, ...]:
-    """Zeroed tails of the model's shapes."""
+    """Make zeroed tails of the model's shapes."""
     c = model.config
     keys = jnp.zeros((slots, c.num_key_value_heads, c.head_dim, places), model.compute_dtype)
     return ((keys, keys.swapaxes(2, 3)),) * c.num_hidden_layers

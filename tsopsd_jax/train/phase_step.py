@@ -22,7 +22,7 @@ from tsopsd_jax.judge.scoring import Scored, accuracies, score_while
 from tsopsd_jax.learn.start_kl import StartKL
 from tsopsd_jax.learn.update import ENTROPY, UpdateOut, distillation_batch
 from tsopsd_jax.model import Qwen3
-from tsopsd_jax.rollout import Engine, Progress, Sampling, ahead
+from tsopsd_jax.rollout import Engine, Progress, Sampling
 from tsopsd_jax.rundir.checkpoints import Saved
 from tsopsd_jax.train.metrics import engine_metrics, reward_metrics, rollout_metrics
 from tsopsd_jax.train.phase import GuardError, Phase
@@ -121,12 +121,12 @@ class Steps:
         if self._take == self._reheat:
             yield self.update.lowered_reheat_step(self._step)
             return
-        engine, params = self.engine, self.update.state.params
-        yield ahead.lower_view(engine, params)
-        yield ahead.lower_prefill(engine, params, ahead.prefill_shape(engine, self.phase.prompts_per_step))
+        sampler, params = self.engine.on_device, self.update.state.params
+        yield sampler.lower_view(params)
+        yield sampler.lower_prefill(params, sampler.prefill_shape(self.phase.prompts_per_step))
         # The pool grows with the responses. Shapes of fewer slots are left to the end of a rollout.
-        for size in ahead.pool_sizes(engine):
-            yield ahead.lower_segment(engine, params, size)
+        for size in sampler.pool_sizes():
+            yield sampler.lower_segment(params, size)
         yield self.update.lowered()
 
     # --------------------------------------------------------------- the three
