@@ -16,7 +16,9 @@ class Prepared(NamedTuple):
 
     folder: Path
     tallies: dict[str, Tally]
-    """Split -> what was read."""
+    """Split -> what was counted."""
+    files: dict[str, list[Path]]
+    """Split -> the files that were read."""
 
 
 def prepare(
@@ -32,7 +34,8 @@ def prepare(
         watch: shows progress.
 
     Raises:
-        ValueError: an unknown name, files that cannot be had or read, malformed rows; nothing is written then.
+        ValueError: an unknown name, files that cannot be had or read, malformed rows, more problems than the data set
+            has; nothing is written then.
     """
     known_source(name)
     if name == "jsonl":
@@ -40,6 +43,7 @@ def prepare(
     from tsopsd_jax.data import builders
 
     tallies: dict[str, Tally] = {}
+    files: dict[str, list[Path]] = {}
     if name in GENERATED:
         if source is not None:
             raise ValueError(f"{name} is generated: expected no --from, got {source}")
@@ -47,12 +51,16 @@ def prepare(
     else:
         layout = LAYOUTS[name]
         files = find_files(name, layout, source or _from_hub(name, layout))
-        tallies = {split: Tally(f"{name} {split}: {' '.join(map(str, paths))}") for split, paths in files.items()}
+        sizes = layout.sizes or {}
+        tallies = {
+            split: Tally(f"{name} {split}: {' '.join(map(str, paths))}", sizes.get(split))
+            for split, paths in files.items()
+        }
         splits = {
             split: _problems(name, split, paths, tallies[split], skip_malformed=skip_malformed, watch=watch)
             for split, paths in files.items()
         }
-    return Prepared(builders.build(name, splits, directory), tallies)
+    return Prepared(builders.build(name, splits, directory), tallies, files)
 
 
 def _problems(
@@ -63,6 +71,7 @@ def _problems(
     yield from read_problems(layout, rows, f"{name}-{split}", tally)
     if tally.malformed and not skip_malformed:
         raise ValueError(f"{tally.where}: {tally.complaint()}: repair them, or leave them out with --skip-malformed")
+    tally.check_size()
     if not tally.kept:
         raise ValueError(f"{tally.where}: expected at least one problem, got none")
 

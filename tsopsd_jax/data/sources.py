@@ -123,7 +123,8 @@ def find_files(name: str, layout: Layout, path: str | Path | None) -> dict[str, 
     """Split -> its files: `path` itself, or what is found in the folder `path`; splits without files are left out.
 
     Raises:
-        ValueError: if there is nothing at `path`, or no file of the layout in it.
+        ValueError: if there is nothing at `path`, no file of the layout in it, or files of a split in several folders:
+            they may be of several data sets.
     """
     if path is None:
         raise ValueError(f"data source {name}: expected the path of a file, got none: set the path")
@@ -138,6 +139,12 @@ def find_files(name: str, layout: Layout, path: str | Path | None) -> dict[str, 
     for split, patterns in layout.splits.items():
         matches = (sorted(path.rglob(pattern)) for pattern in patterns)
         if files := next(filter(None, matches), None):
+            folders = sorted({str(file.parent) for file in files})
+            if len(folders) > 1:
+                raise ValueError(
+                    f"data source {name}: expected the files of {split} in one folder, got {len(files)} in "
+                    f"{len(folders)}: {', '.join(folders[:4])}{', ...' if len(folders) > 4 else ''}; name one of them"
+                )
             found[split] = files
     if not found:
         expected = ", ".join(pattern for patterns in layout.splits.values() for pattern in patterns) or "a file"
@@ -151,7 +158,7 @@ def _read_path(name: str, layout: Layout, path: str | Path | None, *, split: str
     for part in split.split("+"):
         if part not in files:
             raise ValueError(f"data source {name}: expected files of the split {part} at {path}, found none")
-        tally = Tally(f"data source {name}: {path}")
+        tally = Tally(f"data source {name}: {path}", (layout.sizes or {}).get(part))
         prefix = files[part][0].stem if name == "jsonl" else f"{name}-{part}"
         rows = read_problems(layout, numbered_rows(files[part], layout.columns), prefix, tally)
         problems += itertools.islice(rows, None if first is None else first - len(problems))
