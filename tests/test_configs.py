@@ -285,14 +285,116 @@ def test_an_override_changes_one_phase_where_anchors_share_settings(tmp_path):
         ("=1", "expects a.b=value"),
         ("seed=[1", "is not a YAML value"),
         ("phases.1.name=x", "expected an index 0 to 0, got '1'"),
-        ("phases.rl.name=x", "expected an index 0 to 0, got 'rl'"),
+        ("phases.rll.name=x", "--set phases.rll: expected an index 0 to 0, got 'rll'; or a name: rl"),
+        ("data.exclude.x=1", "--set data.exclude.x: expected an index 0 to 0, got 'x'"),
+        ("mesh={data: 1, data: 2}", "--set mesh: '{data: 1, data: 2}' is not a YAML value: 'data' is given twice"),
         ("model.path.deeper=1", "model.path is a value"),
     ],
 )
 def test_override_errors(assignment, words):
+    data = minimal()
+    data["data"]["exclude"] = ["math_500"]
     with pytest.raises(ValueError) as error:
-        strict.override(minimal(), assignment)
+        strict.override(data, assignment)
     assert words in str(error.value)
+
+
+def test_phases_are_called_by_their_name_or_their_place():
+    data = minimal()
+    data["phases"] += [data["phases"][0] | {"name": "1", "stop": {"steps": 3}}, {**data["phases"][0], "name": "7"}]
+    data = strict.plain(data)
+    for assignment in ("phases.rl.stop.steps=5", "phases.1.stop.steps=6", "phases.7.stop.steps=8"):
+        strict.override(data, assignment)
+    assert [phase["stop"]["steps"] for phase in data["phases"]] == [5, 6, 8]
+    strict.override(data, "phases.rl.name=first")
+    strict.override(data, "phases.first.stop={epochs: 2}")
+    assert data["phases"][0]["stop"] == {"epochs": 2}
+
+
+# ------------------------------------------------------------------ YAML 1.2
+
+MEANINGS = {
+    "010": 10,
+    "08": 8,
+    "0o17": 15,
+    "0x1F": 31,
+    "1:30": "1:30",
+    "on": "on",
+    "no": "no",
+    "y": "y",
+    "true": True,
+    "False": False,
+    "1e-6": 1e-6,
+    "1E3": 1000.0,
+    "-2.5e+1": -25.0,
+    ".5": 0.5,
+    "-.inf": float("-inf"),
+    "1_000": "1_000",
+    "0b11": "0b11",
+    "2026-01-31": "2026-01-31",
+    "=": "=",
+    "~": None,
+    "": None,
+    "'010'": "010",
+    '"1e-6"': "1e-6",
+}
+
+
+@pytest.mark.parametrize(("text", "meaning"), MEANINGS.items())
+def test_values_mean_what_yaml_1_2_says(text, meaning):
+    (value,) = strict.parse(f"[{text or 'null'}]")
+    assert value == meaning
+    assert type(value) is type(meaning)
+    assert strict.parse(text) == meaning
+
+
+@pytest.mark.parametrize("text", [*MEANINGS, "null", "<<", "a: b", "- a", "0o8", "1e6", "\ufeffx", ".NaN"])
+def test_what_is_written_is_read_alike_by_both_versions_of_yaml(text):
+    data = {"text": text, "value": MEANINGS.get(text), "list": [1e-6, 1e16, 10, True, None]}
+    assert strict.parse(strict.dump(data)) == data
+    assert yaml.safe_load(strict.dump(data)) == data
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("seed: 1\nmesh: {}\nseed: 2\n", "'seed' is given twice, in lines 1 and 3; remove one"),
+        ("seed: 1\n'seed': 1\n", "'seed' is given twice, in lines 1 and 2"),
+        ("mesh: {data: 1, fsdp: 2, data: 1}", "'data' is given twice, in lines 1 and 1"),
+        ("phases:\n  - name: a\n    stop: {}\n    name: b\n", "'name' is given twice, in lines 2 and 4"),
+        ("a: &a {x: 1}\nb: {<<: *a, <<: *a}", "'<<' is given twice"),
+        ("a: &a [*a]", "holds itself"),
+        ("a: &a {<<: *a}", "holds itself"),
+        ("[" * 5000, "nested too deeply"),
+        ("a: !!python/name:os.system x", "could not determine a constructor"),
+        ("a: 1\n---\nb: 2", "expected a single document"),
+    ],
+)
+def test_yaml_that_is_refused(text, words, tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"^configuration \S+c.yaml: not valid YAML: ") as error:
+        load_config(file, [])
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_merged_key_may_be_set_anew():
+    text = "a: &a {<<: &b {x: 1, yy: 2}, x: 3}\nc: {<<: *a, yy: 4}\nd: {<<: [*a, *b, {yy: 9}], z: 5}"
+    assert strict.parse(text) == {"a": {"x": 3, "yy": 2}, "c": {"x": 3, "yy": 4}, "d": {"x": 3, "yy": 2, "z": 5}}
+    with pytest.raises(ValueError, match="line 2: expected a mapping or several after <<"):
+        strict.parse("a: 1\n<<: 3")
+
+
+def test_a_number_of_base_eight_is_no_surprise(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text(yaml.safe_dump(minimal()).replace("1.0e-06", "1e-6"), encoding="utf-8")
+    config = load_config(file, ["seed=010", "phases.rl.optimizer.epsilon=1e-9"])
+    assert config.seed == 10
+    assert config.phases[0].optimizer.learning_rate == 1e-6
+    assert config.phases[0].optimizer.epsilon == 1e-9
+    with pytest.raises(ValueError, match=r"model.random_init: expected bool, got 'on' \(str\)"):
+        load_config(file, ["model.random_init=on"])
 
 
 def test_first_difference():

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
-import yaml
 
 from tsopsd_jax.config import strict
 from tsopsd_jax.data import CHATS, SOURCES, TEMPLATES
@@ -303,13 +302,10 @@ def load_config(path: str | Path, overrides: list[str]) -> Config:
     if not path.is_file():
         raise ValueError(f"configuration {path}: no such file")
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"configuration {path}: not valid YAML: {' '.join(str(error).split())}") from error
+        data = strict.read(path)
+    except ValueError as error:
+        raise ValueError(f"configuration {path}: not valid YAML: {error}") from error
     try:
-        data = strict.plain(
-            data
-        )  # what YAML's anchors and merges share becomes separate: an override changes one place
         for assignment in overrides:
             strict.override(data, assignment)
         return strict.build(Config, data)
