@@ -4,7 +4,7 @@ import argparse
 
 from tsopsd_jax.commands import exit_codes, options
 from tsopsd_jax.config import load_config
-from tsopsd_jax.config.build import make_phase, prepare
+from tsopsd_jax.config.build import divide_cpu, doubts, make_phase, prepare
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -16,16 +16,26 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Check each configuration; a line says what it is made of."""
-    for path in args.configs:
-        config = load_config(path, args.set)
+    configs = {path: load_config(path, args.set) for path in args.configs}
+    divisions = {c.mesh.cpu_devices for c in configs.values()} - {None}
+    if len(divisions) > 1 and not args.syntax_only:
+        raise ValueError(
+            f"expected files of one mesh.cpu_devices, got {sorted(divisions)}: JAX starts once; check them one at a time"
+        )
+    divide_cpu(next(iter(divisions), None))
+    for path, config in configs.items():
         for phase in config.phases:
             make_phase(phase)
         if args.syntax_only:
+            for warning in doubts(config):
+                print(f"{path}: warning: {warning}")
             print(f"{path}: settings are valid")
             continue
         parts = prepare(config)
         for note in parts.notes:
             print(f"{path}: {note}")
+        for warning in parts.warnings:
+            print(f"{path}: warning: {warning}")
         print(
             f"{path}: valid; {len(parts.task.problems)} problems, {len(config.phases)} phases, mesh {dict(parts.mesh.shape)}"
         )

@@ -13,7 +13,7 @@ import jax
 
 from tsopsd_jax.commands import exit_codes, options
 from tsopsd_jax.config import Config, claim, load_config, strict
-from tsopsd_jax.config.build import Parts, prepare
+from tsopsd_jax.config.build import Parts, divide_cpu, prepare
 from tsopsd_jax.config.places import cache_folder, use_compilation_cache
 from tsopsd_jax.display.live_table import LiveTable, results_table
 from tsopsd_jax.display.page import write_report
@@ -38,6 +38,8 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Join the other processes of the run, if there are any, and run."""
+    with contextlib.suppress(ValueError):  # said below, where the other processes hear of it
+        divide_cpu(load_config(args.config, args.set).mesh.cpu_devices)  # joining starts JAX
     with processes.joined(
         coordinator=args.coordinator,
         processes=args.processes,
@@ -52,6 +54,7 @@ def run(args: argparse.Namespace) -> int:
 def run_file(path: Path, place: str, overrides: list[str], command: str, *, accept_changed: bool = False) -> int:
     """Run a configuration's file at `place` until it is done or stopped, then print results and write the page."""
     config = load_config(path, overrides)
+    divide_cpu(config.mesh.cpu_devices)
     run_dir = object_store.folder_of(place, cache_folder(config))
     code = exit_codes.DONE
     try:
@@ -139,6 +142,8 @@ def open_trainer(config: Config, run_dir: Path, table: LiveTable, *, accept_chan
         with table:
             for note in parts.notes:
                 table.note(note)
+            for warning in parts.warnings:
+                table.note(f"warning: {warning}")
             if changed:
                 table.note(f"goes on with changed settings: {'; '.join(changed)}")
             yield trainer

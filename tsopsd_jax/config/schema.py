@@ -5,6 +5,7 @@ the paper builds on. This is the only place where a configuration is taken apart
 that the layers below take.
 """
 
+import itertools
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -228,6 +229,16 @@ class PhaseSettings:
             )
         if self.rows_at_once is not None and self.rows_at_once < 1:
             raise ValueError(f"rows_at_once must be at least 1, got {self.rows_at_once}")
+        if self.reward is not None and self.responses_per_prompt == 1:
+            raise ValueError(
+                "responses_per_prompt: a response's advantage is its reward against those of its group; expected at least 2 "
+                "where there is a reward, got 1"
+            )
+        low, high = self.stop.collapsed_below_nats, self.stop.recovered_above_nats
+        if low is not None and high is not None and low >= high:
+            raise ValueError(
+                f"stop: collapsed_below_nats {low} must be under recovered_above_nats {high}: every entropy would end the phase"
+            )
         on_policy = self.sampling == Sampling()
         if self.objective.name == "dapo" and not on_policy:
             raise ValueError(
@@ -280,6 +291,13 @@ class Config:
         names = [p.name for p in self.phases]
         if len(set(names)) != len(names):
             raise ValueError(f"phases: expected different names, got {names}")
+        for before, after in itertools.pairwise(self.phases):
+            low, high = before.stop.collapsed_below_nats, after.stop.recovered_above_nats
+            if low is not None and high is not None and low > high:
+                raise ValueError(
+                    f"phase {after.name!r}: stop.recovered_above_nats {high} must not be under stop.collapsed_below_nats {low} "
+                    f"of phase {before.name!r}: a collapsed policy would count as recovered"
+                )
         dtypes = [p.optimizer.momentum_dtype for p in self.phases]
         if len(set(dtypes)) != 1:
             raise ValueError(

@@ -37,14 +37,18 @@ def encode_to_fit(
 
 
 def pad_prompts(names: Sequence[str], ids: Sequence[Sequence[int]], *, max_prompt_tokens: int):
-    """The same for prompts that are tokens already."""
+    """Right-padded tokens [N, max_prompt_tokens] and lengths [N] of prompts that are tokens already.
+
+    Raises:
+        ValueError: for a prompt that is empty or longer than the limit, naming it.
+    """
     tokens = np.zeros((len(ids), max_prompt_tokens), np.int32)
     lengths = np.zeros(len(ids), np.int32)
     for row, (name, prompt) in enumerate(zip(names, ids, strict=True)):
         if not 0 < len(prompt) <= max_prompt_tokens:
             raise ValueError(
                 f"prompt {name!r} has {len(prompt)} tokens, expected 1 to {max_prompt_tokens}; "
-                "raise data.max_prompt_tokens or set data.drop_longer: true"
+                "raise max_prompt_tokens, or leave long training problems out with data.drop_longer: true"
             )
         tokens[row, : len(prompt)], lengths[row] = prompt, len(prompt)
     return tokens, lengths

@@ -60,6 +60,6 @@ def sample(problems: Sequence[Problem], count: int, *, seed: int) -> list[Proble
         ValueError: if there are fewer.
     """
     if count > len(problems):
-        raise ValueError(f"data.sample: expected at most the {len(problems)} problems there are, got {count}")
+        raise ValueError(f"sample: expected at most the {len(problems)} problems there are, got {count}")
     rng = np.random.default_rng([seed, 0, _SAMPLE])
     return [problems[at] for at in np.sort(rng.choice(len(problems), size=count, replace=False))]
