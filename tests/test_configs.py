@@ -555,18 +555,15 @@ def test_train_does_not_go_on_with_other_problems_unless_told_to(tmp_path, capsy
     file, run = demo_file(tmp_path, rows=4), tmp_path / "run"
     assert main(["train", str(file), "--run-dir", str(run)]) == 0
     demo_file(tmp_path, rows=5)
-    more = ["train", str(file), "--run-dir", str(run), "--set", "phases.rl.stop.steps=2"]
+    more = ["train", str(file), "--run-dir", str(run)]
     capsys.readouterr()
     assert main(more) == BAD_INPUT
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert f"{run} holds a run that began with something else (training problems: 4, sha256 " in error
-    assert len(read_metrics(run)) == 1
     assert main([*more, "--accept-changed"]) == 0
-    assert (
-        "goes on with changed settings: phases.0.stop.steps: 1 -> 2; training problems: 4, " in capsys.readouterr().out
-    )
-    assert len(read_metrics(run)) == 2
+    assert "goes on with changed settings: training problems: 4, sha256 " in capsys.readouterr().out
+    assert main(more) == 0
 
 
 @pytest.mark.parametrize(
