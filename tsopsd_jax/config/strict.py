@@ -162,9 +162,21 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         value = _number_if_text(value)
         if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
             return float(value)
+    elif hint is str and isinstance(value, str):
+        return at_home(value)
     elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
     raise ValueError(f"{where}: expected {hint.__name__}, got {value!r} ({type(value).__name__})")
+
+
+def at_home(text: str) -> str:
+    """A path with the user's folder for its first `~`, as a shell has it; in a list with commas each."""
+    try:
+        return re.sub(r"(?:(?<=^)|(?<=,))~(?=/|,|$)", lambda _: str(Path.home()), text)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{text}: expected HOME to name the user's folder, got none ({error}); write the path out"
+        ) from error
 
 
 def _number_if_text(value: Any) -> Any:
