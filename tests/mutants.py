@@ -1267,6 +1267,48 @@ MUTANTS = [
         "False",
         "test_configs.py -k recovered_one",
     ),
+    Mutant(
+        "a run in 64 bits starts",
+        "cli.py",
+        'if os.environ.get("JAX_ENABLE_X64", "").lower() in',
+        'if "" in',
+        "test_environment.py -k 64_bits",
+    ),
+    Mutant(
+        "a platform without devices is a traceback",
+        "cli.py",
+        "not (isinstance(error, ValueError) or exit_codes.no_backend(error))",
+        "not isinstance(error, ValueError)",
+        "test_environment.py -k 'not_there and check and abacus'",
+    ),
+    Mutant(
+        "a tilde in settings is a folder of that name",
+        "config/strict.py",
+        "return at_home(value)",
+        "return value",
+        "test_environment.py -k tilde_in_settings",
+    ),
+    Mutant(
+        "a tilde in options is a folder of that name",
+        "cli.py",
+        "setattr(args, name, type(value)(at_home(str(value))))",
+        "pass",
+        "test_environment.py -k tilde_in_the_environment",
+    ),
+    Mutant(
+        "workplaces of killed preparations stay",
+        "data/builders.py",
+        "            _sweep(directory)\n",
+        "",
+        "test_environment.py -k killed",
+    ),
+    Mutant(
+        "workplaces of living preparations go",
+        "data/builders.py",
+        "if not wait or error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):",
+        "if False:",
+        "test_environment.py -k killed",
+    ),
 ]
 
 
