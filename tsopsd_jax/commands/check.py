@@ -17,12 +17,13 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Check each configuration; a line says what it is made of."""
     configs = {path: load_config(path, args.set) for path in args.configs}
-    divisions = {c.mesh.cpu_devices for c in configs.values()} - {None}
+    divisions = {config.mesh.cpu_devices for config in configs.values()}
     if len(divisions) > 1 and not args.syntax_only:
+        asked = ", ".join(sorted("null" if number is None else str(number) for number in divisions))
         raise ValueError(
-            f"expected files of one mesh.cpu_devices, got {sorted(divisions)}: JAX starts once; check them one at a time"
+            f"expected files of one mesh.cpu_devices, got {asked}: JAX starts once in a process; check them one at a time"
         )
-    divide_cpu(next(iter(divisions), None))
+    divide_cpu(divisions.pop())
     for path, config in configs.items():
         for phase in config.phases:
             make_phase(phase)
