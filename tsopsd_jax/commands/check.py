@@ -21,7 +21,7 @@ def run(args: argparse.Namespace) -> int:
     if len(divisions) > 1 and not args.syntax_only:
         asked = ", ".join(sorted("null" if number is None else str(number) for number in divisions))
         raise ValueError(
-            f"expected files of one mesh.cpu_devices, got {asked}: JAX starts once in a process; check them one at a time"
+            f"expected files of one mesh.cpu_devices, got {asked}: JAX starts once in a process; check them singly"
         )
     divide_cpu(divisions.pop())
     for path, config in configs.items():
@@ -37,7 +37,6 @@ def run(args: argparse.Namespace) -> int:
             print(f"{path}: {note}")
         for warning in parts.warnings:
             print(f"{path}: warning: {warning}")
-        print(
-            f"{path}: valid; {len(parts.task.problems)} problems, {len(config.phases)} phases, mesh {dict(parts.mesh.shape)}"
-        )
+        problems, phases = len(parts.task.problems), len(config.phases)
+        print(f"{path}: valid; {problems} problems, {phases} phases, mesh {dict(parts.mesh.shape)}")
     return exit_codes.DONE

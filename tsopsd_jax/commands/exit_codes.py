@@ -29,8 +29,8 @@ def explain(command: str, error: BaseException) -> int:
         asked = os.environ.get("JAX_PLATFORMS")
         words = " ".join(str(error).split()) or "no device of that kind was found"
         print(
-            f"tsopsd {command}: expected JAX to start with JAX_PLATFORMS={asked}, got: {words}; install its plugin, such as "
-            '"jax[cuda12]", or name another platform',
+            f"tsopsd {command}: expected JAX to start with JAX_PLATFORMS={asked}, got: {words}; install its plugin, "
+            'such as "jax[cuda12]", or name another platform',
             file=sys.stderr,
         )
         return BAD_INPUT

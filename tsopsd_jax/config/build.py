@@ -26,7 +26,7 @@ from tsopsd_jax.types import PyTree
 
 
 def make_phase(phase: PhaseSettings) -> Phase:
-    """The trainer's phase; errors name it."""
+    """Build the trainer's phase from its settings; errors name the phase."""
     try:
         return _phase(phase)
     except ValueError as error:
@@ -63,7 +63,7 @@ def _fields(value: Any) -> dict[str, Any]:
 
 
 class Parts(NamedTuple):
-    """What a run is made of, built and checked."""
+    """Parts that a run is made of, built and checked."""
 
     model: Qwen3
     mesh: jax.sharding.Mesh
@@ -72,9 +72,9 @@ class Parts(NamedTuple):
     evaluation: EvaluationPlan | None
     load_params: Callable[[], PyTree]
     notes: list[str]
-    """What was left out of the training problems."""
+    """Sentences on what was left out of the training problems."""
     warnings: list[str]
-    """Settings that can be meant, and rarely are."""
+    """Sentences on settings that can be meant, and rarely are."""
 
 
 def divide_cpu(devices: int | None) -> str | None:
@@ -99,15 +99,15 @@ LARGE_LEARNING_RATE = 0.01
 
 
 def doubts(config: Config) -> list[str]:
-    """Settings that can be meant, and rarely are, for a person to look at."""
+    """List the settings that can be meant, and rarely are, for a person to look at."""
     found = []
     collapsed = None
     for phase in config.phases:
         rate, stop, guard = phase.optimizer.learning_rate, phase.stop, phase.guard
         if rate >= LARGE_LEARNING_RATE and guard.runaway_entropy_nats is None:
             found.append(
-                f"phase {phase.name!r}: optimizer.learning_rate {rate:g} is large for AdamW and nothing stops the run when its "
-                "entropy runs away; lower it, or set guard.runaway_entropy_nats"
+                f"phase {phase.name!r}: optimizer.learning_rate {rate:g} is large for AdamW and nothing stops the run "
+                "when its entropy runs away; lower it, or set guard.runaway_entropy_nats"
             )
         start, runaway, recovered = (
             guard.max_start_entropy_nats,
@@ -121,29 +121,29 @@ def doubts(config: Config) -> list[str]:
             )
         if collapsed is not None and start is not None and start < collapsed:
             found.append(
-                f"phase {phase.name!r}: guard.max_start_entropy_nats {start:g} may refuse the policy that the phase before "
-                f"leaves at up to stop.collapsed_below_nats {collapsed:g}"
+                f"phase {phase.name!r}: guard.max_start_entropy_nats {start:g} may refuse the policy that the phase "
+                f"before leaves at up to stop.collapsed_below_nats {collapsed:g}"
             )
         collapsed = stop.collapsed_below_nats
     return found
 
 
 def _repetitions(config: Config, problems: int) -> list[str]:
-    """Phases that draw more prompts in a step than there are problems."""
+    """List the phases that draw more prompts in a step than there are problems."""
     found = []
     for phase in config.phases:
         batches = max(1, phase.reward.max_generation_batches if phase.reward is not None else 1)
         if phase.prompts_per_step * batches > problems:
             most = f" in up to {batches} batches" if batches > 1 else ""
             found.append(
-                f"phase {phase.name!r}: a step draws {phase.prompts_per_step * batches:,} prompts{most} from {problems:,} "
-                "problems: some come more than once; lower prompts_per_step"
+                f"phase {phase.name!r}: a step draws {phase.prompts_per_step * batches:,} prompts{most} from "
+                f"{problems:,} problems: some come more than once; lower prompts_per_step"
             )
     return found
 
 
 def check_batches(config: Config, mesh: AnyMesh) -> None:
-    """Rows must split over the mesh.
+    """Check that rows split over the mesh.
 
     Raises:
         ValueError: naming the phase, the rows and the multiple.
@@ -163,7 +163,7 @@ def check_batches(config: Config, mesh: AnyMesh) -> None:
 
 
 def _problems(data: DataSettings, config: Config, tokenizer: Tokenizer, notes: list[str]) -> Sequence[Problem]:
-    """The problems that the settings choose; what they leave out is added to `notes`."""
+    """Load the problems that the settings choose; what they leave out is added to `notes`."""
     directory = datasets_folder(config.cache_dir)
     filtered = data.exclude or data.drop_longer
     problems = processes.first_then_others(
@@ -186,9 +186,8 @@ def _problems(data: DataSettings, config: Config, tokenizer: Tokenizer, notes: l
         problems = kept
     if data.drop_longer:
         kept = [p for p in problems if len(tokenizer.encode(p.prompt)) <= data.max_prompt_tokens]
-        notes.append(
-            f"left out of {len(problems):,} problems: {len(problems) - len(kept):,} over {data.max_prompt_tokens} tokens"
-        )
+        fewer = len(problems) - len(kept)
+        notes.append(f"left out of {len(problems):,} problems: {fewer:,} over {data.max_prompt_tokens} tokens")
         problems = kept
     if filtered and not problems:
         raise ValueError("data: exclude and drop_longer leave no problem")
@@ -199,7 +198,7 @@ def _problems(data: DataSettings, config: Config, tokenizer: Tokenizer, notes: l
 
 
 def check_weights(folder: Path) -> None:
-    """The weight files of a model directory are there (their content is read when the run starts).
+    """Check that a model directory has its weight files (their content is read when the run starts).
 
     Raises:
         ValueError: naming what is missing.
@@ -217,7 +216,7 @@ def check_weights(folder: Path) -> None:
 
 
 def _evaluation(config: Config, tokenizer: Tokenizer) -> EvaluationPlan | None:
-    """What is evaluated; errors say that they are the evaluation's."""
+    """Build the plan of evaluations; errors say that they are the evaluation's."""
     asked = config.evaluation
     if asked.data is None:
         return None
@@ -238,15 +237,15 @@ def _evaluation(config: Config, tokenizer: Tokenizer) -> EvaluationPlan | None:
 
 
 def _check_lengths(config: Config, positions: int) -> None:
-    """Prompt and response fit the model's positions, in each phase and in the evaluation."""
+    """Check that prompt and response fit the model's positions, in each phase and in the evaluation."""
     responses = {f"phase {p.name!r}": p.max_response_tokens for p in config.phases}
     if config.evaluation.data is not None:
         responses["evaluation"] = config.evaluation.max_response_tokens
     for where, tokens in responses.items():
         if tokens + config.data.max_prompt_tokens > positions:
             raise ValueError(
-                f"{where}: prompt and response may take {config.data.max_prompt_tokens} + {tokens} tokens, more than the "
-                f"model's {positions} positions; lower data.max_prompt_tokens or max_response_tokens"
+                f"{where}: prompt and response may take {config.data.max_prompt_tokens} + {tokens} tokens, more than "
+                f"the model's {positions} positions; lower data.max_prompt_tokens or max_response_tokens"
             )
 
 

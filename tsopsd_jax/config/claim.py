@@ -1,4 +1,4 @@
-"""The run directory: whose it is, what it was made with (settings, problems, functions), what may change on resuming."""
+"""Ownership of a run directory: who runs there, what it was made with, and what may change when the run resumes."""
 
 import contextlib
 import errno
@@ -34,11 +34,11 @@ CHANGEABLE_IN_PHASE = (
     r"phases\.(\d+)\.((guard|stop)\.\w+|optimizer\.learning_rate|reward\.(on_shortage|max_generation_batches)"
     r"|rows_at_once|micro_batches|chunk_tokens|pack)"
 )
-"""... as long as their phase is not finished: what guards and shortages ask to change, and what memory asks for."""
+"""Settings of a phase that may change while it is not finished: what guards, shortages and memory ask for."""
 
 
 def read_settings(file: Path) -> dict[str, Any]:
-    """The mapping in a run's config.yaml.
+    """Read the mapping in a run's config.yaml.
 
     Raises:
         ValueError: the file holds something else.
@@ -47,7 +47,8 @@ def read_settings(file: Path) -> dict[str, Any]:
         found = strict.read(file)
     except ValueError as error:
         raise ValueError(
-            f"{file}: expected a run's configuration, got invalid YAML ({error}); restore the file or choose another run directory"
+            f"{file}: expected a run's configuration, got invalid YAML ({error}); "
+            "restore the file or choose another run directory"
         ) from error
     if not isinstance(found, dict):
         raise ValueError(f"{file} is not a configuration; restore the file or choose another run directory")
@@ -55,7 +56,7 @@ def read_settings(file: Path) -> dict[str, Any]:
 
 
 def _check_ours(run_dir: Path) -> None:
-    """A run directory is absent, empty or a run's."""
+    """Check that a run directory is absent, empty or a run's."""
     if run_dir.exists() and not run_dir.is_dir():
         raise ValueError(f"{run_dir}: expected a run directory, got a file; choose another --run-dir")
     if not run_dir.exists() or (run_dir / CONFIG_FILE).is_file():
@@ -91,7 +92,7 @@ def held(run_dir: Path) -> Iterator[None]:
 
 
 def _phase_reached(run_dir: Path) -> int | None:
-    """Index of the phase that the run goes on with; None if it has neither a checkpoint nor a logged step."""
+    """Find the index of the phase in which the run resumes; None if it has neither a checkpoint nor a logged step."""
     if (progress := read_progress(object_store.checkpoints_of(run_dir))) is not None:
         return progress.phase
     metrics = run_dir / METRICS_FILE
@@ -105,7 +106,7 @@ def _may_change(key: str, phase: int) -> bool:
 
 
 def inputs_of(config: Config, problems: Mapping[str, Sequence[Problem]]) -> dict[str, str]:
-    """What a run learns from beside its settings: name -> size and digest.
+    """Digest what a run learns from beside its settings: name -> size and digest.
 
     Args:
         config: its paths `path/to/file.py:function` are files of functions, relative to the working directory.
@@ -121,7 +122,7 @@ def inputs_of(config: Config, problems: Mapping[str, Sequence[Problem]]) -> dict
 
 
 def _function_files(tree: Any) -> Iterable[str]:
-    """The files of all `path/to/file.py:function` in plain data."""
+    """Find the files of all `path/to/file.py:function` in plain data."""
     if isinstance(tree, dict | list):
         below = tree.values() if isinstance(tree, dict) else tree
         return dict.fromkeys(itertools.chain.from_iterable(map(_function_files, below)))
@@ -130,7 +131,7 @@ def _function_files(tree: Any) -> Iterable[str]:
 
 
 def _copy_of(run_dir: Path, path: str) -> Path:
-    """Where the copy of a file of functions lies."""
+    """Name the copy of a file of functions."""
     return run_dir / FUNCTIONS_FOLDER / urllib.parse.quote(path, safe="")
 
 
@@ -150,7 +151,7 @@ def _read_inputs(run_dir: Path) -> dict[str, str]:
 
 
 def _changed_inputs(run_dir: Path, inputs: Mapping[str, str]) -> list[str]:
-    """`name: old -> new` for each input that is not as the run began with it."""
+    """List each input that is not as the run began with it, as `name: old -> new`."""
     changed = []
     for name, old in _read_inputs(run_dir).items():
         if name in inputs and inputs[name] != old:
@@ -161,7 +162,7 @@ def _changed_inputs(run_dir: Path, inputs: Mapping[str, str]) -> list[str]:
 
 
 def _changed_line(old: Path, new: Path) -> str:
-    """`line N: old -> new` for the first line that differs between two files."""
+    """Name the first line that differs between two files, as `line N: old -> new`."""
     texts = [file.read_text(encoding="utf-8", errors="replace").splitlines() for file in (old, new)]
     for number, (before, after) in enumerate(itertools.zip_longest(*texts), start=1):
         if before != after:
@@ -187,16 +188,16 @@ def _write_whole(file: Path, text: str) -> None:
 def claim(
     run_dir: Path, config: Config, inputs: Mapping[str, str] | None = None, *, accept_changed: bool = False
 ) -> list[str]:
-    """Write config.yaml into a run directory that is held, if it is new or its run may go on with `config`.
+    """Write config.yaml into a run directory that is held, if it is new or its run may resume with `config`.
 
     Args:
         run_dir: held by this process.
-        config: of the run that starts or goes on.
+        config: of the run that starts or resumes.
         inputs: what `inputs_of` returned; kept beside the configuration. None: nothing is compared.
         accept_changed: go on with inputs other than those that the run began with.
 
     Returns:
-        What changed for a run that goes on, `key: old -> new`.
+        What changed for a run that resumes, `key: old -> new`.
 
     Raises:
         ValueError: the run there is another configuration's, or has other inputs; nothing is changed then.
@@ -216,8 +217,8 @@ def claim(
         others = _changed_inputs(run_dir, inputs or {})
         if others and reached is not None and not accept_changed:
             raise ValueError(
-                f"{run_dir} holds a run that began with something else ({'; '.join(others)}); restore it, choose another "
-                "--run-dir, or go on with --accept-changed"
+                f"{run_dir} holds a run that began with something else ({'; '.join(others)}); restore it, choose "
+                "another --run-dir, or go on with --accept-changed"
             )
         if refused or (others and reached is None):
             # Nothing was trained: the old run is replaced, and what was evaluated under it goes.

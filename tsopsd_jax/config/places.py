@@ -1,4 +1,4 @@
-"""Where things lie: the package's own files, the cache, prepared data sets, compiled programs, model directories."""
+"""Places of things: the package's own files, the cache, prepared data sets, compiled programs, model directories."""
 
 import os
 from pathlib import Path
@@ -16,12 +16,12 @@ PACKAGED_MODEL = "countdown-tiny"
 
 
 def cache_folder(config: Config) -> Path:
-    """Where prepared data sets and compiled programs live."""
+    """Name the folder of prepared data sets and compiled programs."""
     return _cache(config.cache_dir)
 
 
 def datasets_folder(cache_dir: str | None) -> Path:
-    """Where prepared data sets live, for a `cache_dir` that may be unset."""
+    """Name the folder of prepared data sets, for a `cache_dir` that may be unset."""
     return _cache(cache_dir) / "datasets"
 
 
@@ -30,7 +30,7 @@ def _cache(cache_dir: str | None) -> Path:
 
 
 def model_folder(config: Config) -> Path:
-    """The model's directory; the packaged one by its name."""
+    """Name the model's directory; the packaged model is known by its name."""
     if config.model.path == PACKAGED_MODEL:
         return ASSETS / PACKAGED_MODEL
     return Path(config.model.path)

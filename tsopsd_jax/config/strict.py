@@ -21,11 +21,11 @@ _CORE = {
     "int": r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+",
     "float": r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
 }
-"""What is not text without quotes: YAML 1.2, 10.3.2. (In 1.1, PyYAML's, 010 is 8, 1:30 is 90, on is true, 1e-6 is text.)"""
+"""Scalars that are not text: YAML 1.2, 10.3.2. (In 1.1, PyYAML's, 010 is 8, 1:30 is 90, on is true, 1e-6 is text.)"""
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's core schema, and merge keys."""
+    """A loader of YAML 1.2's core schema and merge keys, without repeated keys."""
 
     yaml_implicit_resolvers: typing.ClassVar[dict] = {}
     yaml_constructors: typing.ClassVar[dict] = {
@@ -62,7 +62,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes what YAML 1.1 or 1.2 would not read as text."""
+    """A dumper that quotes what YAML 1.1 or 1.2 would not read as text."""
 
 
 def _integer(loader: yaml.SafeLoader, node: Any) -> int:
@@ -83,7 +83,7 @@ _Loader.add_constructor(f"{_TAG}float", _float)
 
 
 def parse(text: str) -> Any:
-    """The plain data that a YAML document (version 1.2) holds; what its anchors share becomes separate.
+    """Read the plain data of a YAML document (version 1.2); what its anchors share becomes separate.
 
     Raises:
         ValueError: it is none, or gives a key twice.
@@ -97,7 +97,7 @@ def parse(text: str) -> Any:
 
 
 def read(file: Path) -> Any:
-    """`parse` of a file in UTF-8.
+    """Parse a file in UTF-8.
 
     Raises:
         ValueError: as `parse` does, or other bytes; the file is not named.
@@ -106,12 +106,12 @@ def read(file: Path) -> Any:
 
 
 def dump(data: Any) -> str:
-    """YAML for plain data, which `parse` and readers of YAML 1.1 read alike."""
+    """Write plain data as YAML, which `parse` and readers of YAML 1.1 read alike."""
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False)
 
 
 def build(cls: type[T], data: Any, *, where: str = "") -> T:
-    """An instance of the dataclass `cls` from nested plain data.
+    """Build an instance of the dataclass `cls` from nested plain data.
 
     Raises:
         ValueError: an unknown key (with the nearest known one), a missing key, a value of the wrong type; one line that
@@ -170,7 +170,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
 
 
 def at_home(text: str) -> str:
-    """A path with the user's folder for its first `~`, as a shell has it; in a list with commas each."""
+    """Put the user's folder for a path's first `~`, as a shell does; in a list with commas for each."""
     try:
         return re.sub(r"(?:(?<=^)|(?<=,))~(?=/|,|$)", lambda _: str(Path.home()), text)
     except RuntimeError as error:
@@ -180,7 +180,7 @@ def at_home(text: str) -> str:
 
 
 def _number_if_text(value: Any) -> Any:
-    """A number in quotes, or as a reader of YAML 1.1 left it (1e-6): people mean the number."""
+    """Read text that is a number, in quotes or left so by a reader of YAML 1.1 (1e-6), as the number people mean."""
     if isinstance(value, str):
         try:
             return float(value)
@@ -226,7 +226,7 @@ def override(data: Any, assignment: str) -> None:
 
 
 def _position(items: list[Any], key: str, here: str) -> int:
-    """Where in a list `key` is: an index, or the name of an item."""
+    """Find the place in a list of `key`: an index, or the name of an item."""
     names = [item.get("name") if isinstance(item, dict) else None for item in items]
     if key.isdecimal() and int(key) < len(items):
         return int(key)
@@ -239,7 +239,7 @@ def _position(items: list[Any], key: str, here: str) -> int:
 
 
 def plain(value: Any) -> Any:
-    """The reverse of `build`: nested dicts, lists and scalars."""
+    """Turn dataclasses into nested dicts, lists and scalars, from which `build` makes them again."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: plain(vars(value)[f.name]) for f in dataclasses.fields(value)}
     if isinstance(value, tuple | list):
@@ -257,12 +257,12 @@ class Difference(NamedTuple):
     new: Any
 
     def words(self, sign: str) -> str:
-        """`key: old sign new`."""
+        """Say `key: old sign new`."""
         return f"{self.key}: {self.old!r} {sign} {self.new!r}"
 
 
 def differences(a: Any, b: Any, where: str = "") -> Iterator[Difference]:
-    """Every place where two trees of plain data differ, in the order of `a`."""
+    """Find every place where two trees of plain data differ, in the order of `a`."""
     if isinstance(a, dict) and isinstance(b, dict):
         for key in [*a, *(k for k in b if k not in a)]:
             yield from differences(a.get(key), b.get(key), _join(where, key))
@@ -274,5 +274,5 @@ def differences(a: Any, b: Any, where: str = "") -> Iterator[Difference]:
 
 
 def first_difference(a: Any, b: Any) -> str | None:
-    """The first place where two trees of plain data differ, `path: a != b`, or None."""
+    """Name the first place where two trees of plain data differ, `path: a != b`; None: nowhere."""
     return next((found.words("!=") for found in differences(a, b)), None)

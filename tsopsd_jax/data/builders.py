@@ -52,7 +52,7 @@ class ProblemSet(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
 
 def build(name: str, splits: Mapping[str, Iterable[Problem]], directory: str | Path) -> Path:
-    """Write a data set and return its folder; one that stands there is replaced when the new one is whole.
+    """Write a data set and return its folder; one that exists there is replaced when the new one is whole.
 
     Built beside the final place and moved there by a rename: nothing half-built is ever found there.
     """
@@ -85,7 +85,7 @@ def build(name: str, splits: Mapping[str, Iterable[Problem]], directory: str | P
 
 @contextlib.contextmanager
 def _workplace(name: str, directory: Path) -> Iterator[Path]:
-    """A folder that is locked while it is used, and removed afterwards."""
+    """Make a folder that is locked while it is used, and removed afterwards."""
     while True:
         folder = Path(tempfile.mkdtemp(prefix=f".{name}-building-", dir=directory))
         with contextlib.suppress(FileNotFoundError):
@@ -127,7 +127,7 @@ def _lock(folder: Path, *, wait: bool) -> int:
 
 
 def read(name: str, directory: str | Path, *, split: str, first: int | None) -> list[Problem]:
-    """The first `first` problems (None: all) of a split of a prepared data set; `a+b`: of both.
+    """Read the first `first` problems (None: all) of a split of a prepared data set; `a+b`: of both.
 
     Raises:
         ValueError: if the files are damaged, or there is no such split.
@@ -148,14 +148,14 @@ def read(name: str, directory: str | Path, *, split: str, first: int | None) -> 
 
 
 def _parsed(record: bytes) -> Problem:
-    """A stored row. (TFDS decodes 20,000 in 1.3 s; they are read and parsed so in 0.35 s.)"""
+    """Parse a stored row. (TFDS decodes 20,000 in 1.3 s; they are read and parsed so in 0.35 s.)"""
     example = tf_example_pb2.Example.FromString(record)  # pyright: ignore[reportAttributeAccessIssue]
     fields = example.features.feature
     return Problem(**{key: fields[key].bytes_list.value[0].decode("utf-8") for key in Problem._fields})
 
 
 def sizes(name: str, directory: str | Path) -> dict[str, int]:
-    """Split -> number of problems of a prepared data set.
+    """Count the problems of each split of a prepared data set.
 
     Raises:
         ValueError: if the files are damaged.
@@ -166,7 +166,7 @@ def sizes(name: str, directory: str | Path) -> dict[str, int]:
 
 @contextlib.contextmanager
 def _readable(name: str, directory: str | Path) -> Iterator[tfds.core.DatasetBuilder]:
-    """The prepared data set; whatever goes wrong while reading it is damage, and the error says what to do."""
+    """Open a prepared data set; whatever goes wrong while reading it is damage, and the error says what to do."""
     final = prepared_folder(name, directory)
     remedy = f"delete {final} and run again to rebuild it, or `tsopsd data prepare {name}`"
     # A whole data set has its metadata: it appears under its final name only by a rename.

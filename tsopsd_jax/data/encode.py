@@ -9,7 +9,7 @@ from tsopsd_jax.distributed import processes
 
 
 def encode_prompts(problems: Sequence[Problem], tokenizer: Tokenizer, *, max_prompt_tokens: int):
-    """Right-padded prompt tokens [N, max_prompt_tokens] and their lengths [N]; each process tokenises its share.
+    """Tokenise prompts: right-padded tokens [N, max_prompt_tokens] and lengths [N]; each process takes its share.
 
     Raises:
         ValueError: for a prompt that is empty or longer than the limit, naming it.
@@ -21,7 +21,7 @@ def encode_prompts(problems: Sequence[Problem], tokenizer: Tokenizer, *, max_pro
 def encode_to_fit(
     names: Sequence[str], prompts: Sequence[str], tokenizer: Tokenizer, *, max_tokens: int, positions: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens [N, P] and lengths of prompts that leave room for `max_tokens` in a model of `positions`; P is the longest.
+    """Tokenise prompts that leave room for `max_tokens` in a model of `positions`: tokens [N, longest] and lengths [N].
 
     Raises:
         ValueError: the longest does not, or one is empty.
@@ -37,7 +37,7 @@ def encode_to_fit(
 
 
 def pad_prompts(names: Sequence[str], ids: Sequence[Sequence[int]], *, max_prompt_tokens: int):
-    """Right-padded tokens [N, max_prompt_tokens] and lengths [N] of prompts that are tokens already.
+    """Right-pad prompts that are tokens already: tokens [N, max_prompt_tokens] and lengths [N].
 
     Raises:
         ValueError: for a prompt that is empty or longer than the limit, naming it.

@@ -1,4 +1,4 @@
-"""How the published files of each data set look: which files, which columns, and how a row becomes a problem."""
+"""Layouts of published data sets: which files, which columns, and how a row becomes a problem."""
 
 import codecs
 import csv
@@ -46,7 +46,7 @@ class Layout(NamedTuple):
 
 
 def prepared_folder(name: str, directory: str | Path) -> Path:
-    """Where the data set of that name is when it is prepared."""
+    """Name the folder of a prepared data set, whether it exists or not."""
     return Path(directory) / name / "1.0.0"
 
 
@@ -65,7 +65,7 @@ class Tally:
         self.malformed: list[tuple[int, str]] = []
 
     def complaint(self) -> str:
-        """How many rows are malformed, which (20 at most), and why (three at most)."""
+        """Say how many rows are malformed, which (20 at most), and why (three at most)."""
         shown = [f"row {number}: {reason}" for number, reason in self.malformed[:3]]
         further = [str(number) for number, _ in self.malformed[3:20]]
         if further:
@@ -76,7 +76,8 @@ class Tally:
         """Raise ValueError if a row was malformed, or there were more problems than the data set has."""
         if self.malformed:
             raise ValueError(
-                f"{self.where}: expected rows with id, problem and answer, got {self.complaint()}: repair or remove them"
+                f"{self.where}: expected rows with id, problem and answer, got {self.complaint()}: "
+                "repair or remove them"
             )
         self.check_size()
 
@@ -92,7 +93,7 @@ class Tally:
 def read_problems(
     layout: Layout, rows: Iterable[tuple[int, Row | str]], prefix: str, tally: Tally
 ) -> Iterator[Problem]:
-    """The problems in numbered rows, in order; what is wrong with the others goes to `tally`.
+    """Yield the problems in numbered rows, in order; what is wrong with the others goes to `tally`.
 
     Keeps a digest of each distinct problem, not the rows: memory does not grow with repetitions.
     """
@@ -124,7 +125,7 @@ def read_problems(
 
 
 def numbered_rows(files: Sequence[Path], columns: tuple[str, ...] | None) -> Iterator[tuple[int, Row | str]]:
-    """(row number from 1, the row or what is wrong with it) through all `files`, read in pieces.
+    """Yield (row number from 1, the row or what is wrong with it) through all `files`, read in pieces.
 
     Raises:
         ValueError: for a file that cannot be read as what its name says, or that lacks `columns`.
@@ -134,7 +135,7 @@ def numbered_rows(files: Sequence[Path], columns: tuple[str, ...] | None) -> Ite
 
 
 def count_rows(files: Sequence[Path]) -> int | None:
-    """The rows in parquet files; None for other files, which do not tell."""
+    """Count the rows of parquet files; None for other files, which do not tell."""
     if any(file.suffix != ".parquet" for file in files):
         return None
     import pyarrow
@@ -177,7 +178,7 @@ def _is_narrow(kind: Any) -> bool:
 
 
 def _own_digits(kind: Any, value: Any) -> Any:
-    """The float with the fewest digits that means the same in its own width: 0.1, not 0.10000000149011612."""
+    """Widen a float to the one with the fewest digits in its own width: 0.1, not 0.10000000149011612."""
     import pyarrow.types
 
     if value is None or not _is_narrow(kind):
@@ -197,7 +198,7 @@ def _csv_rows(path: Path, columns: tuple[str, ...] | None) -> Iterator[Row]:
 
 
 def _jsonl_rows(path: Path, columns: tuple[str, ...] | None) -> Iterator[Row | str]:
-    """A row per line; "" for an empty line. A byte-order mark may open the file, or a line where files were joined."""
+    """Yield a row per line; "" for an empty line. A byte-order mark may open a line: files are joined with theirs."""
     del columns
     with path.open("rb") as file:
         for line in file:
@@ -224,7 +225,7 @@ _READERS: dict[str, Callable[[Path, tuple[str, ...] | None], Iterator[Row | str]
 
 
 def fields(problem: Sequence[str], answer: Sequence[str], *, own: bool = False) -> Callable[[Row, str], Problem | str]:
-    """Rows with a text and an answer under the first of these names that they have.
+    """Return a reader of rows: text and answer stand under the first of these names that a row has.
 
     `own` is for a user's files: the text is taken as it stands, instructions and all.
     """
@@ -240,7 +241,7 @@ def fields(problem: Sequence[str], answer: Sequence[str], *, own: bool = False) 
 
 
 def _checked(identity: Any, prompt: Any, answer: Any) -> Problem | str:
-    """A problem of three texts (an id or answer may be a number), or what is wrong with them."""
+    """Build a problem of three texts (an id or answer may be a number), or say what is wrong with them."""
     for what, value in (("id", identity), ("answer", answer)):
         if isinstance(value, float) and not math.isfinite(value):
             return f"{what} is {value}, not a finite number"
@@ -254,7 +255,7 @@ def _checked(identity: Any, prompt: Any, answer: Any) -> Problem | str:
 
 
 def _digits(value: int | float) -> str:
-    """A finite number in plain digits, as few as mean it: 4.0 is 4, 5e-05 is 0.00005."""
+    """Write a finite number in plain digits, as few as mean it: 4.0 is 4, 5e-05 is 0.00005."""
     return str(value) if isinstance(value, int) else np.format_float_positional(value + 0.0, trim="-")  # -0.0 is 0
 
 
@@ -271,7 +272,7 @@ def _dapo(row: Row, default_id: str) -> Problem | str:
 
 
 def _aime_2024(row: Row, default_id: str) -> Problem | str:
-    """The official file has the answer as a `solution` of one box; others have it bare."""
+    """Read a row whose answer is a `solution` of one box, as in the official file, or bare, as in others."""
     boxed = re.fullmatch(r"\s*\\boxed\{(\d+)\}\s*", str(row.get("solution")))
     return _MATH(row | {"answer": boxed[1]} if boxed else row, default_id)
 
@@ -284,7 +285,7 @@ def _gsm8k(row: Row, default_id: str) -> Problem | str:
 
 
 def _gpqa(row: Row, default_id: str) -> Problem | str:
-    """The four answers as options A to D, in an order that the row's id settles; gold is the right one's letter."""
+    """Put the four answers as options A to D, in an order that the row's id settles; gold is the right one's letter."""
     columns = ("Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3")
     options, question = [row.get(column) for column in columns], row.get("Question")
     for what, value in zip(("Question", *columns), (question, *options), strict=True):

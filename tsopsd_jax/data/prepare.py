@@ -1,4 +1,4 @@
-"""A published data set, read and written once to the cache."""
+"""Preparation of a published data set: it is read and written once, to the cache."""
 
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -24,7 +24,7 @@ class Prepared(NamedTuple):
 def prepare(
     name: str, directory: Path, *, source: Path | None = None, skip_malformed: bool = False, watch: Watch
 ) -> Prepared:
-    """Read the published files of a data set and write it under `directory`, replacing what stands there.
+    """Read the published files of a data set and write it under `directory`, replacing one that exists there.
 
     Args:
         name: a key of `SOURCES` but `jsonl`.
@@ -77,7 +77,7 @@ def _problems(
 
 
 def _from_hub(name: str, layout: Layout) -> Path:
-    """The folder into which the data set's files were downloaded."""
+    """Download a data set's files; returns their folder."""
     remedy = f"`tsopsd data prepare {name} --from PATH` takes files that you have"
     if layout.hub is None:
         raise ValueError(f"{name}: no repository on the Hugging Face hub is known for it; {remedy}")
@@ -90,11 +90,13 @@ def _from_hub(name: str, layout: Layout) -> Path:
         )
     except huggingface_hub.errors.GatedRepoError as error:
         raise ValueError(
-            f"{name}: {layout.hub} asks to accept its terms on the Hugging Face hub, and to log in (`hf auth login`); {remedy}"
+            f"{name}: {layout.hub} asks to accept its terms on the Hugging Face hub, and to log in (`hf auth login`); "
+            + remedy
         ) from error
     # The library, its HTTP client and the operating system each raise their own kinds here.
     except Exception as error:
         raise ValueError(
-            f"{name}: could not fetch {layout.hub} from the Hugging Face hub ({type(error).__name__}: {error}); {remedy}"
+            f"{name}: could not fetch {layout.hub} from the Hugging Face hub ({type(error).__name__}: {error}); "
+            + remedy
         ) from error
     return Path(folder)
