@@ -127,7 +127,7 @@ def _function_files(tree: Any) -> Iterable[str]:
         below = tree.values() if isinstance(tree, dict) else tree
         return dict.fromkeys(itertools.chain.from_iterable(map(_function_files, below)))
     match = re.fullmatch(r"(.+\.py):\w+", tree) if isinstance(tree, str) else None
-    return [match[1]] if match else []
+    return [match[1]] if match and Path(match[1]).is_file() else []
 
 
 def _copy_of(run_dir: Path, path: str) -> Path:
