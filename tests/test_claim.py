@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from tsopsd_jax.config import Config, claim, strict
+from tsopsd_jax.data import Problem
 from tsopsd_jax.rundir.checkpoints import Progress
 
 
@@ -169,3 +170,87 @@ def test_the_machines_settings_change_without_a_word(run, reached):
         "mesh.tensor: 1 -> 2",
     ]
     assert stored(run).checkpoint_every_steps == 3
+
+
+# ------------------------------------------------------------------ other problems, other functions
+
+PROBLEMS = [Problem("a", "1 + 1?", "2"), Problem("b", "2 + 2?", "4"), Problem("c", "3 + 3?", "6")]
+
+
+def inputs(rows=PROBLEMS, evaluated=PROBLEMS, *assignments):
+    named = {"training problems": rows, "evaluation problems": evaluated}
+    return claim.inputs_of(config_of(*assignments), named)
+
+
+CHANGES = {
+    "another answer": [*PROBLEMS[:2], Problem("c", "3 + 3?", "7")],
+    "another prompt": [*PROBLEMS[:2], Problem("c", "3 + 4?", "6")],
+    "another order": PROBLEMS[::-1],
+    "one less": PROBLEMS[:2],
+    "a cut elsewhere": [Problem("a", "1 + 1?2", ""), *PROBLEMS[1:]],
+}
+
+
+@pytest.mark.parametrize("rows", CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize("which", [0, 1], ids=["training", "evaluation"])
+def test_a_run_does_not_go_on_with_other_problems(rows, which, run, reached):
+    claim.claim(run, config_of(), inputs())
+    reached(0)
+    assert claim.claim(run, config_of(), inputs()) == []
+    renamed = [row._replace(id=row.id * 2) for row in PROBLEMS]
+    assert claim.claim(run, config_of(), inputs(renamed)) == []  # nothing is learnt from a name
+    other = inputs(*([rows, PROBLEMS] if which == 0 else [PROBLEMS, rows]))
+    before = {file: file.read_bytes() for file in run.iterdir()}
+    name = ("training", "evaluation")[which]
+    with pytest.raises(ValueError, match=rf"{name} problems: 3, sha256 \w+ -> {len(rows)}, sha256 .*--accept-changed"):
+        claim.claim(run, config_of(), other)
+    assert {file: file.read_bytes() for file in run.iterdir()} == before
+    (told,) = claim.claim(run, config_of(), other, accept_changed=True)
+    assert told.startswith(f"{name} problems: 3, sha256 ")
+    assert claim.claim(run, config_of(), other) == []  # from here on these are the run's
+
+
+def test_problems_may_change_where_nothing_was_trained(run):
+    claim.claim(run, config_of(), inputs())
+    (run / "evaluations.jsonl").write_text("{}\n")
+    assert claim.claim(run, config_of(), inputs(PROBLEMS[:2])) == []
+    assert not (run / "evaluations.jsonl").exists()
+
+
+def test_a_run_of_an_earlier_version_goes_on(run, reached):
+    reached(0)
+    assert not (run / "inputs.json").exists()
+    assert claim.claim(run, config_of(), inputs()) == []
+    with pytest.raises(ValueError, match="training problems"):
+        claim.claim(run, config_of(), inputs(PROBLEMS[:1]))
+    for content in ("{", "[]"):
+        (run / "inputs.json").write_text(content)
+        with pytest.raises(ValueError, match=r"inputs.json: expected the digests of a run's inputs"):
+            claim.claim(run, config_of(), inputs())
+
+
+def test_a_run_does_not_go_on_with_another_function_of_ones_own(run, reached, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    mine = tmp_path / "ideas" / "mine.py"
+    mine.parent.mkdir()
+    mine.write_text("clip = 0.2\nbonus = 0.1\n")
+    chosen = ("phases.1.objective.name=ideas/mine.py:bonus",)
+
+    def start(**options):
+        return claim.claim(run, config_of(*chosen), inputs(PROBLEMS, PROBLEMS, *chosen), **options)
+
+    start()
+    reached(0)
+    assert start() == []
+    mine.write_text("clip = 0.2\nbonus = 0.3\n")
+    words = r"ideas/mine.py: line 2: 'bonus = 0.1' -> 'bonus = 0.3'"
+    with pytest.raises(ValueError, match=rf"began with something else \({words}\); .*--accept-changed"):
+        start()
+    (copy,) = (run / "functions").iterdir()
+    assert copy.read_text() == "clip = 0.2\nbonus = 0.1\n"
+    (told,) = start(accept_changed=True)
+    assert told == words
+    assert copy.read_text() == mine.read_text()
+    mine.write_text("clip = 0.2\n")
+    with pytest.raises(ValueError, match=r"mine.py: line 2: 'bonus = 0.3' -> None"):
+        start()

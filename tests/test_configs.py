@@ -2,17 +2,23 @@
 
 import dataclasses
 import json
+import os
 import re
 import shutil
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
+import jax
 import pytest
 import yaml
 
 from tsopsd_jax.cli import main
 from tsopsd_jax.commands.exit_codes import BAD_INPUT
 from tsopsd_jax.config import Config, PhaseSettings, load_config, strict
-from tsopsd_jax.config.build import check_batches, make_phase
+from tsopsd_jax.config.build import check_batches, divide_cpu, doubts, make_phase
+from tsopsd_jax.config.places import DEMO_CONFIG
 from tsopsd_jax.distributed.sharding import make_mesh
 from tsopsd_jax.rundir.log import read_metrics
 
@@ -209,6 +215,14 @@ def test_plain_is_the_reverse_of_build():
         ({"seed": -1}, ["seed must be >= 0 and < 2**32, got -1"]),
         ({"seed": 2**32}, ["seed must be >= 0 and < 2**32, got 4294967296"]),
         ({"keep_checkpoints": 0}, ["keep_checkpoints must be at least 1, got 0"]),
+        (
+            {"phases__0__responses_per_prompt": 1},
+            ["phases.0", "responses_per_prompt", "expected at least 2 where there is a reward, got 1"],
+        ),
+        (
+            {"phases__0__stop": {"collapsed_below_nats": 0.2, "recovered_above_nats": 0.2}},
+            ["phases.0", "collapsed_below_nats 0.2 must be under recovered_above_nats 0.2"],
+        ),
         ({"phases__0__guard__max_skipped_in_row": 0}, ["phases.0.guard", "max_skipped_in_row must be at least 1"]),
         ({"phases__0__guard__runaway_entropy_nats": 0}, ["phases.0.guard", "runaway_entropy_nats must be positive"]),
         ({"phases__0__guard__max_start_entropy_nats": -1}, ["max_start_entropy_nats must be positive, got -1.0"]),
@@ -227,6 +241,44 @@ def test_a_missing_key_is_named():
     del data["phases"][0]["optimizer"]["learning_rate"]
     with pytest.raises(ValueError, match=r"^phases\.0\.optimizer\.learning_rate: expected a value, got none"):
         strict.build(Config, data)
+
+
+def two_phases(collapsed_below: float, **reheat) -> Config:
+    data = minimal()
+    data["phases"][0]["stop"] = {"collapsed_below_nats": collapsed_below}
+    opsd = {"name": "reheat", "objective": {"name": "ts_opsd"}, "responses_per_prompt": 1, "reward": None}
+    data["phases"].append(data["phases"][0] | opsd | {"stop": {"recovered_above_nats": 0.12}} | reheat)
+    return strict.build(Config, data)
+
+
+def test_a_collapsed_policy_is_not_a_recovered_one():
+    assert len(two_phases(0.12).phases) == 2  # under it, and at or over it
+    with pytest.raises(ValueError) as error:
+        two_phases(0.13)
+    assert str(error.value) == (
+        "phase 'reheat': stop.recovered_above_nats 0.12 must not be under stop.collapsed_below_nats 0.13 of phase 'rl': a "
+        "collapsed policy would count as recovered"
+    )
+
+
+def test_doubtful_settings_are_named():
+    assert doubts(build()) == []
+    assert doubts(two_phases(0.08, guard={"max_start_entropy_nats": 0.08, "runaway_entropy_nats": 0.13})) == []
+    (line,) = doubts(build(phases__0__optimizer__learning_rate=0.01))
+    assert line.startswith("phase 'rl': optimizer.learning_rate 0.01 is large for AdamW and nothing stops the run")
+    guarded = {"phases__0__guard__runaway_entropy_nats": 1.0}
+    assert doubts(build(phases__0__optimizer__learning_rate=0.01, **guarded)) == []
+    assert doubts(build(phases__0__optimizer__learning_rate=0.0099)) == []
+    start, runaway = doubts(two_phases(0.08, guard={"max_start_entropy_nats": 0.079, "runaway_entropy_nats": 0.12}))[
+        ::-1
+    ]
+    assert "guard.max_start_entropy_nats 0.079 may refuse the policy" in start
+    assert "guard.runaway_entropy_nats 0.12 stops the run before it can recover" in runaway
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.name)
+def test_shipped_configurations_raise_no_doubt(path):
+    assert doubts(load_config(path, [])) == []
 
 
 def test_phase_names_differ():
@@ -285,14 +337,116 @@ def test_an_override_changes_one_phase_where_anchors_share_settings(tmp_path):
         ("=1", "expects a.b=value"),
         ("seed=[1", "is not a YAML value"),
         ("phases.1.name=x", "expected an index 0 to 0, got '1'"),
-        ("phases.rl.name=x", "expected an index 0 to 0, got 'rl'"),
+        ("phases.rll.name=x", "--set phases.rll: expected an index 0 to 0, got 'rll'; or a name: rl"),
+        ("data.exclude.x=1", "--set data.exclude.x: expected an index 0 to 0, got 'x'"),
+        ("mesh={data: 1, data: 2}", "--set mesh: '{data: 1, data: 2}' is not a YAML value: 'data' is given twice"),
         ("model.path.deeper=1", "model.path is a value"),
     ],
 )
 def test_override_errors(assignment, words):
+    data = minimal()
+    data["data"]["exclude"] = ["math_500"]
     with pytest.raises(ValueError) as error:
-        strict.override(minimal(), assignment)
+        strict.override(data, assignment)
     assert words in str(error.value)
+
+
+def test_phases_are_called_by_their_name_or_their_place():
+    data = minimal()
+    data["phases"] += [data["phases"][0] | {"name": "1", "stop": {"steps": 3}}, {**data["phases"][0], "name": "7"}]
+    data = strict.plain(data)
+    for assignment in ("phases.rl.stop.steps=5", "phases.1.stop.steps=6", "phases.7.stop.steps=8"):
+        strict.override(data, assignment)
+    assert [phase["stop"]["steps"] for phase in data["phases"]] == [5, 6, 8]
+    strict.override(data, "phases.rl.name=first")
+    strict.override(data, "phases.first.stop={epochs: 2}")
+    assert data["phases"][0]["stop"] == {"epochs": 2}
+
+
+# ------------------------------------------------------------------ YAML 1.2
+
+MEANINGS = {
+    "010": 10,
+    "08": 8,
+    "0o17": 15,
+    "0x1F": 31,
+    "1:30": "1:30",
+    "on": "on",
+    "no": "no",
+    "y": "y",
+    "true": True,
+    "False": False,
+    "1e-6": 1e-6,
+    "1E3": 1000.0,
+    "-2.5e+1": -25.0,
+    ".5": 0.5,
+    "-.inf": float("-inf"),
+    "1_000": "1_000",
+    "0b11": "0b11",
+    "2026-01-31": "2026-01-31",
+    "=": "=",
+    "~": None,
+    "": None,
+    "'010'": "010",
+    '"1e-6"': "1e-6",
+}
+
+
+@pytest.mark.parametrize(("text", "meaning"), MEANINGS.items())
+def test_values_mean_what_yaml_1_2_says(text, meaning):
+    (value,) = strict.parse(f"[{text or 'null'}]")
+    assert value == meaning
+    assert type(value) is type(meaning)
+    assert strict.parse(text) == meaning
+
+
+@pytest.mark.parametrize("text", [*MEANINGS, "null", "<<", "a: b", "- a", "0o8", "1e6", "\ufeffx", ".NaN"])
+def test_what_is_written_is_read_alike_by_both_versions_of_yaml(text):
+    data = {"text": text, "value": MEANINGS.get(text), "list": [1e-6, 1e16, 10, True, None]}
+    assert strict.parse(strict.dump(data)) == data
+    assert yaml.safe_load(strict.dump(data)) == data
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("seed: 1\nmesh: {}\nseed: 2\n", "'seed' is given twice, in lines 1 and 3; remove one"),
+        ("seed: 1\n'seed': 1\n", "'seed' is given twice, in lines 1 and 2"),
+        ("mesh: {data: 1, fsdp: 2, data: 1}", "'data' is given twice, in lines 1 and 1"),
+        ("phases:\n  - name: a\n    stop: {}\n    name: b\n", "'name' is given twice, in lines 2 and 4"),
+        ("a: &a {x: 1}\nb: {<<: *a, <<: *a}", "'<<' is given twice"),
+        ("a: &a [*a]", "holds itself"),
+        ("a: &a {<<: *a}", "holds itself"),
+        ("[" * 5000, "nested too deeply"),
+        ("a: !!python/name:os.system x", "could not determine a constructor"),
+        ("a: 1\n---\nb: 2", "expected a single document"),
+    ],
+)
+def test_yaml_that_is_refused(text, words, tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"^configuration \S+c.yaml: not valid YAML: ") as error:
+        load_config(file, [])
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_merged_key_may_be_set_anew():
+    text = "a: &a {<<: &b {x: 1, yy: 2}, x: 3}\nc: {<<: *a, yy: 4}\nd: {<<: [*a, *b, {yy: 9}], z: 5}"
+    assert strict.parse(text) == {"a": {"x": 3, "yy": 2}, "c": {"x": 3, "yy": 4}, "d": {"x": 3, "yy": 2, "z": 5}}
+    with pytest.raises(ValueError, match="line 2: expected a mapping or several after <<"):
+        strict.parse("a: 1\n<<: 3")
+
+
+def test_a_number_of_base_eight_is_no_surprise(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text(yaml.safe_dump(minimal()).replace("1.0e-06", "1e-6"), encoding="utf-8")
+    config = load_config(file, ["seed=010", "phases.rl.optimizer.epsilon=1e-9"])
+    assert config.seed == 10
+    assert config.phases[0].optimizer.learning_rate == 1e-6
+    assert config.phases[0].optimizer.epsilon == 1e-9
+    with pytest.raises(ValueError, match=r"model.random_init: expected bool, got 'on' \(str\)"):
+        load_config(file, ["model.random_init=on"])
 
 
 def test_first_difference():
@@ -356,6 +510,136 @@ def test_a_missing_model_directory_is_found_before_anything_is_written(tmp_path,
     assert main(["check", str(file)]) == BAD_INPUT
     assert "model.path" in capsys.readouterr().err
     assert not run_dir.exists()
+
+
+def demo_file(folder: Path, rows: int) -> Path:
+    """The demo with a file of few problems and no evaluation."""
+    problems = folder / "problems.jsonl"
+    problems.write_text(
+        "".join(json.dumps({"problem": f"3 7 11 2 -> {i} :", "answer": f"3 7 11 2 -> {i}"}) + "\n" for i in range(rows))
+    )
+    data = yaml.safe_load(DEMO_CONFIG.read_text())
+    data["data"] = {"name": "jsonl", "path": str(problems), "verifier": "countdown", "max_prompt_tokens": 7}
+    data["evaluation"] = {}
+    data["phases"] = data["phases"][:1]
+    data["phases"][0] |= {"prompts_per_step": 4, "responses_per_prompt": 2, "reward": {}, "stop": {"steps": 1}}
+    data["mesh"] = {"fsdp": -1}
+    file = folder / "c.yaml"
+    file.write_text(yaml.safe_dump(data), encoding="utf-8")
+    return file
+
+
+def test_more_prompts_than_problems_is_told_by_check_and_at_the_start(tmp_path, capsys):
+    file = demo_file(tmp_path, rows=4)
+    assert main(["check", str(file)]) == 0
+    assert "warning" not in capsys.readouterr().out
+    few = ["--set", "data.first=3"]
+    told = (
+        "warning: phase 'rl': a step draws 4 prompts from 3 problems: some come more than once; lower prompts_per_step"
+    )
+    assert main(["check", str(file), *few]) == 0
+    assert f"c.yaml: {told}" in capsys.readouterr().out
+    batches = ["--set", "phases.rl.reward.max_generation_batches=2"]
+    assert main(["check", str(file), *batches]) == 0
+    assert "a step draws 8 prompts in up to 2 batches from 4 problems" in capsys.readouterr().out
+    large = ["--set", "phases.rl.optimizer.learning_rate=2"]
+    assert main(["check", "--syntax-only", str(file), *large]) == 0
+    assert "c.yaml: warning: phase 'rl': optimizer.learning_rate 2 is large for AdamW" in capsys.readouterr().out
+    assert main(["train", str(file), *few, *large, "--run-dir", str(tmp_path / "run")]) == 0
+    said = capsys.readouterr().out
+    assert told in said
+    assert "warning: phase 'rl': optimizer.learning_rate 2 is large" in said
+
+
+def test_train_does_not_go_on_with_other_problems_unless_told_to(tmp_path, capsys):
+    file, run = demo_file(tmp_path, rows=4), tmp_path / "run"
+    assert main(["train", str(file), "--run-dir", str(run)]) == 0
+    demo_file(tmp_path, rows=5)
+    more = ["train", str(file), "--run-dir", str(run)]
+    capsys.readouterr()
+    assert main(more) == BAD_INPUT
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert f"{run} holds a run that began with something else (training problems: 4, sha256 " in error
+    assert main([*more, "--accept-changed"]) == 0
+    assert "goes on with changed settings: training problems: 4, sha256 " in capsys.readouterr().out
+    assert main(more) == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"first": 9, "sample": 2}, "evaluation.data: expected first or sample, got both"),
+        ({"sample": 9}, "evaluation.data: sample: expected at most the 4"),
+        ({"path": "absent.jsonl"}, "evaluation.data: data source jsonl: expected a file at absent.jsonl"),
+        ({"problem_field": "q"}, "evaluation.data: data source jsonl: "),
+    ],
+)
+def test_errors_of_the_evaluation_say_so(settings, says, tmp_path, capsys):
+    file = demo_file(tmp_path, rows=4)
+    asked = {"name": "jsonl", "path": str(tmp_path / "problems.jsonl"), "verifier": "countdown", "max_prompt_tokens": 7}
+    short = ["--set", "evaluation.max_response_tokens=19"]
+    assert main(["check", str(file), *short, "--set", f"evaluation.data={json.dumps(asked | settings)}"]) == BAD_INPUT
+    assert says in capsys.readouterr().err
+    right = ["--set", f"evaluation.data={json.dumps(asked)}", *short]
+    assert main(["check", str(file), *right]) == 0
+    assert main(["check", str(file), *right, "--set", "evaluation.max_response_tokens=122"]) == BAD_INPUT
+    assert (
+        "evaluation: prompt and response may take 7 + 122 tokens, more than the model's 128" in capsys.readouterr().err
+    )
+
+
+# ------------------------------------------------------------------ a CPU's cores as devices
+
+
+def in_a_process(*arguments: str, devices: str = "") -> tuple[int, int, str]:
+    """(exit code, number of devices afterwards, standard error) of a command with one device unless it asks for more."""
+    code = "import sys; from tsopsd_jax.cli import main; code = main(sys.argv[1:]); import jax; print(jax.device_count(), code)"
+    env = os.environ | {"XLA_FLAGS": "", "JAX_NUM_CPU_DEVICES": devices, "PYTHONPATH": str(ROOT)}
+    if not devices:
+        del env["JAX_NUM_CPU_DEVICES"]
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
+    count, exit_code = done.stdout.split()[-2:]
+    return int(exit_code), int(count), done.stderr + done.stdout
+
+
+@pytest.mark.parametrize("joined", [False, True], ids=["alone", "joined"])
+def test_train_divides_the_cpu_as_it_is_told(joined, tmp_path):
+    """Joining other processes starts JAX: the setting must come before."""
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        place = f"localhost:{s.getsockname()[1]}"
+    file = demo_file(tmp_path, rows=4)
+    settings = ["--set", "mesh.cpu_devices=2", "--set", "mesh.fsdp=2"]
+    others = ["--coordinator", place, "--processes", "1", "--process", "0"] if joined else []
+    code, devices, said = in_a_process("train", str(file), "--run-dir", str(tmp_path / "run"), *settings, *others)
+    assert code == 0, said
+    assert devices == 2
+    assert "no effect" not in said
+    assert len(read_metrics(tmp_path / "run")) == 1
+    if not joined:
+        code, devices, said = in_a_process("check", str(file), *settings)
+        assert (code, devices) == (0, 2), said
+        assert "no effect" not in said
+        assert "'fsdp': 2" in said
+
+
+def test_a_division_that_comes_too_late_is_told(tmp_path, capsys):
+    there = jax.device_count()
+    assert divide_cpu(there) is None
+    assert divide_cpu(None) is None
+    assert (
+        divide_cpu(there + 1) == f"mesh.cpu_devices {there + 1} has no effect: JAX had started with {there} CPU devices"
+    )
+    file = demo_file(tmp_path, rows=4)
+    assert main(["check", str(file), "--set", f"mesh.cpu_devices={there + 1}"]) == 0
+    assert f"warning: mesh.cpu_devices {there + 1} has no effect" in capsys.readouterr().out
+    other = tmp_path / "other.yaml"
+    other.write_text(file.read_text().replace("mesh:", "mesh:\n  cpu_devices: 2"))
+    assert main(["check", str(file), str(other)]) == BAD_INPUT
+    assert "expected files of one mesh.cpu_devices, got 2, null: " in capsys.readouterr().err
+    assert main(["check", "--syntax-only", str(file), str(other)]) == 0
 
 
 def test_every_phase_setting_reaches_the_trainer():

@@ -125,6 +125,63 @@ def test_jsonl_not_text(tmp_path):
         load_problems("jsonl", path=path)
 
 
+@pytest.mark.parametrize(
+    ("written", "answer"),
+    [
+        ("0.00005", "0.00005"),
+        ("1e-12", "0.000000000001"),
+        ("1e3", "1000"),
+        ("1e16", "10000000000000000"),
+        ("12345678901234567890", "12345678901234567890"),
+        ("-2.50", "-2.5"),
+        ("-0.0", "0"),
+        ("4.0", "4"),
+        ('"4.0"', "4.0"),  # a text stays as it is
+    ],
+)
+def test_numbers_as_answers_are_written_in_plain_digits(tmp_path, written, answer):
+    (problem,) = load_problems(
+        "jsonl", path=write_jsonl(tmp_path / "x.jsonl", f'{{"problem": "p", "answer": {written}}}')
+    )
+    assert problem.answer == answer
+
+
+@pytest.mark.parametrize("written", ["NaN", "Infinity", "-Infinity", "1e999"])
+@pytest.mark.parametrize("column", ["answer", "id"])
+def test_what_is_not_finite_is_refused(tmp_path, written, column):
+    row = {"problem": "p", "answer": "1", "id": "a", column: float(written)}
+    with pytest.raises(ValueError, match=rf"1 malformed rows \(row 1: {column} is -?(nan|inf), not a finite number"):
+        load_problems("jsonl", path=write_jsonl(tmp_path / "x.jsonl", row))
+
+
+@pytest.mark.parametrize(("kind", "answers"), [("float16", ["0.1", "1000"]), ("float32", ["0.1", "16777216"])])
+def test_floats_of_parquet_have_the_digits_of_their_own_width(tmp_path, kind, answers):
+    import pyarrow
+    import pyarrow.parquet
+
+    column = pyarrow.array(np.asarray([float(answer) for answer in answers], kind))
+    pyarrow.parquet.write_table(pyarrow.table({"problem": ["p", "q"], "answer": column}), tmp_path / "x.parquet")
+    assert [p.answer for p in load_problems("jsonl", path=tmp_path / "x.parquet")] == answers
+    # ... inside a record too
+    rows = pyarrow.Table.from_pylist([dapo_row(f"u{i}", f"p{i}") for i in range(2)])
+    truth = pyarrow.StructArray.from_arrays([column], ["ground_truth"])
+    table = rows.set_column(rows.schema.get_field_index("reward_model"), "reward_model", truth)
+    pyarrow.parquet.write_table(table, tmp_path / "d.parquet")
+    assert [p.answer for p in load_problems("dapo_math_17k", path=tmp_path / "d.parquet")] == answers
+
+
+def test_byte_order_marks_are_read(tmp_path):
+    mark, line = "\ufeff".encode(), b'{"problem": "p", "answer": "1"}\n'
+    for content in (mark + line, mark + line + mark + line, mark + b"\n" + line):
+        (tmp_path / "x.jsonl").write_bytes(content)
+        assert {p.answer for p in load_problems("jsonl", path=tmp_path / "x.jsonl")} == {"1"}
+    (tmp_path / "x.jsonl").write_bytes(line.decode().encode("utf-16"))
+    with pytest.raises(
+        ValueError, match=r"x\.jsonl: expected JSON lines in UTF-8, got UTF-16 .*: save the file as UTF-8"
+    ):
+        load_problems("jsonl", path=tmp_path / "x.jsonl")
+
+
 def test_jsonl_repeated_id(tmp_path):
     row = {"problem": "p", "answer": "a", "id": "same"}
     with pytest.raises(ValueError, match="row 2: id 'same' repeats"):

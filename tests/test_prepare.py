@@ -200,6 +200,42 @@ def test_malformed_rows_stop_the_preparation_unless_told_otherwise(tmp_path, cap
     assert [p.id for p in kept] == ["1", "3", "4", "6", "7"]
 
 
+def prepare_command(name: str, source: Path, cache: Path) -> list[str]:
+    return ["data", "prepare", name, "--from", str(source), "--cache-dir", str(cache)]
+
+
+def test_the_files_of_several_data_sets_are_not_one(tmp_path, capsys):
+    """A folder above the data set's own: every `test.jsonl` below it would be read."""
+    for name in ("aime_2024", "gsm8k"):
+        (tmp_path / name).mkdir()
+        write_jsonl(tmp_path / name / "test.jsonl", {"problem": f"p of {name}", "answer": "7"})
+    assert main(prepare_command("aime_2024", tmp_path, tmp_path / "cache")) == 2
+    error = capsys.readouterr().err
+    assert (
+        f"expected the files of test in one folder, got 2 in 2: {tmp_path / 'aime_2024'}, {tmp_path / 'gsm8k'}" in error
+    )
+    with pytest.raises(ValueError, match="expected the files of test in one folder"):
+        load_problems("aime_2024", path=tmp_path)
+    assert not list(tmp_path.rglob("dataset_info.json"))
+    assert main(prepare_command("aime_2024", tmp_path / "aime_2024", tmp_path / "cache")) == 0
+    said = capsys.readouterr()
+    assert said.out.splitlines()[0] == f"aime_2024 test: read {tmp_path / 'aime_2024' / 'test.jsonl'}"
+    assert said.err.strip() == "warning: aime_2024 test: 1 problems of 30"
+
+
+def test_a_data_set_has_no_more_problems_than_are_known(tmp_path, capsys):
+    rows = [{"problem": f"p{i}", "answer": "7"} for i in range(31)]
+    assert main(prepare_command("aime_2025", write_jsonl(tmp_path / "test.jsonl", *rows), tmp_path / "cache")) == 2
+    assert (
+        "expected the data set's 30 problems, got 31: name its own file, or read yours as jsonl"
+        in capsys.readouterr().err
+    )
+    assert not list(tmp_path.rglob("dataset_info.json"))
+    with pytest.raises(ValueError, match="expected the data set's 30 problems, got 31"):
+        load_problems("aime_2025", path=tmp_path)
+    assert len(load_problems("jsonl", path=tmp_path / "test.jsonl")) == 31
+
+
 def test_a_long_list_of_malformed_rows_is_cut(tmp_path):
     path = write_jsonl(tmp_path / "x.jsonl", *["{}"] * 30)
     numbers = ", ".join(str(n) for n in range(4, 21))

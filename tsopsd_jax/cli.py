@@ -7,6 +7,7 @@ import argparse
 import importlib
 import os
 import sys
+from pathlib import Path
 
 from tsopsd_jax.commands import exit_codes
 
@@ -45,11 +46,33 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     args = _parser(argv).parse_args(argv)
     try:
+        _check_environment()
+        _expand_paths(args)
         return _module(args.command).run(args)
-    except (ValueError, KeyboardInterrupt) as error:
-        if isinstance(error, ValueError) and os.environ.get("TSOPSD_TRACEBACK"):
+    except Exception as error:
+        if os.environ.get("TSOPSD_TRACEBACK") or not (isinstance(error, ValueError) or exit_codes.no_backend(error)):
             raise
         return exit_codes.explain(args.command, error)
+    except KeyboardInterrupt as error:
+        return exit_codes.explain(args.command, error)
+
+
+def _check_environment() -> None:
+    if os.environ.get("JAX_ENABLE_X64", "").lower() in ("1", "true", "t", "yes", "y", "on"):
+        raise ValueError(
+            "JAX_ENABLE_X64: expected it unset, got a run in 64 bits, which nothing here is made for; unset it"
+        )
+
+
+def _expand_paths(args: argparse.Namespace) -> None:
+    """The user's folder for `~` in every option: a shell expands `--out ~/x` and not `--out=~/x`."""
+    from tsopsd_jax.config.strict import at_home
+
+    for name, value in vars(args).items():
+        if isinstance(value, str | Path):
+            setattr(args, name, type(value)(at_home(str(value))))
+        elif isinstance(value, list):
+            setattr(args, name, [at_home(each) if isinstance(each, str) else each for each in value])
 
 
 if __name__ == "__main__":

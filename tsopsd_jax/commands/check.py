@@ -4,7 +4,7 @@ import argparse
 
 from tsopsd_jax.commands import exit_codes, options
 from tsopsd_jax.config import load_config
-from tsopsd_jax.config.build import make_phase, prepare
+from tsopsd_jax.config.build import divide_cpu, doubts, make_phase, prepare
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -16,17 +16,27 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Check each configuration; a line says what it is made of."""
-    for path in args.configs:
-        config = load_config(path, args.set)
+    configs = {path: load_config(path, args.set) for path in args.configs}
+    divisions = {config.mesh.cpu_devices for config in configs.values()}
+    if len(divisions) > 1 and not args.syntax_only:
+        asked = ", ".join(sorted("null" if number is None else str(number) for number in divisions))
+        raise ValueError(
+            f"expected files of one mesh.cpu_devices, got {asked}: JAX starts once in a process; check them singly"
+        )
+    divide_cpu(divisions.pop())
+    for path, config in configs.items():
         for phase in config.phases:
             make_phase(phase)
         if args.syntax_only:
+            for warning in doubts(config):
+                print(f"{path}: warning: {warning}")
             print(f"{path}: settings are valid")
             continue
         parts = prepare(config)
         for note in parts.notes:
             print(f"{path}: {note}")
-        print(
-            f"{path}: valid; {len(parts.task.problems)} problems, {len(config.phases)} phases, mesh {dict(parts.mesh.shape)}"
-        )
+        for warning in parts.warnings:
+            print(f"{path}: warning: {warning}")
+        problems, phases = len(parts.task.problems), len(config.phases)
+        print(f"{path}: valid; {problems} problems, {phases} phases, mesh {dict(parts.mesh.shape)}")
     return exit_codes.DONE

@@ -1,6 +1,7 @@
 """`tsopsd data`: prepare a published data set once, so that it is found by its name afterwards."""
 
 import argparse
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,12 @@ def _prepare(args: Any, directory: Path) -> None:
         return track(rows, what, total=total, console=Console(stderr=True), transient=True)
 
     prepared = prepare(args.name, directory, source=args.source, skip_malformed=args.skip_malformed, watch=watch)
+    for split, files in prepared.files.items():
+        for file in files:
+            print(f"{args.name} {split}: read {file}")
     for split, tally in prepared.tallies.items():
+        if tally.known is not None and tally.kept < tally.known:
+            print(f"warning: {args.name} {split}: {tally.kept:,} problems of {tally.known:,}", file=sys.stderr)
         wrong = tally.complaint() if tally.malformed else "0 malformed rows"
         print(f"{args.name} {split}: {tally.kept:,} problems; {tally.duplicates:,} repetitions left out; {wrong}")
     print(prepared.folder)

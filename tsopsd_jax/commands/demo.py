@@ -14,4 +14,4 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the packaged configuration."""
-    return run_file(DEMO_CONFIG, args.run_dir or "runs/demo", args.set, "demo")
+    return run_file(DEMO_CONFIG, args.run_dir or "runs/demo", args.set, "demo", accept_changed=args.accept_changed)

@@ -6,16 +6,33 @@
 from the last checkpoint.
 """
 
+import os
 import sys
 import traceback
 
 DONE, OUR_FAULT, BAD_INPUT, GUARD, INTERRUPTED = 0, 1, 2, 3, 4
 
 
+def no_backend(error: BaseException) -> bool:
+    """Whether JAX found no devices of the platform that the environment asks for."""
+    frames = traceback.extract_tb(error.__traceback__)
+    starting = any(f.name == "backends" and f.filename.endswith("xla_bridge.py") for f in frames)
+    return starting and isinstance(error, RuntimeError | AssertionError) and bool(os.environ.get("JAX_PLATFORMS"))
+
+
 def explain(command: str, error: BaseException) -> int:
     """Print what went wrong; returns the exit code for it."""
     if isinstance(error, ValueError):
         print(f"tsopsd {command}: {' '.join(str(error).split())}", file=sys.stderr)
+        return BAD_INPUT
+    if no_backend(error):
+        asked = os.environ.get("JAX_PLATFORMS")
+        words = " ".join(str(error).split()) or "no device of that kind was found"
+        print(
+            f"tsopsd {command}: expected JAX to start with JAX_PLATFORMS={asked}, got: {words}; install its plugin, "
+            'such as "jax[cuda12]", or name another platform',
+            file=sys.stderr,
+        )
         return BAD_INPUT
     if isinstance(error, KeyboardInterrupt):  # a second signal, or one before the first step
         print(f"tsopsd {command}: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)

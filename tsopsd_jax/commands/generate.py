@@ -197,7 +197,7 @@ def _read_requests(path: Path) -> list[Request]:
     if not path.is_file():
         raise ValueError(f"--prompts: expected a file of JSON lines, got {path}: no such file")
     requests: list[Request] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
         if not line.strip():
             continue
         try:

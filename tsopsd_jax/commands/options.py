@@ -12,6 +12,9 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     """Add where a run lies and what of its configuration is overridden."""
     parser.add_argument("--run-dir", help="or gs://...; default: runs/NAME of the configuration's file")
     add_overrides(parser)
+    parser.add_argument(
+        "--accept-changed", action="store_true", help="go on though problems or files of functions are not as they were"
+    )
 
 
 def add_again(parser: argparse.ArgumentParser) -> None:

@@ -13,7 +13,7 @@ import jax
 
 from tsopsd_jax.commands import exit_codes, options
 from tsopsd_jax.config import Config, claim, load_config, strict
-from tsopsd_jax.config.build import prepare
+from tsopsd_jax.config.build import Parts, divide_cpu, prepare
 from tsopsd_jax.config.places import cache_folder, use_compilation_cache
 from tsopsd_jax.display.live_table import LiveTable, results_table
 from tsopsd_jax.display.page import write_report
@@ -38,6 +38,8 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Join the other processes of the run, if there are any, and run."""
+    with contextlib.suppress(ValueError):  # said below, where the other processes hear of it
+        divide_cpu(load_config(args.config, args.set).mesh.cpu_devices)  # joining starts JAX
     with processes.joined(
         coordinator=args.coordinator,
         processes=args.processes,
@@ -45,16 +47,19 @@ def run(args: argparse.Namespace) -> int:
         heartbeat_s=args.heartbeat_s,
         explain=functools.partial(exit_codes.explain, "train"),
     ):
-        return run_file(Path(args.config), args.run_dir or f"runs/{Path(args.config).stem}", args.set, "train")
+        place = args.run_dir or f"runs/{Path(args.config).stem}"
+        return run_file(Path(args.config), place, args.set, "train", accept_changed=args.accept_changed)
 
 
-def run_file(path: Path, place: str, overrides: list[str], command: str) -> int:
+def run_file(path: Path, place: str, overrides: list[str], command: str, *, accept_changed: bool = False) -> int:
     """Run a configuration's file at `place` until it is done or stopped, then print results and write the page."""
     config = load_config(path, overrides)
+    divide_cpu(config.mesh.cpu_devices)
     run_dir = object_store.folder_of(place, cache_folder(config))
     code = exit_codes.DONE
     try:
-        with open_trainer(config, run_dir, LiveTable(stream=processes.console())) as trainer:
+        table = LiveTable(stream=processes.console())
+        with open_trainer(config, run_dir, table, accept_changed=accept_changed) as trainer:
             if trainer.progress.phase == len(config.phases):
                 print(f"{place} is done: {int(trainer.state.step)} steps")
             trainer.run()
@@ -76,25 +81,32 @@ def run_file(path: Path, place: str, overrides: list[str], command: str) -> int:
     return code
 
 
-def _check_same(config: Config) -> None:
-    """All processes of a run were started with one configuration."""
-    mine = strict.plain(config)
+def _check_same(mine: Any, what: str) -> None:
+    """All processes of a run were started with one configuration, and read the same problems and functions."""
     odd = strict.first_difference(processes.from_first(mine), mine)
     if odd is not None:
         raise ValueError(
-            f"process {jax.process_index()} has another configuration than process 0 ({odd}); start all with the same one"
+            f"process {jax.process_index()} has another {what} than process 0 ({odd}); start all with the same one"
         )
 
 
+def _inputs(config: Config, parts: Parts) -> dict[str, str]:
+    """Digests of what the run learns from and is measured on, beside its settings."""
+    problems = {"training problems": parts.task.problems}
+    if parts.evaluation is not None:
+        problems["evaluation problems"] = parts.evaluation.problems
+    return claim.inputs_of(config, problems)
+
+
 @contextlib.contextmanager
-def _claimed(config: Config, run_dir: Path) -> Iterator[list[str]]:
-    """The run directory held and claimed by process 0, for all; what changed in its settings."""
+def _claimed(config: Config, run_dir: Path, inputs: dict[str, str], accept_changed: bool) -> Iterator[list[str]]:
+    """The run directory held and claimed by process 0, for all; what changed in its settings and inputs."""
     with contextlib.ExitStack() as stack:
         changed = []
         if processes.is_first():
             stack.enter_context(claim.held(run_dir))
             object_store.fetch(run_dir)
-            changed = claim.claim(run_dir, config)
+            changed = claim.claim(run_dir, config, inputs, accept_changed=accept_changed)
         changed = processes.from_first(changed)
         if object_store.address(run_dir) is None and not (run_dir / claim.CONFIG_FILE).is_file():
             raise ValueError(
@@ -105,12 +117,14 @@ def _claimed(config: Config, run_dir: Path) -> Iterator[list[str]]:
 
 
 @contextlib.contextmanager
-def open_trainer(config: Config, run_dir: Path, table: LiveTable) -> Iterator[Trainer]:
+def open_trainer(config: Config, run_dir: Path, table: LiveTable, *, accept_changed: bool = False) -> Iterator[Trainer]:
     """A trainer in `run_dir`, resuming what stands there; no other process may run there meanwhile."""
     use_compilation_cache(cache_folder(config))
-    _check_same(config)
+    _check_same(strict.plain(config), "configuration")
     parts = prepare(config)
-    with _claimed(config, run_dir) as changed:
+    inputs = _inputs(config, parts)
+    _check_same(inputs, "input")
+    with _claimed(config, run_dir, inputs, accept_changed) as changed:
         trainer = Trainer(
             model=parts.model,
             load_params=parts.load_params,
@@ -128,6 +142,8 @@ def open_trainer(config: Config, run_dir: Path, table: LiveTable) -> Iterator[Tr
         with table:
             for note in parts.notes:
                 table.note(note)
+            for warning in parts.warnings:
+                table.note(f"warning: {warning}")
             if changed:
                 table.note(f"goes on with changed settings: {'; '.join(changed)}")
             yield trainer

@@ -1,6 +1,5 @@
 """From a configuration to a running trainer: checks everything that can be checked before anything is written."""
 
-import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,7 +26,7 @@ from tsopsd_jax.types import PyTree
 
 
 def make_phase(phase: PhaseSettings) -> Phase:
-    """The trainer's phase; errors name it."""
+    """Build the trainer's phase from its settings; errors name the phase."""
     try:
         return _phase(phase)
     except ValueError as error:
@@ -64,7 +63,7 @@ def _fields(value: Any) -> dict[str, Any]:
 
 
 class Parts(NamedTuple):
-    """What a run is made of, built and checked."""
+    """Parts that a run is made of, built and checked."""
 
     model: Qwen3
     mesh: jax.sharding.Mesh
@@ -73,18 +72,78 @@ class Parts(NamedTuple):
     evaluation: EvaluationPlan | None
     load_params: Callable[[], PyTree]
     notes: list[str]
-    """What was left out of the training problems."""
+    """Sentences on what was left out of the training problems."""
+    warnings: list[str]
+    """Sentences on settings that can be meant, and rarely are."""
 
 
-def divide_cpu(devices: int | None) -> None:
-    """Make so many devices of this process's CPU cores. Too late, and without effect, once JAX has started."""
-    if devices is not None:
-        with contextlib.suppress(RuntimeError):
-            jax.config.update("jax_num_cpu_devices", devices)
+def divide_cpu(devices: int | None) -> str | None:
+    """Make this many devices of this process's CPU cores, before anything asks JAX for a device or a process.
+
+    Returns:
+        Why it has no effect, if JAX has started with another number of CPU devices; None otherwise.
+    """
+    if devices is None:
+        return None
+    try:
+        jax.config.update("jax_num_cpu_devices", devices)
+    except RuntimeError:  # JAX has started
+        there = jax.local_device_count()
+        if jax.default_backend() == "cpu" and there != devices:
+            return f"mesh.cpu_devices {devices} has no effect: JAX had started with {there} CPU devices"
+    return None
+
+
+LARGE_LEARNING_RATE = 0.01
+"""From here on AdamW moves every weight by a hundredth a step: language models do not survive it."""
+
+
+def doubts(config: Config) -> list[str]:
+    """List the settings that can be meant, and rarely are, for a person to look at."""
+    found = []
+    collapsed = None
+    for phase in config.phases:
+        rate, stop, guard = phase.optimizer.learning_rate, phase.stop, phase.guard
+        if rate >= LARGE_LEARNING_RATE and guard.runaway_entropy_nats is None:
+            found.append(
+                f"phase {phase.name!r}: optimizer.learning_rate {rate:g} is large for AdamW and nothing stops the run "
+                "when its entropy runs away; lower it, or set guard.runaway_entropy_nats"
+            )
+        start, runaway, recovered = (
+            guard.max_start_entropy_nats,
+            guard.runaway_entropy_nats,
+            stop.recovered_above_nats,
+        )
+        if recovered is not None and runaway is not None and runaway <= recovered:
+            found.append(
+                f"phase {phase.name!r}: guard.runaway_entropy_nats {runaway:g} stops the run before it can recover to "
+                f"stop.recovered_above_nats {recovered:g}"
+            )
+        if collapsed is not None and start is not None and start < collapsed:
+            found.append(
+                f"phase {phase.name!r}: guard.max_start_entropy_nats {start:g} may refuse the policy that the phase "
+                f"before leaves at up to stop.collapsed_below_nats {collapsed:g}"
+            )
+        collapsed = stop.collapsed_below_nats
+    return found
+
+
+def _repetitions(config: Config, problems: int) -> list[str]:
+    """List the phases that draw more prompts in a step than there are problems."""
+    found = []
+    for phase in config.phases:
+        batches = max(1, phase.reward.max_generation_batches if phase.reward is not None else 1)
+        if phase.prompts_per_step * batches > problems:
+            most = f" in up to {batches} batches" if batches > 1 else ""
+            found.append(
+                f"phase {phase.name!r}: a step draws {phase.prompts_per_step * batches:,} prompts{most} from "
+                f"{problems:,} problems: some come more than once; lower prompts_per_step"
+            )
+    return found
 
 
 def check_batches(config: Config, mesh: AnyMesh) -> None:
-    """Rows must split over the mesh.
+    """Check that rows split over the mesh.
 
     Raises:
         ValueError: naming the phase, the rows and the multiple.
@@ -104,7 +163,7 @@ def check_batches(config: Config, mesh: AnyMesh) -> None:
 
 
 def _problems(data: DataSettings, config: Config, tokenizer: Tokenizer, notes: list[str]) -> Sequence[Problem]:
-    """The problems that the settings choose; what they leave out is added to `notes`."""
+    """Load the problems that the settings choose; what they leave out is added to `notes`."""
     directory = datasets_folder(config.cache_dir)
     filtered = data.exclude or data.drop_longer
     problems = processes.first_then_others(
@@ -127,9 +186,8 @@ def _problems(data: DataSettings, config: Config, tokenizer: Tokenizer, notes: l
         problems = kept
     if data.drop_longer:
         kept = [p for p in problems if len(tokenizer.encode(p.prompt)) <= data.max_prompt_tokens]
-        notes.append(
-            f"left out of {len(problems):,} problems: {len(problems) - len(kept):,} over {data.max_prompt_tokens} tokens"
-        )
+        fewer = len(problems) - len(kept)
+        notes.append(f"left out of {len(problems):,} problems: {fewer:,} over {data.max_prompt_tokens} tokens")
         problems = kept
     if filtered and not problems:
         raise ValueError("data: exclude and drop_longer leave no problem")
@@ -140,7 +198,7 @@ def _problems(data: DataSettings, config: Config, tokenizer: Tokenizer, notes: l
 
 
 def check_weights(folder: Path) -> None:
-    """The weight files of a model directory are there (their content is read when the run starts).
+    """Check that a model directory has its weight files (their content is read when the run starts).
 
     Raises:
         ValueError: naming what is missing.
@@ -157,11 +215,38 @@ def check_weights(folder: Path) -> None:
         )
 
 
-def _check_prompts(evaluation: EvaluationPlan, task: Task) -> None:
+def _evaluation(config: Config, tokenizer: Tokenizer) -> EvaluationPlan | None:
+    """Build the plan of evaluations; errors say that they are the evaluation's."""
+    asked = config.evaluation
+    if asked.data is None:
+        return None
     try:
-        encode_prompts(evaluation.problems, task.tokenizer, max_prompt_tokens=task.max_prompt_tokens)
+        problems = _problems(asked.data, config, tokenizer, [])
+        encode_prompts(problems, tokenizer, max_prompt_tokens=config.data.max_prompt_tokens)
     except ValueError as error:
         raise ValueError(f"evaluation.data: {error}") from error
+    return EvaluationPlan(
+        benchmark=f"{asked.data.name} {asked.data.split or ''}".strip(),
+        problems=problems,
+        samples=asked.samples,
+        sampling=asked.sampling,
+        max_response_tokens=asked.max_response_tokens,
+        rows_at_once=asked.rows_at_once,
+        every_steps=asked.every_steps,
+    )
+
+
+def _check_lengths(config: Config, positions: int) -> None:
+    """Check that prompt and response fit the model's positions, in each phase and in the evaluation."""
+    responses = {f"phase {p.name!r}": p.max_response_tokens for p in config.phases}
+    if config.evaluation.data is not None:
+        responses["evaluation"] = config.evaluation.max_response_tokens
+    for where, tokens in responses.items():
+        if tokens + config.data.max_prompt_tokens > positions:
+            raise ValueError(
+                f"{where}: prompt and response may take {config.data.max_prompt_tokens} + {tokens} tokens, more than "
+                f"the model's {positions} positions; lower data.max_prompt_tokens or max_response_tokens"
+            )
 
 
 def prepare(config: Config) -> Parts:
@@ -170,6 +255,7 @@ def prepare(config: Config) -> Parts:
     Raises:
         ValueError: one line naming what is wrong and the remedy.
     """
+    late = divide_cpu(config.mesh.cpu_devices)  # first: an objective's file may use JAX as it is imported
     phases = [make_phase(phase) for phase in config.phases]
     folder = model_folder(config)
     if not folder.is_dir():
@@ -180,16 +266,7 @@ def prepare(config: Config) -> Parts:
     dtype = DTYPES[config.model.compute_dtype]
     tokenizer = Tokenizer.load(folder, chat=config.data.chat)
     tokenizer.check_fits(shape.vocab_size)
-    responses = [p.max_response_tokens for p in config.phases]
-    if config.evaluation.data is not None:
-        responses.append(config.evaluation.max_response_tokens)
-    longest = max(responses) + config.data.max_prompt_tokens
-    if longest > shape.max_position_embeddings:
-        raise ValueError(
-            f"prompt and response may take {longest} tokens, more than the model's {shape.max_position_embeddings} "
-            "positions; lower max_prompt_tokens or max_response_tokens"
-        )
-    divide_cpu(config.mesh.cpu_devices)
+    _check_lengths(config, shape.max_position_embeddings)
     mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor)
     model = Qwen3(shape, compute_dtype=dtype, remat=config.model.remat, mesh=mesh)
     check_batches(config, mesh)
@@ -203,22 +280,12 @@ def prepare(config: Config) -> Parts:
         seed=config.seed,
     )
     _ = task.encoded  # a prompt that is too long is found here, not in the middle of a run
-    evaluation, asked = None, config.evaluation
-    if asked.data is not None:
-        evaluation = EvaluationPlan(
-            benchmark=f"{asked.data.name} {asked.data.split or ''}".strip(),
-            problems=_problems(asked.data, config, tokenizer, []),
-            samples=asked.samples,
-            sampling=asked.sampling,
-            max_response_tokens=asked.max_response_tokens,
-            rows_at_once=asked.rows_at_once,
-            every_steps=asked.every_steps,
-        )
-        _check_prompts(evaluation, task)
+    evaluation = _evaluation(config, tokenizer)
 
     def load_params() -> PyTree:
         if config.model.random_init:
             return model.init(jax.random.key(config.seed), shardings=shardings)
         return load_pretrained(folder, mesh=mesh)[1]
 
-    return Parts(model, mesh, phases, task, evaluation, load_params, notes)
+    warnings = [*doubts(config), *_repetitions(config, len(task.problems)), *([late] if late else [])]
+    return Parts(model, mesh, phases, task, evaluation, load_params, notes, warnings)

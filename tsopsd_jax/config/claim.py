@@ -1,21 +1,28 @@
-"""The run directory: whose it is, the configuration it was made with, and which settings may change on resuming."""
+"""Ownership of a run directory: who runs there, what it was made with, and what may change when the run resumes."""
 
 import contextlib
 import errno
 import fcntl
+import hashlib
+import itertools
+import json
 import re
-from collections.abc import Iterator
+import urllib.parse
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from tsopsd_jax.config import Config, strict
+from tsopsd_jax.data import Problem
 from tsopsd_jax.rundir import object_store
 from tsopsd_jax.rundir.checkpoints import read_progress
 from tsopsd_jax.rundir.log import EVALUATIONS_FILE, METRICS_FILE
 
 CONFIG_FILE, LOCK_FILE = "config.yaml", ".lock"
+INPUTS_FILE = "inputs.json"
+"""Digests of what settings name and do not hold: problems, files of functions."""
+FUNCTIONS_FOLDER = "functions"
+"""Copies of the Python files that settings name as `path/to/file.py:function`."""
 UNFINISHED_FILE = "config.tmp"
 """config.yaml as it is written; a process that died there leaves it."""
 
@@ -27,20 +34,20 @@ CHANGEABLE_IN_PHASE = (
     r"phases\.(\d+)\.((guard|stop)\.\w+|optimizer\.learning_rate|reward\.(on_shortage|max_generation_batches)"
     r"|rows_at_once|micro_batches|chunk_tokens|pack)"
 )
-"""... as long as their phase is not finished: what guards and shortages ask to change, and what memory asks for."""
+"""Settings of a phase that may change while it is not finished: what guards, shortages and memory ask for."""
 
 
 def read_settings(file: Path) -> dict[str, Any]:
-    """The mapping in a run's config.yaml.
+    """Read the mapping in a run's config.yaml.
 
     Raises:
         ValueError: the file holds something else.
     """
     try:
-        found = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        found = strict.read(file)
+    except ValueError as error:
         raise ValueError(
-            f"{file}: expected a run's configuration, got invalid YAML ({' '.join(str(error).split())}); "
+            f"{file}: expected a run's configuration, got invalid YAML ({error}); "
             "restore the file or choose another run directory"
         ) from error
     if not isinstance(found, dict):
@@ -49,7 +56,7 @@ def read_settings(file: Path) -> dict[str, Any]:
 
 
 def _check_ours(run_dir: Path) -> None:
-    """A run directory is absent, empty or a run's."""
+    """Check that a run directory is absent, empty or a run's."""
     if run_dir.exists() and not run_dir.is_dir():
         raise ValueError(f"{run_dir}: expected a run directory, got a file; choose another --run-dir")
     if not run_dir.exists() or (run_dir / CONFIG_FILE).is_file():
@@ -85,7 +92,7 @@ def held(run_dir: Path) -> Iterator[None]:
 
 
 def _phase_reached(run_dir: Path) -> int | None:
-    """Index of the phase that the run goes on with; None if it has neither a checkpoint nor a logged step."""
+    """Find the index of the phase in which the run resumes; None if it has neither a checkpoint nor a logged step."""
     if (progress := read_progress(object_store.checkpoints_of(run_dir))) is not None:
         return progress.phase
     metrics = run_dir / METRICS_FILE
@@ -98,31 +105,126 @@ def _may_change(key: str, phase: int) -> bool:
     return re.fullmatch(CHANGEABLE, key) is not None
 
 
-def claim(run_dir: Path, config: Config) -> list[str]:
-    """Write config.yaml into a run directory that is held, if it is new or its run may go on with `config`.
+def inputs_of(config: Config, problems: Mapping[str, Sequence[Problem]]) -> dict[str, str]:
+    """Digest what a run learns from beside its settings: name -> size and digest.
+
+    Args:
+        config: its paths `path/to/file.py:function` are files of functions, relative to the working directory.
+        problems: such as `training problems`, in their order, as they were loaded.
+    """
+    found = {}
+    for name, rows in problems.items():
+        digest = hashlib.sha256(json.dumps([(row.prompt, row.answer) for row in rows]).encode())
+        found[name] = f"{len(rows):,}, sha256 {digest.hexdigest()[:16]}"
+    for path in _function_files(strict.plain(config)):
+        found[path] = f"sha256 {hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]}"
+    return found
+
+
+def _function_files(tree: Any) -> Iterable[str]:
+    """Find the files of all `path/to/file.py:function` in plain data."""
+    if isinstance(tree, dict | list):
+        below = tree.values() if isinstance(tree, dict) else tree
+        return dict.fromkeys(itertools.chain.from_iterable(map(_function_files, below)))
+    match = re.fullmatch(r"(.+\.py):\w+", tree) if isinstance(tree, str) else None
+    return [match[1]] if match and Path(match[1]).is_file() else []
+
+
+def _copy_of(run_dir: Path, path: str) -> Path:
+    """Name the copy of a file of functions."""
+    return run_dir / FUNCTIONS_FOLDER / urllib.parse.quote(path, safe="")
+
+
+def _read_inputs(run_dir: Path) -> dict[str, str]:
+    file = run_dir / INPUTS_FILE
+    if not file.is_file():  # a run of an earlier version, or one that died as it was claimed
+        return {}
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"{file}: expected the digests of a run's inputs, got no JSON ({error}); restore it"
+        ) from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{file}: expected the digests of a run's inputs, got {found!r}; restore it")
+    return found
+
+
+def _changed_inputs(run_dir: Path, inputs: Mapping[str, str]) -> list[str]:
+    """List each input that is not as the run began with it, as `name: old -> new`."""
+    changed = []
+    for name, old in _read_inputs(run_dir).items():
+        if name in inputs and inputs[name] != old:
+            copy = _copy_of(run_dir, name)
+            words = _changed_line(copy, Path(name)) if copy.is_file() else f"{old} -> {inputs[name]}"
+            changed.append(f"{name}: {words}")
+    return changed
+
+
+def _changed_line(old: Path, new: Path) -> str:
+    """Name the first line that differs between two files, as `line N: old -> new`."""
+    texts = [file.read_text(encoding="utf-8", errors="replace").splitlines() for file in (old, new)]
+    for number, (before, after) in enumerate(itertools.zip_longest(*texts), start=1):
+        if before != after:
+            return f"line {number}: {before!r} -> {after!r}"
+    return "line ends"
+
+
+def _keep_inputs(run_dir: Path, inputs: Mapping[str, str]) -> None:
+    for name in inputs:
+        if name.endswith(".py"):
+            copy = _copy_of(run_dir, name)
+            copy.parent.mkdir(exist_ok=True)
+            copy.write_bytes(Path(name).read_bytes())
+    _write_whole(run_dir / INPUTS_FILE, json.dumps(dict(inputs), indent=1) + "\n")
+
+
+def _write_whole(file: Path, text: str) -> None:
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(file)
+
+
+def claim(
+    run_dir: Path, config: Config, inputs: Mapping[str, str] | None = None, *, accept_changed: bool = False
+) -> list[str]:
+    """Write config.yaml into a run directory that is held, if it is new or its run may resume with `config`.
+
+    Args:
+        run_dir: held by this process.
+        config: of the run that starts or resumes.
+        inputs: what `inputs_of` returned; kept beside the configuration. None: nothing is compared.
+        accept_changed: go on with inputs other than those that the run began with.
 
     Returns:
-        What changed for a run that goes on, `key: old -> new`.
+        What changed for a run that resumes, `key: old -> new`.
 
     Raises:
-        ValueError: the run there is another configuration's; nothing is changed then.
+        ValueError: the run there is another configuration's, or has other inputs; nothing is changed then.
     """
     _check_ours(run_dir)
     file, resolved = run_dir / CONFIG_FILE, strict.plain(config)
     changed = []
     if file.is_file():
         differences = [d for d in strict.differences(read_settings(file), resolved) if not re.fullmatch(RUNTIME, d.key)]
-        reached = _phase_reached(run_dir) if differences else None
+        reached = _phase_reached(run_dir)
         refused = [d for d in differences if not _may_change(d.key, reached or 0)]
         if refused and reached is not None:
             raise ValueError(
                 f"{run_dir} holds a run of another configuration ({refused[0].words('!=')}); choose another --run-dir, "
                 "or the old settings"
             )
-        if refused:  # nothing was trained: the old configuration is replaced, and what was evaluated under it goes
+        others = _changed_inputs(run_dir, inputs or {})
+        if others and reached is not None and not accept_changed:
+            raise ValueError(
+                f"{run_dir} holds a run that began with something else ({'; '.join(others)}); restore it, choose "
+                "another --run-dir, or go on with --accept-changed"
+            )
+        if refused or (others and reached is None):
+            # Nothing was trained: the old run is replaced, and what was evaluated under it goes.
             (run_dir / EVALUATIONS_FILE).unlink(missing_ok=True)
-        changed = [d.words("->") for d in differences if reached is not None]
-    temporary = run_dir / UNFINISHED_FILE
-    temporary.write_text(yaml.safe_dump(resolved, sort_keys=False), encoding="utf-8")
-    temporary.replace(file)
+        changed = [*(d.words("->") for d in differences), *others] if reached is not None else []
+    _write_whole(file, strict.dump(resolved))
+    if inputs is not None:
+        _keep_inputs(run_dir, inputs)
     return changed

@@ -1,10 +1,11 @@
-"""Where things lie: the package's own files, the cache, prepared data sets, compiled programs, model directories."""
+"""Places of things: the package's own files, the cache, prepared data sets, compiled programs, model directories."""
 
 import os
 from pathlib import Path
 
 import jax
 
+from tsopsd_jax.config import strict
 from tsopsd_jax.config.schema import Config
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
@@ -15,12 +16,12 @@ PACKAGED_MODEL = "countdown-tiny"
 
 
 def cache_folder(config: Config) -> Path:
-    """Where prepared data sets and compiled programs live."""
+    """Name the folder of prepared data sets and compiled programs."""
     return _cache(config.cache_dir)
 
 
 def datasets_folder(cache_dir: str | None) -> Path:
-    """Where prepared data sets live, for a `cache_dir` that may be unset."""
+    """Name the folder of prepared data sets, for a `cache_dir` that may be unset."""
     return _cache(cache_dir) / "datasets"
 
 
@@ -30,19 +31,31 @@ def digests_file(cache_dir: str | None = None) -> Path:
 
 
 def _cache(cache_dir: str | None) -> Path:
-    named = cache_dir or os.environ.get("TSOPSD_CACHE_DIR")
-    return Path(named) if named else Path.home() / ".cache" / "tsopsd_jax"
+    return Path(strict.at_home(cache_dir or os.environ.get("TSOPSD_CACHE_DIR") or "~/.cache/tsopsd_jax"))
 
 
 def model_folder(config: Config) -> Path:
-    """The model's directory; the packaged one by its name."""
+    """Name the model's directory; the packaged model is known by its name."""
     if config.model.path == PACKAGED_MODEL:
         return ASSETS / PACKAGED_MODEL
     return Path(config.model.path)
 
 
 def use_compilation_cache(folder: Path) -> None:
-    """Keep compiled programs between runs, unless the environment names another cache."""
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    """Keep compiled programs between runs, unless the environment names another cache or the folder is read-only.
+
+    Raises:
+        ValueError: the folder does not exist and cannot be made.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"cache {folder}: expected a folder that can be made, got {error.strerror}; name another with cache_dir or "
+            "TSOPSD_CACHE_DIR"
+        ) from error
+    if os.access(folder, os.W_OK):
         jax.config.update("jax_compilation_cache_dir", str(folder / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # many small programs are seconds too

@@ -1,4 +1,4 @@
-"""What a run directory holds: its configuration, its checkpoints, the policy of one."""
+"""Readers of a run directory: its configuration, its checkpoints, the policy of one."""
 
 import contextlib
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ from tsopsd_jax.types import TrainState
 
 
 def resolved_config(run_dir: Path) -> Config:
-    """The configuration that a run directory was made with.
+    """Read the configuration that a run directory was made with.
 
     Raises:
         ValueError: if there is none.
@@ -33,7 +33,7 @@ def resolved_config(run_dir: Path) -> Config:
 def restore_run(
     run_dir: Path, *, step: int | None, mesh: jax.sharding.Mesh, compute_dtype: str
 ) -> tuple[Qwen3, TrainState]:
-    """The model and train state of a checkpoint (default: the latest).
+    """Restore the model and train state of a checkpoint (default: the latest).
 
     Raises:
         ValueError: no run, or no such checkpoint.
@@ -47,7 +47,7 @@ def restore_run(
 
 @contextlib.contextmanager
 def checkpoints_of(run_dir: Path) -> Iterator[Checkpoints]:
-    """A run's checkpoints, to be read.
+    """Open a run's checkpoints for reading.
 
     Raises:
         ValueError: no run, or it has none.

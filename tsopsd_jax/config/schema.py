@@ -1,16 +1,16 @@
 """The configuration: one frozen dataclass per concern, defaults only here, each with its unit and source.
 
-Sources: [P] the TS-OPSD paper (arXiv 2606.00755), appendix A; [D] DAPO (arXiv 2503.14476); [V] verl's DAPO recipe, which
-the paper builds on. This is the only place where a configuration is taken apart: `make_*` turn it into the arguments
-that the layers below take.
+Sources: [P] the TS-OPSD paper (arXiv 2606.00755), appendix A; [D] DAPO (arXiv 2503.14476); [V] verl's DAPO recipe,
+which the paper builds on. This is the only place where a configuration is taken apart: `make_*` turn it into the
+arguments that the layers below take.
 """
 
+import itertools
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
-import yaml
 
 from tsopsd_jax.config import strict
 from tsopsd_jax.data import CHATS, SOURCES, TEMPLATES
@@ -30,7 +30,7 @@ def _known(name: str, value: str, known: Any) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSettings:
-    """`path`: a Hugging Face directory, or `countdown-tiny`."""
+    """The model: `path` is a Hugging Face directory, or `countdown-tiny`."""
 
     path: str
     random_init: bool = False
@@ -38,7 +38,7 @@ class ModelSettings:
     compute_dtype: str = "float32"
     """float32 or bfloat16 [P: bfloat16]; master weights are float32 always."""
     remat: str = "none"
-    """What a layer keeps for its backward pass: none recomputed, dots (results of matrix products kept), full (its input)."""
+    """Recomputed in a layer's backward pass: none, dots (all but matrix products), full (all but the layer's input)."""
 
     def __post_init__(self):
         _known("compute_dtype", self.compute_dtype, DTYPES)
@@ -62,7 +62,7 @@ class MeshSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class DataSettings:
-    """Where problems come from and how they are scored."""
+    """Problems: their source, what is put around them, and how responses are scored."""
 
     name: str
     verifier: str
@@ -85,7 +85,7 @@ class DataSettings:
     sample: int | None = None
     """Use N problems drawn by the run's seed [P, figure 13: 2048]."""
     max_prompt_tokens: int = 2048
-    """Longer prompts are an error [V: 2048]."""
+    """Limit of a prompt; longer ones are an error [V: 2048]."""
 
     def __post_init__(self):
         _known("name", self.name, SOURCES)
@@ -101,7 +101,7 @@ class DataSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationSettings:
-    """Evaluation before the first phase and after each, and every so many steps; `data` None: none."""
+    """Evaluation before the first phase and after each, and within phases; `data` None: none."""
 
     data: DataSettings | None = None
     samples: int = 8
@@ -125,7 +125,7 @@ class EvaluationSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerSettings:
-    """AdamW; see `learn.update.make_optimizer`."""
+    """Hyperparameters of AdamW, as `learn.update.make_optimizer` takes them."""
 
     learning_rate: float
     """[P: 2e-6 RL, 1e-6 OPSD]"""
@@ -139,7 +139,7 @@ class OptimizerSettings:
     beta2: float = 0.999
     epsilon: float = 1e-8
     momentum_dtype: str = "float32"
-    """Of the stored first moment; bfloat16 saves 2 bytes per parameter."""
+    """Dtype of the stored first moment; bfloat16 saves 2 bytes per parameter."""
 
     def __post_init__(self):
         _known("momentum_dtype", self.momentum_dtype, DTYPES)
@@ -160,7 +160,7 @@ class ObjectiveSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class RewardSettings:
-    """See `judge.groups.RewardRule`."""
+    """Rewards and dynamic sampling, as `judge.groups.RewardRule` takes them."""
 
     overlong_buffer_tokens: int = 0
     """[P: 1024]; 0: no penalty"""
@@ -194,13 +194,13 @@ class PhaseSettings:
     sampling: Sampling = field(default_factory=Sampling)
     """[P: temperature 1.0, top-p 1.0]"""
     reward: RewardSettings | None = None
-    """None: the objective needs no reward, and its step is one jitted function."""
+    """Rule of the rewards; None: the objective needs none, and its step is one jitted function."""
     optimizer_state: str = "reset"
     """reset or keep, at the phase's start"""
     rows_at_once: int | None = None
     """Slots: responses decoded side by side; one that ends makes room for the next. null: all of the step's."""
     micro_batches: int | None = None
-    """Pieces of the update; changes memory, not the result. null: as many as the devices' memory asks for, none with more
+    """Pieces of the update; changes memory, not the result. null: what the devices' memory asks for, none with more
     than 16,384 tokens a device (2,048 on a CPU)."""
     chunk_tokens: int = CHUNK_TOKENS
     """Tokens whose logits exist at once, on each device."""
@@ -229,6 +229,17 @@ class PhaseSettings:
             )
         if self.rows_at_once is not None and self.rows_at_once < 1:
             raise ValueError(f"rows_at_once must be at least 1, got {self.rows_at_once}")
+        if self.reward is not None and self.responses_per_prompt == 1:
+            raise ValueError(
+                "responses_per_prompt: a response's advantage is its reward against those of its group; expected at "
+                "least 2 where there is a reward, got 1"
+            )
+        low, high = self.stop.collapsed_below_nats, self.stop.recovered_above_nats
+        if low is not None and high is not None and low >= high:
+            raise ValueError(
+                f"stop: collapsed_below_nats {low} must be under recovered_above_nats {high}: every entropy would end "
+                "the phase"
+            )
         on_policy = self.sampling == Sampling()
         if self.objective.name == "dapo" and not on_policy:
             raise ValueError(
@@ -237,8 +248,8 @@ class PhaseSettings:
             )
         if self.measure_start_kl and not on_policy:
             raise ValueError(
-                "measure_start_kl: the estimate needs responses of the policy at temperature 1; expected sampling_temperature "
-                f"1, top_p 1, top_k 0, got {self.sampling}"
+                "measure_start_kl: the estimate needs responses of the policy at temperature 1; expected "
+                f"sampling_temperature 1, top_p 1, top_k 0, got {self.sampling}"
             )
         if self.objective.name == "dapo" and self.reward is None:
             raise ValueError("reward: dapo needs rewards; add a reward section ({} for the defaults)")
@@ -252,7 +263,7 @@ class Config:
     data: DataSettings
     phases: tuple[PhaseSettings, ...]
     seed: int = 0
-    """Of sampling and of the data order."""
+    """Seed of sampling, of the data order and of random weights."""
     mesh: MeshSettings = field(default_factory=MeshSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     checkpoint_every_steps: int = 20
@@ -272,8 +283,8 @@ class Config:
             self.data.chat,
         ):
             raise ValueError(
-                "evaluation.data: verifier, max_prompt_tokens and chat must be those of data: the evaluation runs the same "
-                f"task, got {asked.verifier}, {asked.max_prompt_tokens}, {asked.chat} for {self.data.verifier}, "
+                "evaluation.data: verifier, max_prompt_tokens and chat must be those of data: the evaluation runs the "
+                f"same task, got {asked.verifier}, {asked.max_prompt_tokens}, {asked.chat} for {self.data.verifier}, "
                 f"{self.data.max_prompt_tokens}, {self.data.chat}"
             )
         if asked is not None and (asked.exclude or asked.drop_longer):
@@ -281,6 +292,13 @@ class Config:
         names = [p.name for p in self.phases]
         if len(set(names)) != len(names):
             raise ValueError(f"phases: expected different names, got {names}")
+        for before, after in itertools.pairwise(self.phases):
+            low, high = before.stop.collapsed_below_nats, after.stop.recovered_above_nats
+            if low is not None and high is not None and low > high:
+                raise ValueError(
+                    f"phase {after.name!r}: stop.recovered_above_nats {high} must not be under "
+                    f"stop.collapsed_below_nats {low} of phase {before.name!r}: a collapsed policy would count as recovered"
+                )
         dtypes = [p.optimizer.momentum_dtype for p in self.phases]
         if len(set(dtypes)) != 1:
             raise ValueError(
@@ -303,13 +321,10 @@ def load_config(path: str | Path, overrides: list[str]) -> Config:
     if not path.is_file():
         raise ValueError(f"configuration {path}: no such file")
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"configuration {path}: not valid YAML: {' '.join(str(error).split())}") from error
+        data = strict.read(path)
+    except ValueError as error:
+        raise ValueError(f"configuration {path}: not valid YAML: {error}") from error
     try:
-        data = strict.plain(
-            data
-        )  # what YAML's anchors and merges share becomes separate: an override changes one place
         for assignment in overrides:
             strict.override(data, assignment)
         return strict.build(Config, data)

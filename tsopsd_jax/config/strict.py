@@ -1,20 +1,117 @@
-"""Strict settings: plain data <-> frozen dataclasses, by their type hints. No defaults live here."""
+"""Strict settings: YAML <-> plain data <-> frozen dataclasses, by their type hints. No defaults live here."""
 
 import dataclasses
 import difflib
 import math
+import re
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import yaml
 
 T = TypeVar("T")
 
+_TAG = "tag:yaml.org,2002:"
+_CORE = {
+    "null": r"~|null|Null|NULL|",
+    "bool": r"true|True|TRUE|false|False|FALSE",
+    "int": r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+",
+    "float": r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+}
+"""Scalars that are not text: YAML 1.2, 10.3.2. (In 1.1, PyYAML's, 010 is 8, 1:30 is 90, on is true, 1e-6 is text.)"""
+
+
+class _Loader(yaml.SafeLoader):
+    """A loader of YAML 1.2's core schema and merge keys, without repeated keys."""
+
+    yaml_implicit_resolvers: typing.ClassVar[dict] = {}
+    yaml_constructors: typing.ClassVar[dict] = {
+        tag: yaml.SafeLoader.yaml_constructors[tag]
+        for tag in (None, *(_TAG + name for name in ("null", "bool", "str", "seq", "map")))
+    }
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
+        lines: dict[str, int] = {}
+        for key, _ in node.value:  # as they are written, before merge keys are followed
+            if isinstance(key, yaml.ScalarNode):
+                line = key.start_mark.line + 1
+                if key.value in lines:
+                    raise ValueError(
+                        f"{key.value!r} is given twice, in lines {lines[key.value]} and {line}; remove one"
+                    )
+                lines[key.value] = line
+        return node
+
+    def flatten_mapping(self, node: Any) -> None:
+        """Follow merge keys: a mapping's own keys win, then the first source's. (PyYAML 6.0.3 confuses equal keys.)"""
+        own, merged = [], []
+        for key, value in node.value:
+            if key.tag != f"{_TAG}merge":
+                own.append((key, value))
+                continue
+            for source in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+                if not isinstance(source, yaml.MappingNode):
+                    raise ValueError(f"line {key.start_mark.line + 1}: expected a mapping or several after <<")
+                self.flatten_mapping(source)
+                merged.append(source.value)
+        node.value = [pair for pairs in reversed(merged) for pair in pairs] + own
+
+
+class _Dumper(yaml.SafeDumper):
+    """A dumper that quotes what YAML 1.1 or 1.2 would not read as text."""
+
+
+def _integer(loader: yaml.SafeLoader, node: Any) -> int:
+    text = loader.construct_scalar(node)
+    return int(text, 0 if text[1:2] in ("o", "x") else 10)
+
+
+def _float(loader: yaml.SafeLoader, node: Any) -> float:
+    return float(re.sub(r"\.(inf|nan)", r"\1", loader.construct_scalar(node).lower()))
+
+
+for _name, _pattern in _CORE.items():
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(_TAG + _name, re.compile(rf"(?:{_pattern})\Z"), None)
+_Loader.add_implicit_resolver(f"{_TAG}merge", re.compile(r"<<\Z"), None)
+_Loader.add_constructor(f"{_TAG}int", _integer)
+_Loader.add_constructor(f"{_TAG}float", _float)
+
+
+def parse(text: str) -> Any:
+    """Read the plain data of a YAML document (version 1.2); what its anchors share becomes separate.
+
+    Raises:
+        ValueError: it is none, or gives a key twice.
+    """
+    try:
+        return plain(yaml.load(text, Loader=_Loader))
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from error
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply, or holds itself") from error
+
+
+def read(file: Path) -> Any:
+    """Parse a file in UTF-8.
+
+    Raises:
+        ValueError: as `parse` does, or other bytes; the file is not named.
+    """
+    return parse(file.read_text(encoding="utf-8"))
+
+
+def dump(data: Any) -> str:
+    """Write plain data as YAML, which `parse` and readers of YAML 1.1 read alike."""
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False)
+
 
 def build(cls: type[T], data: Any, *, where: str = "") -> T:
-    """An instance of the dataclass `cls` from nested plain data.
+    """Build an instance of the dataclass `cls` from nested plain data.
 
     Raises:
         ValueError: an unknown key (with the nearest known one), a missing key, a value of the wrong type; one line that
@@ -65,13 +162,25 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         value = _number_if_text(value)
         if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
             return float(value)
+    elif hint is str and isinstance(value, str):
+        return at_home(value)
     elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
     raise ValueError(f"{where}: expected {hint.__name__}, got {value!r} ({type(value).__name__})")
 
 
+def at_home(text: str) -> str:
+    """Put the user's folder for a path's first `~`, as a shell does; in a list with commas for each."""
+    try:
+        return re.sub(r"(?:(?<=^)|(?<=,))~(?=/|,|$)", lambda _: str(Path.home()), text)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{text}: expected HOME to name the user's folder, got none ({error}); write the path out"
+        ) from error
+
+
 def _number_if_text(value: Any) -> Any:
-    """YAML 1.1 reads 1e-6 as text; people mean the number."""
+    """Read text that is a number, in quotes or left so by a reader of YAML 1.1 (1e-6), as the number people mean."""
     if isinstance(value, str):
         try:
             return float(value)
@@ -81,7 +190,7 @@ def _number_if_text(value: Any) -> Any:
 
 
 def override(data: Any, assignment: str) -> None:
-    """Apply one `a.b.0.c=value` (value in YAML) to nested plain data, in place.
+    """Apply one `a.b.0.c=value` (value in YAML) to nested plain data, in place; an item may be called by its `name`.
 
     Raises:
         ValueError: no `=`, or a path that does not lead anywhere. (Unknown last keys are found by `build`.)
@@ -90,21 +199,20 @@ def override(data: Any, assignment: str) -> None:
     if not equals or not path:
         raise ValueError(f"--set expects a.b=value, got {assignment!r}")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"--set {path}: {text!r} is not a YAML value") from error
+        value = parse(text)
+    except ValueError as error:
+        raise ValueError(f"--set {path}: {text!r} is not a YAML value: {error}") from error
     *parents, last = path.split(".")
     node = data
     for depth, key in enumerate([*parents, last]):
         here = ".".join(path.split(".")[: depth + 1])
         final = depth == len(parents)
         if isinstance(node, list):
-            if not key.isdigit() or int(key) >= len(node):
-                raise ValueError(f"--set {here}: expected an index 0 to {len(node) - 1}, got {key!r}")
+            at = _position(node, key, here)
             if final:
-                node[int(key)] = value
+                node[at] = value
             else:
-                node = node[int(key)]
+                node = node[at]
         elif isinstance(node, dict):
             if final:
                 node[key] = value
@@ -117,8 +225,21 @@ def override(data: Any, assignment: str) -> None:
             raise ValueError(f"--set {here}: {parent} is a value, not a group of settings")
 
 
+def _position(items: list[Any], key: str, here: str) -> int:
+    """Find the place in a list of `key`: an index, or the name of an item."""
+    names = [item.get("name") if isinstance(item, dict) else None for item in items]
+    if key.isdecimal() and int(key) < len(items):
+        return int(key)
+    if key in names:
+        return names.index(key)
+    known = ", ".join(str(name) for name in names if name is not None)
+    raise ValueError(
+        f"--set {here}: expected an index 0 to {len(items) - 1}, got {key!r}{f'; or a name: {known}' if known else ''}"
+    )
+
+
 def plain(value: Any) -> Any:
-    """The reverse of `build`: nested dicts, lists and scalars."""
+    """Turn dataclasses into nested dicts, lists and scalars, from which `build` makes them again."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: plain(vars(value)[f.name]) for f in dataclasses.fields(value)}
     if isinstance(value, tuple | list):
@@ -136,12 +257,12 @@ class Difference(NamedTuple):
     new: Any
 
     def words(self, sign: str) -> str:
-        """`key: old sign new`."""
+        """Say `key: old sign new`."""
         return f"{self.key}: {self.old!r} {sign} {self.new!r}"
 
 
 def differences(a: Any, b: Any, where: str = "") -> Iterator[Difference]:
-    """Every place where two trees of plain data differ, in the order of `a`."""
+    """Find every place where two trees of plain data differ, in the order of `a`."""
     if isinstance(a, dict) and isinstance(b, dict):
         for key in [*a, *(k for k in b if k not in a)]:
             yield from differences(a.get(key), b.get(key), _join(where, key))
@@ -153,5 +274,5 @@ def differences(a: Any, b: Any, where: str = "") -> Iterator[Difference]:
 
 
 def first_difference(a: Any, b: Any) -> str | None:
-    """The first place where two trees of plain data differ, `path: a != b`, or None."""
+    """Name the first place where two trees of plain data differ, `path: a != b`; None: nowhere."""
     return next((found.words("!=") for found in differences(a, b)), None)

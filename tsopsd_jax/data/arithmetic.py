@@ -33,7 +33,7 @@ _HELD_OUT_ONE_IN = 4
 
 
 def random_problem(rng: np.random.Generator) -> tuple[str, str, bool]:
-    """A random problem, its answer, and whether it belongs to the test set."""
+    """Draw a random problem, its answer, and whether it belongs to the test set."""
     a, b = (int(rng.integers(2, 10) if rng.random() < 0.75 else rng.integers(10, 100)) for _ in range(2))
     # Products of two numbers of two digits are beyond a model that does them in its head.
     operation = "+-*"[int(rng.integers(3 if min(a, b) < 10 else 2))]
@@ -51,7 +51,7 @@ def is_held_out(operation: str, a: int, b: int) -> bool:
 
 
 def rows(split: str) -> list[tuple[str, str, str]]:
-    """(id, problem, answer) of a split's different problems, the same everywhere."""
+    """List a split's different problems as (id, problem, answer); they are alike on every machine."""
     count, seed = SPLITS[split]
     rng = np.random.default_rng(seed)
     problems: dict[str, str] = {}

@@ -5,6 +5,8 @@ it.
 """
 
 import contextlib
+import errno
+import fcntl
 import io
 import os
 import shutil
@@ -50,14 +52,21 @@ class ProblemSet(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
 
 def build(name: str, splits: Mapping[str, Iterable[Problem]], directory: str | Path) -> Path:
-    """Write a data set and return its folder; one that stands there is replaced when the new one is whole.
+    """Write a data set and return its folder; one that exists there is replaced when the new one is whole.
 
     Built beside the final place and moved there by a rename: nothing half-built is ever found there.
     """
     directory, final = Path(directory), prepared_folder(name, directory)
-    final.parent.mkdir(parents=True, exist_ok=True)
-    workplace = Path(tempfile.mkdtemp(prefix=f".{name}-building-", dir=directory))
-    try:
+    with contextlib.ExitStack() as stack:
+        try:
+            final.parent.mkdir(parents=True, exist_ok=True)
+            _sweep(directory)
+            workplace = stack.enter_context(_workplace(name, directory))
+        except OSError as error:
+            raise ValueError(
+                f"data set {name}: expected a folder to write to, got {directory}: {error.strerror}; name another with "
+                "cache_dir, --cache-dir or TSOPSD_CACHE_DIR"
+            ) from error
         builder = ProblemSet(name=name, splits=splits, data_dir=str(workplace), file_format="array_record")
         # The caller shows progress, if anybody does.
         tfds.disable_progress_bar()
@@ -71,13 +80,54 @@ def build(name: str, splits: Mapping[str, Iterable[Problem]], directory: str | P
             # Another process has built the same rows meanwhile: its copy is as good.
             if not final.exists():
                 raise
-    finally:
-        shutil.rmtree(workplace, ignore_errors=True)
     return final
 
 
+@contextlib.contextmanager
+def _workplace(name: str, directory: Path) -> Iterator[Path]:
+    """Make a folder that is locked while it is used, and removed afterwards."""
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=f".{name}-building-", dir=directory))
+        with contextlib.suppress(FileNotFoundError):
+            lock = _lock(folder, wait=True)
+            if folder.exists():
+                break
+            os.close(lock)
+        # Another process swept it away before it was locked: the next one, then.
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+
+
+def _sweep(directory: Path) -> None:
+    """Remove the workplaces of processes that were killed: nobody holds their locks."""
+    for folder in directory.glob(".*-building-*"):
+        with contextlib.suppress(OSError):  # held, or just removed, or a file system without locks
+            lock = _lock(folder, wait=False)
+            shutil.rmtree(folder, ignore_errors=True)
+            os.close(lock)
+
+
+def _lock(folder: Path, *, wait: bool) -> int:
+    """Hold a folder's lock until the returned handle is closed; waiting, do without where there are no locks.
+
+    Raises:
+        OSError: the lock is held and `wait` is False, the folder is gone, or there are no locks and `wait` is False.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if not wait or error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
+            os.close(handle)
+            raise
+    return handle
+
+
 def read(name: str, directory: str | Path, *, split: str, first: int | None) -> list[Problem]:
-    """The first `first` problems (None: all) of a split of a prepared data set; `a+b`: of both.
+    """Read the first `first` problems (None: all) of a split of a prepared data set; `a+b`: of both.
 
     Raises:
         ValueError: if the files are damaged, or there is no such split.
@@ -98,14 +148,14 @@ def read(name: str, directory: str | Path, *, split: str, first: int | None) -> 
 
 
 def _parsed(record: bytes) -> Problem:
-    """A stored row. (TFDS decodes 20,000 in 1.3 s; they are read and parsed so in 0.35 s.)"""
+    """Parse a stored row. (TFDS decodes 20,000 in 1.3 s; they are read and parsed so in 0.35 s.)"""
     example = tf_example_pb2.Example.FromString(record)  # pyright: ignore[reportAttributeAccessIssue]
     fields = example.features.feature
     return Problem(**{key: fields[key].bytes_list.value[0].decode("utf-8") for key in Problem._fields})
 
 
 def sizes(name: str, directory: str | Path) -> dict[str, int]:
-    """Split -> number of problems of a prepared data set.
+    """Count the problems of each split of a prepared data set.
 
     Raises:
         ValueError: if the files are damaged.
@@ -116,7 +166,7 @@ def sizes(name: str, directory: str | Path) -> dict[str, int]:
 
 @contextlib.contextmanager
 def _readable(name: str, directory: str | Path) -> Iterator[tfds.core.DatasetBuilder]:
-    """The prepared data set; whatever goes wrong while reading it is damage, and the error says what to do."""
+    """Open a prepared data set; whatever goes wrong while reading it is damage, and the error says what to do."""
     final = prepared_folder(name, directory)
     remedy = f"delete {final} and run again to rebuild it, or `tsopsd data prepare {name}`"
     # A whole data set has its metadata: it appears under its final name only by a rename.

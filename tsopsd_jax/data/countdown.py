@@ -36,7 +36,7 @@ _HELD_OUT_ONE_IN = 16
 
 
 def random_derivation(rng: np.random.Generator, *, held_out: bool = False) -> tuple[str, str, str]:
-    """A random problem with one of its solutions: (prompt, response without the end token, gold answer).
+    """Draw a random problem with one of its solutions: (prompt, response without the end token, gold answer).
 
     `held_out` chooses between two disjoint sets of problems (see `is_held_out`): whatever pretrains or trains
     a model draws with False, the test split with True.
@@ -77,7 +77,7 @@ def is_held_out(numbers: list[int], target: int) -> bool:
 
 
 def distinct_problems(count: int, *, seed: int, held_out: bool) -> list[tuple[str, str]]:
-    """`count` different problems as (prompt, gold answer), the same for the same arguments everywhere."""
+    """Draw `count` different problems as (prompt, gold answer); the arguments decide them, on every machine."""
     rng = np.random.default_rng(seed)
     problems: dict[str, str] = {}
     while len(problems) < count:

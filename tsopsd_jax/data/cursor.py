@@ -1,11 +1,11 @@
-"""Which problem comes next: a shuffled order that one integer resumes."""
+"""Order of the problems: shuffled, and resumed from one integer."""
 
 import numpy as np
 from jaxtyping import Int
 
 
 def indices(n: int, *, seed: int, position: int, count: int) -> Int[np.ndarray, " count"]:
-    """Indices into `n` problems at positions `position .. position + count - 1` of an endless shuffled order.
+    """List the indices into `n` problems at positions `position .. position + count - 1` of an endless shuffled order.
 
     index(p) = permutation(seed, epoch = p // n)[p % n]: every epoch visits every problem once, in its own
     order. The position is all the state there is, so a checkpoint stores one integer.

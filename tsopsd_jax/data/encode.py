@@ -9,7 +9,7 @@ from tsopsd_jax.distributed import processes
 
 
 def encode_prompts(problems: Sequence[Problem], tokenizer: Tokenizer, *, max_prompt_tokens: int):
-    """Right-padded prompt tokens [N, max_prompt_tokens] and their lengths [N]; each process tokenises its share.
+    """Tokenise prompts: right-padded tokens [N, max_prompt_tokens] and lengths [N]; each process takes its share.
 
     Raises:
         ValueError: for a prompt that is empty or longer than the limit, naming it.
@@ -21,7 +21,7 @@ def encode_prompts(problems: Sequence[Problem], tokenizer: Tokenizer, *, max_pro
 def encode_to_fit(
     names: Sequence[str], prompts: Sequence[str], tokenizer: Tokenizer, *, max_tokens: int, positions: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens [N, P] and lengths of prompts that leave room for `max_tokens` in a model of `positions`; P is the longest.
+    """Tokenise prompts that leave room for `max_tokens` in a model of `positions`: tokens [N, longest] and lengths [N].
 
     Raises:
         ValueError: the longest does not, or one is empty.
@@ -37,14 +37,18 @@ def encode_to_fit(
 
 
 def pad_prompts(names: Sequence[str], ids: Sequence[Sequence[int]], *, max_prompt_tokens: int):
-    """The same for prompts that are tokens already."""
+    """Right-pad prompts that are tokens already: tokens [N, max_prompt_tokens] and lengths [N].
+
+    Raises:
+        ValueError: for a prompt that is empty or longer than the limit, naming it.
+    """
     tokens = np.zeros((len(ids), max_prompt_tokens), np.int32)
     lengths = np.zeros(len(ids), np.int32)
     for row, (name, prompt) in enumerate(zip(names, ids, strict=True)):
         if not 0 < len(prompt) <= max_prompt_tokens:
             raise ValueError(
                 f"prompt {name!r} has {len(prompt)} tokens, expected 1 to {max_prompt_tokens}; "
-                "raise data.max_prompt_tokens or set data.drop_longer: true"
+                "raise max_prompt_tokens, or leave long training problems out with data.drop_longer: true"
             )
         tokens[row, : len(prompt)], lengths[row] = prompt, len(prompt)
     return tokens, lengths

@@ -1,9 +1,11 @@
-"""How the published files of each data set look: which files, which columns, and how a row becomes a problem."""
+"""Layouts of published data sets: which files, which columns, and how a row becomes a problem."""
 
+import codecs
 import csv
 import hashlib
 import itertools
 import json
+import math
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -36,26 +38,34 @@ class Layout(NamedTuple):
     hub: str | None = None
     """The repository on the Hugging Face hub."""
     columns: tuple[str, ...] | None = None
-    """Of a parquet file, where not all are needed."""
+    """The columns of a parquet file that are read, where not all are needed."""
+    sizes: dict[str, int] | None = None
+    """Split -> how many problems it has, where that is known."""
     repeats: bool = False
     """The file repeats its problems: rows that equal an earlier one are that problem."""
 
 
 def prepared_folder(name: str, directory: str | Path) -> Path:
-    """Where the data set of that name is when it is prepared."""
+    """Name the folder of a prepared data set, whether it exists or not."""
     return Path(directory) / name / "1.0.0"
 
 
 class Tally:
-    """Counts the rows read, and collects what is wrong with which."""
+    """Counts the rows read, and collects what is wrong with which.
 
-    def __init__(self, where: str):
+    Args:
+        where: what is read, for messages.
+        known: how many problems there are, where that is known.
+    """
+
+    def __init__(self, where: str, known: int | None = None):
         self.where = where
+        self.known = known
         self.kept = self.duplicates = 0
         self.malformed: list[tuple[int, str]] = []
 
     def complaint(self) -> str:
-        """How many rows are malformed, which (20 at most), and why (three at most)."""
+        """Say how many rows are malformed, which (20 at most), and why (three at most)."""
         shown = [f"row {number}: {reason}" for number, reason in self.malformed[:3]]
         further = [str(number) for number, _ in self.malformed[3:20]]
         if further:
@@ -63,17 +73,27 @@ class Tally:
         return f"{len(self.malformed)} malformed rows ({'; '.join(shown)}; rows count from 1)"
 
     def check(self) -> None:
-        """Raise ValueError if a row was malformed."""
+        """Raise ValueError if a row was malformed, or there were more problems than the data set has."""
         if self.malformed:
             raise ValueError(
-                f"{self.where}: expected rows with id, problem and answer, got {self.complaint()}: repair or remove them"
+                f"{self.where}: expected rows with id, problem and answer, got {self.complaint()}: "
+                "repair or remove them"
+            )
+        self.check_size()
+
+    def check_size(self) -> None:
+        """Raise ValueError if there were more problems than the data set has: some are another's."""
+        if self.known is not None and self.kept > self.known:
+            raise ValueError(
+                f"{self.where}: expected the data set's {self.known:,} problems, got {self.kept:,}: "
+                "name its own file, or read yours as jsonl"
             )
 
 
 def read_problems(
     layout: Layout, rows: Iterable[tuple[int, Row | str]], prefix: str, tally: Tally
 ) -> Iterator[Problem]:
-    """The problems in numbered rows, in order; what is wrong with the others goes to `tally`.
+    """Yield the problems in numbered rows, in order; what is wrong with the others goes to `tally`.
 
     Keeps a digest of each distinct problem, not the rows: memory does not grow with repetitions.
     """
@@ -105,7 +125,7 @@ def read_problems(
 
 
 def numbered_rows(files: Sequence[Path], columns: tuple[str, ...] | None) -> Iterator[tuple[int, Row | str]]:
-    """(row number from 1, the row or what is wrong with it) through all `files`, read in pieces.
+    """Yield (row number from 1, the row or what is wrong with it) through all `files`, read in pieces.
 
     Raises:
         ValueError: for a file that cannot be read as what its name says, or that lacks `columns`.
@@ -115,7 +135,7 @@ def numbered_rows(files: Sequence[Path], columns: tuple[str, ...] | None) -> Ite
 
 
 def count_rows(files: Sequence[Path]) -> int | None:
-    """The rows in parquet files; None for other files, which do not tell."""
+    """Count the rows of parquet files; None for other files, which do not tell."""
     if any(file.suffix != ".parquet" for file in files):
         return None
     import pyarrow
@@ -141,9 +161,31 @@ def _parquet_rows(path: Path, columns: tuple[str, ...] | None) -> Iterator[Row]:
                     "use a file in the official layout"
                 )
             for batch in file.iter_batches(batch_size=256, columns=columns):
-                yield from batch.to_pylist()
+                narrow = {field.name: field.type for field in batch.schema if _is_narrow(field.type)}
+                for row in batch.to_pylist():
+                    yield row | {name: _own_digits(kind, row[name]) for name, kind in narrow.items()}
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{path}: expected a readable parquet file, got {error}: download it again") from error
+
+
+def _is_narrow(kind: Any) -> bool:
+    """Whether a parquet type is, or holds, a float of less than 64 bits."""
+    import pyarrow.types
+
+    if pyarrow.types.is_struct(kind):
+        return any(_is_narrow(field.type) for field in kind)
+    return pyarrow.types.is_float32(kind) or pyarrow.types.is_float16(kind)
+
+
+def _own_digits(kind: Any, value: Any) -> Any:
+    """Widen a float to the one with the fewest digits in its own width: 0.1, not 0.10000000149011612."""
+    import pyarrow.types
+
+    if value is None or not _is_narrow(kind):
+        return value
+    if pyarrow.types.is_struct(kind):
+        return {field.name: _own_digits(field.type, value[field.name]) for field in kind}
+    return float(str((np.float32 if pyarrow.types.is_float32(kind) else np.float16)(value)))
 
 
 def _csv_rows(path: Path, columns: tuple[str, ...] | None) -> Iterator[Row]:
@@ -156,12 +198,15 @@ def _csv_rows(path: Path, columns: tuple[str, ...] | None) -> Iterator[Row]:
 
 
 def _jsonl_rows(path: Path, columns: tuple[str, ...] | None) -> Iterator[Row | str]:
-    """A row per line; "" for an empty line."""
+    """Yield a row per line; "" for an empty line. A byte-order mark may open a line: files are joined with theirs."""
     del columns
     with path.open("rb") as file:
         for line in file:
+            if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                raise ValueError(f"{path}: expected JSON lines in UTF-8, got UTF-16 or UTF-32: save the file as UTF-8")
             try:
-                row = json.loads(line.decode("utf-8")) if line.strip() else ""
+                text = line.removeprefix(codecs.BOM_UTF8).decode("utf-8")
+                row = json.loads(text) if text.strip() else ""
             except (ValueError, RecursionError) as error:
                 row = f"not JSON ({error})"
             else:
@@ -180,7 +225,7 @@ _READERS: dict[str, Callable[[Path, tuple[str, ...] | None], Iterator[Row | str]
 
 
 def fields(problem: Sequence[str], answer: Sequence[str], *, own: bool = False) -> Callable[[Row, str], Problem | str]:
-    """Rows with a text and an answer under the first of these names that they have.
+    """Return a reader of rows: text and answer stand under the first of these names that a row has.
 
     `own` is for a user's files: the text is taken as it stands, instructions and all.
     """
@@ -196,14 +241,22 @@ def fields(problem: Sequence[str], answer: Sequence[str], *, own: bool = False) 
 
 
 def _checked(identity: Any, prompt: Any, answer: Any) -> Problem | str:
-    """A problem of three texts (an id or answer may be a number), or what is wrong with them."""
-    texts = [str(value) if type(value) in (int, float) else value for value in (identity, answer)]
+    """Build a problem of three texts (an id or answer may be a number), or say what is wrong with them."""
+    for what, value in (("id", identity), ("answer", answer)):
+        if isinstance(value, float) and not math.isfinite(value):
+            return f"{what} is {value}, not a finite number"
+    texts = [_digits(value) if type(value) in (int, float) else value for value in (identity, answer)]
     for what, value in (("id", texts[0]), ("problem", prompt), ("answer", texts[1])):
         if not isinstance(value, str) or not value.strip():
             return f"{what} is missing, empty or not a text"
         if _HALF.search(value):
             return f"{what} has half a character (a lone surrogate)"
     return Problem(texts[0], prompt, texts[1].strip())
+
+
+def _digits(value: int | float) -> str:
+    """Write a finite number in plain digits, as few as mean it: 4.0 is 4, 5e-05 is 0.00005."""
+    return str(value) if isinstance(value, int) else np.format_float_positional(value + 0.0, trim="-")  # -0.0 is 0
 
 
 def _dapo(row: Row, default_id: str) -> Problem | str:
@@ -219,7 +272,7 @@ def _dapo(row: Row, default_id: str) -> Problem | str:
 
 
 def _aime_2024(row: Row, default_id: str) -> Problem | str:
-    """The official file has the answer as a `solution` of one box; others have it bare."""
+    """Read a row whose answer is a `solution` of one box, as in the official file, or bare, as in others."""
     boxed = re.fullmatch(r"\s*\\boxed\{(\d+)\}\s*", str(row.get("solution")))
     return _MATH(row | {"answer": boxed[1]} if boxed else row, default_id)
 
@@ -232,7 +285,7 @@ def _gsm8k(row: Row, default_id: str) -> Problem | str:
 
 
 def _gpqa(row: Row, default_id: str) -> Problem | str:
-    """The four answers as options A to D, in an order that the row's id settles; gold is the right one's letter."""
+    """Put the four answers as options A to D, in an order that the row's id settles; gold is the right one's letter."""
     columns = ("Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3")
     options, question = [row.get(column) for column in columns], row.get("Question")
     for what, value in zip(("Question", *columns), (question, *options), strict=True):
@@ -256,11 +309,16 @@ LAYOUTS: dict[str, Layout] = {
         columns=("prompt", "reward_model", "extra_info"),
         repeats=True,
     ),
-    "math_500": Layout(_TEST, _MATH, hub="HuggingFaceH4/MATH-500"),
-    "aime_2024": Layout(_TEST, _aime_2024, hub="math-ai/aime24"),
-    "aime_2025": Layout(_TEST, _MATH, hub="math-ai/aime25"),
-    "aime_2026": Layout(_TEST, _MATH),
-    "olymmath_en": Layout({"easy": ("*EN-EASY.jsonl",), "hard": ("*EN-HARD.jsonl",)}, _MATH, hub="RUC-AIBOX/OlymMATH"),
+    "math_500": Layout(_TEST, _MATH, hub="HuggingFaceH4/MATH-500", sizes={"test": 500}),
+    "aime_2024": Layout(_TEST, _aime_2024, hub="math-ai/aime24", sizes={"test": 30}),
+    "aime_2025": Layout(_TEST, _MATH, hub="math-ai/aime25", sizes={"test": 30}),
+    "aime_2026": Layout(_TEST, _MATH, sizes={"test": 30}),
+    "olymmath_en": Layout(
+        {"easy": ("*EN-EASY.jsonl",), "hard": ("*EN-HARD.jsonl",)},
+        _MATH,
+        hub="RUC-AIBOX/OlymMATH",
+        sizes={"easy": 100, "hard": 100},
+    ),
     "gsm8k": Layout(
         {
             "train": ("main/train-*.parquet", "train.jsonl", "train-*.parquet"),
@@ -268,7 +326,8 @@ LAYOUTS: dict[str, Layout] = {
         },
         _gsm8k,
         hub="openai/gsm8k",
+        sizes={"train": 7_473, "test": 1_319},
     ),
-    "gpqa": Layout({"main": ("gpqa_main.csv",)}, _gpqa, hub="Idavidrein/gpqa"),
+    "gpqa": Layout({"main": ("gpqa_main.csv",)}, _gpqa, hub="Idavidrein/gpqa", sizes={"main": 448}),
 }
 """Another published data set is another entry."""

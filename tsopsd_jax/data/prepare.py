@@ -1,4 +1,4 @@
-"""A published data set, read and written once to the cache."""
+"""Preparation of a published data set: it is read and written once, to the cache."""
 
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -16,13 +16,15 @@ class Prepared(NamedTuple):
 
     folder: Path
     tallies: dict[str, Tally]
-    """Split -> what was read."""
+    """Split -> what was counted."""
+    files: dict[str, list[Path]]
+    """Split -> the files that were read."""
 
 
 def prepare(
     name: str, directory: Path, *, source: Path | None = None, skip_malformed: bool = False, watch: Watch
 ) -> Prepared:
-    """Read the published files of a data set and write it under `directory`, replacing what stands there.
+    """Read the published files of a data set and write it under `directory`, replacing one that exists there.
 
     Args:
         name: a key of `SOURCES` but `jsonl`.
@@ -32,7 +34,8 @@ def prepare(
         watch: shows progress.
 
     Raises:
-        ValueError: an unknown name, files that cannot be had or read, malformed rows; nothing is written then.
+        ValueError: an unknown name, files that cannot be had or read, malformed rows, more problems than the data set
+            has; nothing is written then.
     """
     known_source(name)
     if name == "jsonl":
@@ -40,6 +43,7 @@ def prepare(
     from tsopsd_jax.data import builders
 
     tallies: dict[str, Tally] = {}
+    files: dict[str, list[Path]] = {}
     if name in GENERATED:
         if source is not None:
             raise ValueError(f"{name} is generated: expected no --from, got {source}")
@@ -47,12 +51,16 @@ def prepare(
     else:
         layout = LAYOUTS[name]
         files = find_files(name, layout, source or _from_hub(name, layout))
-        tallies = {split: Tally(f"{name} {split}: {' '.join(map(str, paths))}") for split, paths in files.items()}
+        sizes = layout.sizes or {}
+        tallies = {
+            split: Tally(f"{name} {split}: {' '.join(map(str, paths))}", sizes.get(split))
+            for split, paths in files.items()
+        }
         splits = {
             split: _problems(name, split, paths, tallies[split], skip_malformed=skip_malformed, watch=watch)
             for split, paths in files.items()
         }
-    return Prepared(builders.build(name, splits, directory), tallies)
+    return Prepared(builders.build(name, splits, directory), tallies, files)
 
 
 def _problems(
@@ -63,12 +71,13 @@ def _problems(
     yield from read_problems(layout, rows, f"{name}-{split}", tally)
     if tally.malformed and not skip_malformed:
         raise ValueError(f"{tally.where}: {tally.complaint()}: repair them, or leave them out with --skip-malformed")
+    tally.check_size()
     if not tally.kept:
         raise ValueError(f"{tally.where}: expected at least one problem, got none")
 
 
 def _from_hub(name: str, layout: Layout) -> Path:
-    """The folder into which the data set's files were downloaded."""
+    """Download a data set's files; returns their folder."""
     remedy = f"`tsopsd data prepare {name} --from PATH` takes files that you have"
     if layout.hub is None:
         raise ValueError(f"{name}: no repository on the Hugging Face hub is known for it; {remedy}")
@@ -81,11 +90,13 @@ def _from_hub(name: str, layout: Layout) -> Path:
         )
     except huggingface_hub.errors.GatedRepoError as error:
         raise ValueError(
-            f"{name}: {layout.hub} asks to accept its terms on the Hugging Face hub, and to log in (`hf auth login`); {remedy}"
+            f"{name}: {layout.hub} asks to accept its terms on the Hugging Face hub, and to log in (`hf auth login`); "
+            + remedy
         ) from error
     # The library, its HTTP client and the operating system each raise their own kinds here.
     except Exception as error:
         raise ValueError(
-            f"{name}: could not fetch {layout.hub} from the Hugging Face hub ({type(error).__name__}: {error}); {remedy}"
+            f"{name}: could not fetch {layout.hub} from the Hugging Face hub ({type(error).__name__}: {error}); "
+            + remedy
         ) from error
     return Path(folder)

@@ -1,4 +1,4 @@
-"""Which of a source's problems a run learns from: not those it is evaluated on, not too long ones, perhaps a sample."""
+"""Choice of the problems that a run learns from: not those it is evaluated on, not too long ones, perhaps a sample."""
 
 import hashlib
 import re
@@ -18,7 +18,7 @@ _SAMPLE = 0x73616D70  # makes the draw of a sample another stream than the order
 
 
 def normalised(prompt: str) -> str:
-    """The problem's text without what differs between copies of one problem.
+    """Strip a problem's text of what differs between copies of one problem.
 
     Removed: a template's wording, white space, `$`, upper case, and braces around a single character.
     """
@@ -27,12 +27,12 @@ def normalised(prompt: str) -> str:
 
 
 def fingerprint(prompt: str) -> str:
-    """Equal for equal problems: 16 hexadecimal digits."""
+    """Digest a problem's normalised text to 16 hexadecimal digits, equal for equal problems."""
     return hashlib.sha256(normalised(prompt).encode()).hexdigest()[:16]
 
 
 def fingerprints(name: str, directory: str | Path) -> set[str]:
-    """Of the problems of an evaluation set: a source's name, a path ending in .jsonl, or `amc_2023`.
+    """Fingerprint the problems of an evaluation set: a source's name, a path ending in .jsonl, or `amc_2023`.
 
     Raises:
         ValueError: as `load_problems` does.
@@ -48,18 +48,18 @@ def fingerprints(name: str, directory: str | Path) -> set[str]:
 
 
 def without(problems: Sequence[Problem], excluded: Iterable[set[str]]) -> list[Problem]:
-    """The problems that equal none of those whose fingerprints are given."""
+    """Leave out the problems that equal one of those whose fingerprints are given."""
     known = set().union(*excluded)
     return [problem for problem in problems if fingerprint(problem.prompt) not in known]
 
 
 def sample(problems: Sequence[Problem], count: int, *, seed: int) -> list[Problem]:
-    """`count` of the problems without replacement, in their order; the same for the same seed.
+    """Draw `count` of the problems without replacement, kept in their order; a seed always draws the same ones.
 
     Raises:
         ValueError: if there are fewer.
     """
     if count > len(problems):
-        raise ValueError(f"data.sample: expected at most the {len(problems)} problems there are, got {count}")
+        raise ValueError(f"sample: expected at most the {len(problems)} problems there are, got {count}")
     rng = np.random.default_rng([seed, 0, _SAMPLE])
     return [problems[at] for at in np.sort(rng.choice(len(problems), size=count, replace=False))]

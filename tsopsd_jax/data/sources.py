@@ -1,4 +1,4 @@
-"""Where problems come from: a name -> a sequence of problems with random access."""
+"""Sources of problems by name, each a sequence of problems with random access."""
 
 import difflib
 import itertools
@@ -28,7 +28,7 @@ class Source(NamedTuple):
     needs_path: bool = False
     takes_path: bool = True
     takes_template: bool = True
-    """False where the prompts are in a form of their own."""
+    """Whether a prompt template may be put around its problems; False where they carry their instructions."""
 
 
 SOURCES: dict[str, Source] = {
@@ -57,7 +57,7 @@ def load_problems(
     problem_field: str = "problem",
     answer_field: str = "answer",
 ) -> Sequence[Problem]:
-    """The problems of the source called `name` (a key of `SOURCES`), in the source's own order.
+    """Load the problems of the source called `name` (a key of `SOURCES`), in the source's own order.
 
     Args:
         name: a published data set, prepared before (`tsopsd data prepare NAME`) or read from `path`;
@@ -65,7 +65,7 @@ def load_problems(
         split: one of the source's splits; None for its first.
         path: the published file or a folder that holds it (see `layouts.LAYOUTS`); for `jsonl` the file.
         directory: where prepared data sets are.
-        first: at most so many problems; the rest is not read. None for all.
+        first: at most this many problems; the rest is not read. None for all.
         template: name of a prompt template (`prompts.TEMPLATES`) that is put around every problem; None for the
             source's own: `dapo_answer` for `dapo_math_17k`, `plain` for the others.
         problem_field: name of the problem's text in a row of `jsonl`.
@@ -103,7 +103,7 @@ def load_problems(
 
 
 def known_source(name: str) -> Source:
-    """The entry of `SOURCES`.
+    """Look up a source in `SOURCES`.
 
     Raises:
         ValueError: with the nearest name, if there is none.
@@ -115,15 +115,16 @@ def known_source(name: str) -> Source:
 
 
 def evaluation_split(name: str) -> str | None:
-    """The split that serves to evaluate: `test` where there is one, else None, the source's first."""
+    """Choose the split to evaluate on: `test` where it exists, else None, the source's first."""
     return "test" if "test" in known_source(name).splits else None
 
 
 def find_files(name: str, layout: Layout, path: str | Path | None) -> dict[str, list[Path]]:
-    """Split -> its files: `path` itself, or what is found in the folder `path`; splits without files are left out.
+    """Find the files of each split: `path` itself, or those in the folder `path`; splits without files are left out.
 
     Raises:
-        ValueError: if there is nothing at `path`, or no file of the layout in it.
+        ValueError: if there is nothing at `path`, no file of the layout in it, or files of a split in several folders:
+            they may be of several data sets.
     """
     if path is None:
         raise ValueError(f"data source {name}: expected the path of a file, got none: set the path")
@@ -138,6 +139,12 @@ def find_files(name: str, layout: Layout, path: str | Path | None) -> dict[str, 
     for split, patterns in layout.splits.items():
         matches = (sorted(path.rglob(pattern)) for pattern in patterns)
         if files := next(filter(None, matches), None):
+            folders = sorted({str(file.parent) for file in files})
+            if len(folders) > 1:
+                raise ValueError(
+                    f"data source {name}: expected the files of {split} in one folder, got {len(files)} in "
+                    f"{len(folders)}: {', '.join(folders[:4])}{', ...' if len(folders) > 4 else ''}; name one of them"
+                )
             found[split] = files
     if not found:
         expected = ", ".join(pattern for patterns in layout.splits.values() for pattern in patterns) or "a file"
@@ -151,7 +158,7 @@ def _read_path(name: str, layout: Layout, path: str | Path | None, *, split: str
     for part in split.split("+"):
         if part not in files:
             raise ValueError(f"data source {name}: expected files of the split {part} at {path}, found none")
-        tally = Tally(f"data source {name}: {path}")
+        tally = Tally(f"data source {name}: {path}", (layout.sizes or {}).get(part))
         prefix = files[part][0].stem if name == "jsonl" else f"{name}-{part}"
         rows = read_problems(layout, numbered_rows(files[part], layout.columns), prefix, tally)
         problems += itertools.islice(rows, None if first is None else first - len(problems))
@@ -175,7 +182,7 @@ def _read_prepared(name: str, directory: str | Path | None, *, split: str, first
 
 
 def countdown_splits() -> dict[str, list[Problem]]:
-    """The countdown-steps task: 20,000 training and 1,024 test problems, disjoint, from fixed seeds."""
+    """Make the countdown-steps problems: 20,000 training and 1,024 test problems, disjoint, from fixed seeds."""
     splits = {}
     for split, count, seed, held_out in (("train", 20_000, 17, False), ("test", 1_024, 18, True)):
         rows = countdown.distinct_problems(count, seed=seed, held_out=held_out)
@@ -184,7 +191,7 @@ def countdown_splits() -> dict[str, list[Problem]]:
 
 
 def arithmetic_splits() -> dict[str, list[Problem]]:
-    """Arithmetic in words: 512 training and 128 test problems that share no calculation, from fixed seeds."""
+    """Make the problems of arithmetic in words: 512 training and 128 test problems without a common calculation."""
     return {split: [Problem(*row) for row in arithmetic.rows(split)] for split in arithmetic.SPLITS}
 
 

@@ -38,8 +38,8 @@ class Metrics(NamedTuple):
     segments: Sequence[Segment]
 
 
-def write_report(run_dir: str | Path) -> Path:
-    """Write `run_dir/report.html` (replacing it in one go) and return its path.
+def write_report(run_dir: str | Path, out: Path | None = None) -> Path:
+    """Write the page of a run to `out` (None: `run_dir/report.html`), replacing it in one go, and return its path.
 
     Raises:
         ValueError: if `run_dir` has no metrics.jsonl, or no step in it, or a broken line before its last.
@@ -67,8 +67,8 @@ def write_report(run_dir: str | Path) -> Path:
         if config_text
         else '<p class="muted">No config.yaml in this run directory.</p>',
     )
-    path = run_dir / "report.html"
-    partial = run_dir / "report.html.partial"
+    path = out or run_dir / "report.html"
+    partial = path.with_name(f"{path.name}.partial")
     partial.write_bytes(page.encode("utf-8", "replace"))
     partial.replace(path)
     return path

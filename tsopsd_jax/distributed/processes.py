@@ -166,9 +166,15 @@ def _first_number(names: tuple[str, ...]) -> int | None:
 def _launched() -> bool:
     """Whether Open MPI or SLURM started several processes, so that JAX can find the others by itself."""
     if "OMPI_COMM_WORLD_SIZE" in os.environ:
-        return int(os.environ["OMPI_COMM_WORLD_SIZE"]) > 1
+        return (_first_number(("OMPI_COMM_WORLD_SIZE",)) or 1) > 1
     if "SLURM_STEP_NODELIST" in os.environ:  # a step of srun; a batch script by itself is one process
-        return int(os.environ["SLURM_NTASKS"]) > 1
+        tasks = _first_number(("SLURM_NTASKS",))
+        if tasks is None:
+            raise ValueError(
+                "SLURM_STEP_NODELIST speaks of a step of srun: expected its number of tasks in SLURM_NTASKS, got none; set it, "
+                "or give --coordinator HOST:PORT --processes N --process I, or unset SLURM_STEP_NODELIST"
+            )
+        return tasks > 1
     return False
 
 
