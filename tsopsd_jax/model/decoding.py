@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from tsopsd_jax.model.attention import causal_attention
-from tsopsd_jax.model.qwen3 import Qwen3, rms_norm, rope_frequency
+from tsopsd_jax.model.qwen3 import Qwen3, rms_norm, rotation
 from tsopsd_jax.types import PyTree
 
 LayerCache = tuple[Array, Array]
@@ -121,21 +121,22 @@ def _trunk(
 ) -> tuple[Array, tuple[LayerCache, ...]]:
     c, new = model.config, []
     b, t = tokens_BT.shape
-    rotation = _rotation(positions_BT.reshape(-1), c.head_dim, c.rope_theta)
+    turn = rotation(positions_BT.reshape(-1), c.head_dim, c.rope_theta, c.yarn)  # once for all layers
+    turn = _apart(turn[0]), _apart(turn[1])
     # Jitted to be traced and lowered once, not once a layer; XLA inlines it.
     layer = jax.jit(functools.partial(_layer, model, attend, (b, t)))
     x_DM = jnp.take(view["embed"], tokens_BT.reshape(-1), axis=0).T
     for w, cache in zip(view["layers"], caches, strict=True):
-        x_DM, cache = layer(w, x_DM, rotation, cache)
+        x_DM, cache = layer(w, x_DM, turn, cache)
         new.append(cache)
     return x_DM, tuple(new)
 
 
 def _layer(
-    model: Qwen3, attend: Attend, shape: tuple[int, int], w: PyTree, x_DM: Array, rotation: tuple[Array, Array], cache
+    model: Qwen3, attend: Attend, shape: tuple[int, int], w: PyTree, x_DM: Array, turn: tuple[Array, Array], cache
 ) -> tuple[Array, LayerCache]:
     c, (b, t) = model.config, shape
-    cos_MH, sin_MH = rotation
+    cos_MH, sin_MH = turn
 
     def rows(x_MKEH: Array) -> Array:
         return x_MKEH.reshape(b, t, -1, c.head_dim)
@@ -165,12 +166,6 @@ def _norm(x_DM: Array, scale_D: Array, eps: float) -> Array:
     x32 = x_DM.astype(jnp.float32)
     inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=0, keepdims=True) + eps)
     return (x32 * inverse * scale_D.astype(jnp.float32)[:, None]).astype(x_DM.dtype)
-
-
-def _rotation(position_M: Array, head_dim: int, theta: float) -> tuple[Array, Array]:
-    """Cosine and sine of the rotary angles, [M, H / 2], once for all layers."""
-    angle_MH = position_M.astype(jnp.float32)[:, None] * rope_frequency(head_dim, theta)[None, :]
-    return _apart(jnp.cos(angle_MH)), _apart(jnp.sin(angle_MH))
 
 
 def _rotate(x_MKEH: Array, cos_MH: Array, sin_MH: Array) -> Array:

@@ -9,6 +9,7 @@ layout, a cache, no gradient.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -44,6 +45,53 @@ FAMILIES = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Yarn:
+    """A rotation for contexts `factor` times as long as those of pretraining (YaRN, arXiv 2309.00071); names follow the
+    Hugging Face config."""
+
+    factor: float
+    original_max_position_embeddings: int
+    """Positions of pretraining."""
+    beta_fast: float = 32.0
+    """Frequencies that turn more often than this within the positions of pretraining stay."""
+    beta_slow: float = 1.0
+    """Those that turn less often are divided by `factor`; in between, both are mixed."""
+    truncate: bool = True
+    """The range in between is widened to whole components."""
+    attention_factor: float | None = None
+    """Of queries and keys; None: 0.1 ln(factor) + 1 (equation 22)."""
+
+    def __post_init__(self):
+        if not self.factor >= 1 or self.original_max_position_embeddings < 1:
+            raise ValueError(
+                "YaRN: expected factor and original_max_position_embeddings of at least 1, "
+                f"got {self.factor} and {self.original_max_position_embeddings}"
+            )
+        if not self.beta_fast > self.beta_slow > 0:
+            raise ValueError(f"YaRN: expected beta_fast > beta_slow > 0, got {self.beta_fast} and {self.beta_slow}")
+        if self.attention_factor is not None and not self.attention_factor > 0:
+            raise ValueError(f"YaRN: expected attention_factor above 0, got {self.attention_factor}")
+
+    @property
+    def scale(self) -> float:
+        """What a rotated query or key is multiplied by."""
+        return 0.1 * math.log(self.factor) + 1 if self.attention_factor is None else self.attention_factor
+
+    def kept(self, head_dim: int, theta: float) -> np.ndarray:
+        """[head_dim / 2] from 1, a frequency that stays, to 0, one that is divided by `factor`: section 3.2."""
+
+        def component(turns: float) -> float:
+            """The component that turns so often within the positions of pretraining."""
+            return head_dim / 2 * math.log(self.original_max_position_embeddings / (2 * math.pi * turns), theta)
+
+        low, high = component(self.beta_fast), component(self.beta_slow)
+        if self.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, head_dim - 1)
+        return 1 - np.clip((np.arange(head_dim // 2) - low) / max(high - low, 1e-3), 0, 1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Qwen3Config:
     """The shape of a model of one of FAMILIES; names follow the Hugging Face config. `head_dim` is its own field."""
 
@@ -55,6 +103,7 @@ class Qwen3Config:
     num_key_value_heads: int
     head_dim: int
     rope_theta: float = 1e6
+    yarn: Yarn | None = None
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = False
     max_position_embeddings: int = 40960
@@ -85,18 +134,28 @@ def rms_norm(x: Float[Array, "*N D"], scale: Float[Array, " D"], eps: float) -> 
     return (x32 * inverse * scale32).astype(x.dtype)
 
 
-def rope_frequency(head_dim: int, theta: float) -> Array:
+def rope_frequency(head_dim: int, theta: float, yarn: Yarn | None = None) -> Array:
     """[head_dim / 2] radians per position."""
     half = head_dim // 2
     # A constant made in float64: the position multiplies the error of an accelerator's float32 power.
-    return jnp.asarray(np.power(float(theta), -np.arange(half) / half), jnp.float32)
+    frequency = np.power(float(theta), -np.arange(half) / half)
+    if yarn is not None:
+        kept = yarn.kept(head_dim, theta)
+        frequency = frequency * kept + frequency / yarn.factor * (1 - kept)
+    return jnp.asarray(frequency, jnp.float32)
 
 
-def rope(x_BTNH: Array, positions_BT: Array, theta: float) -> Array:
+def rotation(positions: Array, head_dim: int, theta: float, yarn: Yarn | None = None) -> tuple[Array, Array]:
+    """Cosine and sine of the rotary angles, [..., head_dim / 2] in float32, times what YaRN scales queries and keys by."""
+    frequency_H = rope_frequency(head_dim, theta, yarn)
+    angle = positions.astype(jnp.float32)[..., None] * frequency_H[(None,) * positions.ndim]
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    return (cos, sin) if yarn is None else (cos * yarn.scale, sin * yarn.scale)
+
+
+def rope(x_BTNH: Array, positions_BT: Array, theta: float, yarn: Yarn | None = None) -> Array:
     """Rotary position embedding, half-split layout; angles in float32 whatever the compute dtype."""
-    frequency_H = rope_frequency(x_BTNH.shape[-1], theta)
-    angle_BTH = positions_BT.astype(jnp.float32)[..., None] * frequency_H[None, None, :]
-    cos, sin = jnp.cos(angle_BTH)[:, :, None, :], jnp.sin(angle_BTH)[:, :, None, :]
+    cos, sin = (x[:, :, None, :] for x in rotation(positions_BT, x_BTNH.shape[-1], theta, yarn))
     a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTNH.dtype)
 
@@ -161,7 +220,7 @@ class Block(nnx.Module):
         if c.family.qk_norm:
             q_BTNH = rms_norm(q_BTNH, self.q_norm[...], c.rms_norm_eps)
             k_BTKH = rms_norm(k_BTKH, self.k_norm[...], c.rms_norm_eps)
-        q_BTNH, k_BTKH = rope(q_BTNH, positions_BT, c.rope_theta), rope(k_BTKH, positions_BT, c.rope_theta)
+        q_BTNH, k_BTKH = (rope(x, positions_BT, c.rope_theta, c.yarn) for x in (q_BTNH, k_BTKH))
         out_MD = attend(q_BTNH, k_BTKH, v_BTKH).reshape(b * t, -1)
         x_MD = x_MD + out_MD @ self.o[...].reshape(-1, d).astype(dtype)
         y_MD = rms_norm(x_MD, self.mlp_norm[...], c.rms_norm_eps)
