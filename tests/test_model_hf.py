@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 import tracemalloc
 from pathlib import Path
@@ -335,6 +336,37 @@ def test_tensor_errors(copy, changes, message):
     check_error(copy, message)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.float16])
+@pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf, -np.inf])
+def test_weights_that_are_not_finite(model, params, dtype, bad, tmp_path):
+    save_pretrained(tmp_path / "m", model, params, dtype=dtype)
+    weights = load_file(tmp_path / "m" / "model.safetensors")["model.layers.1.self_attn.q_proj.weight"].copy()
+    weights[7, 5] = bad
+    edit_tensors(tmp_path / "m", **{Q: weights})
+    check_error(
+        tmp_path / "m", r"m: model\.layers\.1\.self_attn\.q_proj\.weight: expected finite numbers, got nan or inf"
+    )
+    weights[7, 5] = ml_dtypes.finfo(dtype).max
+    edit_tensors(tmp_path / "m", **{Q: weights})
+    load_pretrained(tmp_path / "m")
+
+
+def test_frequencies_that_old_checkpoints_store_are_skipped(copy, params):
+    frequency = np.ones(3, np.float32)
+    edit_tensors(
+        copy, model__layers__0__self_attn__rotary_emb__inv_freq=frequency, model__rotary_emb__inv_freq=frequency
+    )
+    assert_same(load_pretrained(copy)[1], params)
+    # In shards, with and without an entry of the index.
+    (copy / "model.safetensors").rename(copy / "model-00001-of-00001.safetensors")
+    names = [
+        name for name in load_file(copy / "model-00001-of-00001.safetensors") if not name.startswith("model.rotary")
+    ]
+    index = {"weight_map": dict.fromkeys(names, "model-00001-of-00001.safetensors")}
+    (copy / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert_same(load_pretrained(copy)[1], params)
+
+
 def test_eight_bit_floats_are_refused(copy):
     """Rename the dtype in the header, which is JSON behind its size in 8 bytes: numpy itself has no fp8."""
     edit_tensors(copy, **{Q: np.zeros((24, 16), np.int8)})
@@ -376,6 +408,15 @@ def test_index_errors(model, params, tmp_path):
     check_error(folder, r"surplus tensor model\.norm\.weight")
     with_map(good["weight_map"] | {"model.norm.weight": "../elsewhere.safetensors"})
     check_error(folder, r"index\.json: expected weight_map")
+    with_map([1])
+    check_error(folder, r"index\.json: expected weight_map")
+    # The same tensor in a second shard, where the index does not look for it.
+    with_map(good["weight_map"])
+    first, twice = load_file(folder / shards[0]), load_file(folder / shards[1])
+    name = next(iter(first))
+    save_file(twice | {name: first[name] + 1}, folder / shards[1])
+    check_error(folder, rf"{shards[1]}: tensor {re.escape(name)} is in {shards[0]} too, where .*index\.json places it")
+    save_file(twice, folder / shards[1])
     with_map([1])
     check_error(folder, r"index\.json: expected weight_map")
     (folder / shards[1]).unlink()
@@ -467,3 +508,20 @@ def test_carried_files(model, params, tmp_path):
     assert (source / "tokenizer.json").read_text() == '{"from": "tokenizer.json"}'
     written = json.loads((source / "config.json").read_text())
     assert (written["eos_token_id"], written["hidden_size"]) == (9, 16)
+
+
+def test_stop_ids_are_exported(model, params, tmp_path):
+    """Those of training: the end of a chat's turn, which the base model's own file does not name."""
+    source, out = tmp_path / "source", tmp_path / "m"
+    source.mkdir()
+    (source / "tokenizer.json").write_text("{}")
+
+    def exported(stop_ids):
+        save_pretrained(out, model, params, tokenizer_from=source, stop_ids=stop_ids)
+        return json.loads((out / "generation_config.json").read_text())
+
+    assert exported([9]) == {"eos_token_id": 9}
+    (source / "generation_config.json").write_text('{"eos_token_id": 8, "top_k": 20}')
+    assert exported([9, 8]) == {"eos_token_id": [9, 8], "top_k": 20}
+    assert exported([8]) == {"eos_token_id": 8, "top_k": 20}
+    assert (out / "generation_config.json").read_text() == (source / "generation_config.json").read_text()

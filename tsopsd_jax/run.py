@@ -323,5 +323,6 @@ def export(run_dir: Path, out: Path, *, step: int | None, dtype: str) -> Path:
         metrics=read_metrics(run_dir),
         evaluations=read_evaluations(run_dir),
     )
-    save_pretrained(out, model, state.params, dtype=DTYPES[dtype], tokenizer_from=folder, card=card)
+    stop_ids = Tokenizer.load(folder, chat=config.data.chat).stop_ids
+    save_pretrained(out, model, state.params, dtype=DTYPES[dtype], tokenizer_from=folder, stop_ids=stop_ids, card=card)
     return out

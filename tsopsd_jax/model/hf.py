@@ -11,7 +11,7 @@ import json
 import math
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from safetensors import SafetensorError, safe_open
 
 from tsopsd_jax import hosts
-from tsopsd_jax.model.hf_config import config_json, read_config, read_json
+from tsopsd_jax.huggingface import read_json
+from tsopsd_jax.model.hf_config import config_json, read_config
 from tsopsd_jax.model.hf_layout import DTYPES, EMBED, HEAD, Stored, cast, stored_tensors
 from tsopsd_jax.model.qwen3 import Qwen3
 from tsopsd_jax.sharding import tree_shardings
@@ -43,6 +44,8 @@ CARRIED_FILES = (
     GENERATION_CONFIG,
 )
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+# Of old checkpoints: the rotation's frequencies, which follow from config.json.
+_DERIVED = "rotary_emb.inv_freq"
 # Marks the weight files that this module wrote, and therefore may replace.
 _PRODUCER = "tsopsd_jax"
 
@@ -75,8 +78,11 @@ def _open_tensors(folder: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
         if name not in held[shard]:
             raise ValueError(f"{folder / shard}: tensor {name} is missing, but {INDEX} places it there")
     for shard, names in held.items():
-        for name in sorted(names - where.keys()):
-            raise ValueError(f"{folder / shard}: surplus tensor {name}, which {INDEX} does not list")
+        for name in sorted(names):
+            if name not in where and not name.endswith(_DERIVED):
+                raise ValueError(f"{folder / shard}: surplus tensor {name}, which {INDEX} does not list")
+            if name in where and where[name] != shard:
+                raise ValueError(f"{folder / shard}: tensor {name} is in {where[name]} too, where {INDEX} places it")
     return {name: files[shard].get_slice(name) for name, shard in where.items()}
 
 
@@ -87,7 +93,7 @@ def _check_tensors(model: Qwen3, stored: dict[str, Any], folder: Path) -> None:
         expected[HEAD.name] = expected[EMBED.name]
     if missing := [name for name in expected if name not in stored]:
         raise ValueError(f"{folder}: missing tensor {missing[0]} ({len(missing)} in all); config.json implies it")
-    if surplus := [name for name in stored if name not in expected]:
+    if surplus := [name for name in stored if name not in expected and not name.endswith(_DERIVED)]:
         raise ValueError(f"{folder}: surplus tensor {surplus[0]} ({len(surplus)} in all), unknown to config.json")
     for name, shape in expected.items():
         if (got := tuple(stored[name].get_shape())) != shape:
@@ -179,7 +185,10 @@ def load_pretrained(path: str | Path, *, dtype: Any = jnp.float32, mesh: Mesh | 
         leaves = []
         for (path_of, leaf), sharding in zip(flat, shardings, strict=True):
             read = functools.partial(_read, layers[tuple(entry.key for entry in path_of)], stored, target)
-            leaves.append(_place(read, leaf.shape, sharding))
+            try:
+                leaves.append(_place(read, leaf.shape, sharding))
+            except ValueError as error:  # of one tensor's numbers
+                raise ValueError(f"{folder}: {error}") from error
     return model, jax.tree.unflatten(treedef, leaves)
 
 
@@ -289,6 +298,13 @@ def _carried(folder: Path) -> tuple[list[Path], dict[str, Any]]:
     return files, {key: raw[key] for key in _TOKEN_IDS if key in raw}
 
 
+def _name_stops(path: Path, stop_ids: list[int]) -> None:
+    raw = read_json(path) if path.is_file() else {}
+    named = raw.get("eos_token_id")
+    if stop_ids != (named if isinstance(named, list) else [named]):
+        _write_json(path, raw | {"eos_token_id": stop_ids if len(stop_ids) > 1 else stop_ids[0]})
+
+
 def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
@@ -300,6 +316,7 @@ def save_pretrained(
     *,
     dtype: Any = None,
     tokenizer_from: str | Path | None = None,
+    stop_ids: Sequence[int] | None = None,
     card: str | None = None,
     max_shard_bytes: int = 5 * 10**9,
 ) -> None:
@@ -311,6 +328,8 @@ def save_pretrained(
         path: a new or empty directory, or one that this function wrote, which is replaced as a whole.
         dtype: of the stored weights; None keeps that of `params`.
         tokenizer_from: a directory whose tokenizer files, generation_config.json and special ids come along.
+        stop_ids: ids that ended responses in training, such as the end of a chat's turn, which generation_config.json shall name;
+            None: it is copied as it is.
         card: text of README.md; None: there is none.
         max_shard_bytes: weights beyond this are split into several files with an index.
 
@@ -347,6 +366,8 @@ def save_pretrained(
                     _write_json(fresh / INDEX, _index(names, shards, target.itemsize))
                 for file in files:
                     shutil.copyfile(file, fresh / file.name)
+                if stop_ids is not None:
+                    _name_stops(fresh / GENERATION_CONFIG, list(stop_ids))
                 if card is not None:
                     (fresh / CARD).write_text(card, encoding="utf-8")
                 _write_json(fresh / "config.json", config_json(model.config, dtype_name=target.name) | token_ids)
