@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from jaxtyping import Array, Int
 
 from tsopsd_jax.model.attention import causal_attention
@@ -36,20 +37,21 @@ def rollout_view(model: Qwen3, params: PyTree) -> PyTree:
         master dtype, as training uses them.
     """
     c, dtype = model.config, model.compute_dtype
-    k, h, d = c.num_key_value_heads, c.head_dim, c.hidden_size
+    k = c.num_key_value_heads
 
     def one(i: int) -> PyTree:
         norms = {name: params["layers"][name][i] for name in _norms(model)}
         w = {name: x[i].astype(dtype) for name, x in params["layers"].items() if name not in norms}
-        qkv_DKEH = jnp.concatenate([w["q"].reshape(d, k, -1, h), w["k"][:, :, None], w["v"][:, :, None]], axis=2)
+        q_DKGH = rearrange(w["q"], "D (K G) H -> D K G H", K=k)
+        qkv_DKEH = jnp.concatenate([q_DKGH, w["k"][:, :, None], w["v"][:, :, None]], axis=2)
         layer = {
-            "qkv": jnp.transpose(qkv_DKEH, (1, 2, 3, 0)),
-            "o": jnp.transpose(w["o"].reshape(k, -1, d), (2, 0, 1)),
+            "qkv": rearrange(qkv_DKEH, "D K E H -> K E H D"),
+            "o": rearrange(w["o"], "(K G) H D -> D K (G H)", K=k),
             "gate_up": jnp.stack([w["gate"].T, w["up"].T]),
             "down": w["down"].T,
         }
         if c.family.qkv_bias:
-            parts = [w["q_bias"].reshape(k, -1, h), w["k_bias"][:, None], w["v_bias"][:, None]]
+            parts = [rearrange(w["q_bias"], "(K G) H -> K G H", K=k), w["k_bias"][:, None], w["v_bias"][:, None]]
             layer["qkv_bias"] = jnp.concatenate(parts, axis=1)
         return layer | norms
 
@@ -92,7 +94,7 @@ def prefill(
     positions_BT = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :], tokens.shape)
 
     def attend(q_BTNH, k_BTKH, v_BTKH, _):
-        new = jnp.transpose(k_BTKH, (0, 2, 3, 1)), jnp.transpose(v_BTKH, (0, 2, 1, 3))
+        new = rearrange(k_BTKH, "B T K H -> B K H T"), rearrange(v_BTKH, "B T K H -> B K T H")
         return attention(q_BTNH, k_BTKH, v_BTKH), new
 
     nothing = (None,) * model.config.num_hidden_layers
@@ -120,11 +122,10 @@ def _trunk(
     model: Qwen3, view: PyTree, tokens_BT: Array, positions_BT: Array, attend: Attend, caches: Sequence[PyTree]
 ) -> tuple[Array, tuple[LayerCache, ...]]:
     c, new = model.config, []
-    b, t = tokens_BT.shape
     turn = rotation(positions_BT.reshape(-1), c.head_dim, c.rope_theta, c.yarn)  # once for all layers
     turn = _apart(turn[0]), _apart(turn[1])
     # Jitted to be traced and lowered once, not once a layer; XLA inlines it.
-    layer = jax.jit(functools.partial(_layer, model, attend, (b, t)))
+    layer = jax.jit(functools.partial(_layer, model, attend, len(tokens_BT)))
     x_DM = jnp.take(view["embed"], tokens_BT.reshape(-1), axis=0).T
     for w, cache in zip(view["layers"], caches, strict=True):
         x_DM, cache = layer(w, x_DM, turn, cache)
@@ -133,13 +134,13 @@ def _trunk(
 
 
 def _layer(
-    model: Qwen3, attend: Attend, shape: tuple[int, int], w: PyTree, x_DM: Array, turn: tuple[Array, Array], cache
+    model: Qwen3, attend: Attend, b: int, w: PyTree, x_DM: Array, turn: tuple[Array, Array], cache
 ) -> tuple[Array, LayerCache]:
-    c, (b, t) = model.config, shape
+    c = model.config
     cos_MH, sin_MH = turn
 
     def rows(x_MKEH: Array) -> Array:
-        return x_MKEH.reshape(b, t, -1, c.head_dim)
+        return rearrange(x_MKEH, "(B T) K E H -> B T (K E) H", B=b)
 
     def position(x_MKEH: Array, scale_H: Array | None) -> Array:
         normed = x_MKEH if scale_H is None else rms_norm(x_MKEH, scale_H, c.rms_norm_eps)
@@ -149,11 +150,11 @@ def _layer(
     qkv_KEHM = _apart(jnp.einsum("KEHD,DM->KEHM", w["qkv"], y_DM))
     if c.family.qkv_bias:
         qkv_KEHM = qkv_KEHM + w["qkv_bias"][..., None]
-    qkv_MKEH = _apart(jnp.transpose(qkv_KEHM, (3, 0, 1, 2)))
+    qkv_MKEH = _apart(rearrange(qkv_KEHM, "K E H M -> M K E H"))
     q_BTNH = rows(position(qkv_MKEH[:, :, :-2], w.get("q_norm")))
     k_BTKH = rows(position(qkv_MKEH[:, :, -2:-1], w.get("k_norm")))
     out_BTNH, cache = attend(q_BTNH, k_BTKH, rows(qkv_MKEH[:, :, -1:]), cache)
-    out_KEM = _apart(jnp.transpose(out_BTNH.reshape(b * t, c.num_key_value_heads, -1), (1, 2, 0)))
+    out_KEM = _apart(rearrange(out_BTNH, "B T (K G) H -> K (G H) (B T)", K=c.num_key_value_heads))
     x_DM = x_DM + jax.lax.dot_general(w["o"], out_KEM, (((1, 2), (0, 1)), ((), ())))
     y_DM = _norm(x_DM, w["mlp_norm"], c.rms_norm_eps)
     gate_up_CFM = jnp.einsum("CFD,DM->CFM", w["gate_up"], y_DM)

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
+from einops import rearrange
 
 from tsopsd_jax.model.qwen3 import Qwen3
 
@@ -37,21 +38,22 @@ class Layout(NamedTuple):
             ValueError: if one of its numbers is not finite.
         """
         sizes, at = self.sizes(shape), dict(zip(self.ours, index, strict=True))
-        groups = self.stored.split()
-        cut, split, rest = [], [], []
-        for first, *inner in groups:
+        cut = []
+        for first, *inner in self.stored.split():
             width = math.prod(sizes[a] for a in inner)
             cut.append(slice(at[first].start * width, at[first].stop * width))
-            split += [at[first].stop - at[first].start, *(sizes[a] for a in inner)]
-            rest += [slice(None), *(at[a] for a in inner)]
-        order = [self.stored.replace(" ", "").index(a) for a in self.ours]
+            # Whole heads are read; of their components those outside `index` are dropped afterwards.
+            sizes[first], at[first] = at[first].stop - at[first].start, slice(None)
         values = tensor[tuple(cut)]
         check_finite(values, self.name)
-        return values.reshape(split)[tuple(rest)].transpose(order)
+        return rearrange(values, f"{self._merged()} -> {' '.join(self.ours)}", **sizes)[tuple(at[a] for a in self.ours)]
 
     def to_stored(self, value: np.ndarray) -> np.ndarray:
-        order = [self.ours.index(a) for a in self.stored.replace(" ", "")]
-        return np.ascontiguousarray(value.transpose(order)).reshape(self.stored_shape(value.shape))
+        return np.ascontiguousarray(rearrange(value, f"{' '.join(self.ours)} -> {self._merged()}"))
+
+    def _merged(self) -> str:
+        """The stored axes as einops writes them: "NH D" is "(N H) (D)"."""
+        return " ".join(f"({' '.join(group)})" for group in self.stored.split())
 
 
 EMBED = Layout("model.embed_tokens.weight", "V D", "VD")

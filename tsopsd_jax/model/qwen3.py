@@ -16,6 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
@@ -203,14 +204,14 @@ class Block(nnx.Module):
     def __call__(self, x_BTD: Array, positions_BT: Array, attend: Attend) -> Array:
         """x -> x; the T positions attend among themselves."""
         c, dtype = self.config, x_BTD.dtype
-        b, t, d = x_BTD.shape
         # M = B * T: on one axis, the gradients of the weights are plain matrix products. With B and T apart XLA writes
         # transposed copies of the activations for them (on a CPU that doubles the time of the whole update).
-        x_MD = x_BTD.reshape(b * t, d)
+        x_MD, rows = rearrange(x_BTD, "B T D -> (B T) D"), x_BTD.shape[0]
         y_MD = rms_norm(x_MD, self.attention_norm[...], c.rms_norm_eps)
 
         def heads(weight_DNH: Array) -> Array:
-            return (y_MD @ weight_DNH.reshape(d, -1).astype(dtype)).reshape(b, t, -1, c.head_dim)
+            flat = y_MD @ rearrange(weight_DNH, "D N H -> D (N H)").astype(dtype)
+            return rearrange(flat, "(B T) (N H) -> B T N H", B=rows, H=c.head_dim)
 
         q_BTNH, k_BTKH, v_BTKH = heads(self.q[...]), heads(self.k[...]), heads(self.v[...])
         if c.family.qkv_bias:
@@ -221,12 +222,13 @@ class Block(nnx.Module):
             q_BTNH = rms_norm(q_BTNH, self.q_norm[...], c.rms_norm_eps)
             k_BTKH = rms_norm(k_BTKH, self.k_norm[...], c.rms_norm_eps)
         q_BTNH, k_BTKH = (rope(x, positions_BT, c.rope_theta, c.yarn) for x in (q_BTNH, k_BTKH))
-        out_MD = attend(q_BTNH, k_BTKH, v_BTKH).reshape(b * t, -1)
-        x_MD = x_MD + out_MD @ self.o[...].reshape(-1, d).astype(dtype)
+        flat = rearrange(attend(q_BTNH, k_BTKH, v_BTKH), "B T N H -> (B T) (N H)")
+        x_MD = x_MD + flat @ rearrange(self.o[...], "N H D -> (N H) D").astype(dtype)
         y_MD = rms_norm(x_MD, self.mlp_norm[...], c.rms_norm_eps)
         gate_MF = jax.nn.silu(y_MD @ self.gate[...].astype(dtype))
         up_MF = y_MD @ self.up[...].astype(dtype)
-        return (x_MD + (gate_MF * up_MF) @ self.down[...].astype(dtype)).reshape(b, t, d)
+        x_MD = x_MD + (gate_MF * up_MF) @ self.down[...].astype(dtype)
+        return rearrange(x_MD, "(B T) D -> B T D", B=rows)
 
 
 class Qwen3Module(nnx.Module):
