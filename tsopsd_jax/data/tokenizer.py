@@ -29,15 +29,14 @@ class Tokenizer:
 
     @classmethod
     def load(cls, directory: str | Path, *, chat: str = "none") -> "Tokenizer":
-        """Read tokenizer.json with the tokens that other files add to it, the stop ids and, unless `chat` (one of
-        `chat.CHATS`) is none, the chat turn.
+        """Read a directory's tokenizer, its stop ids and, unless `chat` (one of `chat.CHATS`) is none, its chat turn.
 
         Stop ids are `eos_token_id` of generation_config.json, else of config.json, else the id of the tokenizer's `eos_token`:
         the order in which a model's own generation settles it. In a chat the token that ends an assistant's turn is one of
         them, the first: a base model's files do not name it.
 
-        tokenizer.json is read as it stands, whatever class the directory names: some classes replace the splitting of text that
-        it describes by their own. Truncation and padding that it may hold are a past call's, and left aside.
+        tokenizer.json is read as it stands, with the tokens that other files add to it, whatever class the directory names: some
+        classes replace its splitting of text by their own. Truncation and padding in it are a past call's, and left aside.
 
         Raises:
             ValueError: if the directory or tokenizer.json is missing or unreadable, no stop token is declared or it is no token, or
@@ -60,19 +59,18 @@ class Tokenizer:
         backend, turn, used = theirs.backend_tokenizer, None, []
         backend.no_truncation()
         backend.no_padding()
-        stop_ids = _declared(folder) or _eos(folder, theirs)
+        stop_ids, added = _declared(folder) or _eos(folder, theirs), backend.get_added_tokens_decoder()
         if chat != "none":
             texts = read_turn(theirs, folder, thinking=chat == "thinking")
             before, after, end = (_encode(backend, text).ids for text in texts)
-            added = backend.get_added_tokens_decoder()
             stop_ids = tuple(dict.fromkeys((*[token for token in end if token in added][:1], *stop_ids)))
             turn, used = (before, after), [*before, *after]
         if absent := [token for token in stop_ids if backend.id_to_token(token) is None]:
             raise ValueError(f"tokenizer: expected stop tokens of {path}, got eos_token_id {absent[0]}, which it lacks")
-        _check_ids(folder, {backend.id_to_token(token) for token in (*used, *stop_ids)})
+        _check_ids(folder, {str(added[token]) for token in (*used, *stop_ids) if token in added})
         # Whatever the directory calls them: their text is left out of responses, and stands in none of a problem's ids.
         backend.add_special_tokens([backend.id_to_token(token) for token in stop_ids])
-        special = {token for token, added in backend.get_added_tokens_decoder().items() if added.special}
+        special = {token for token, entry in backend.get_added_tokens_decoder().items() if entry.special}
         # From here on a special token's name in a problem is text like any other: no problem can end a turn.
         backend.encode_special_tokens = True
         return cls(
@@ -80,12 +78,13 @@ class Tokenizer:
             stop_ids,
             vocab_size=max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1,
             turn=turn,
-            special_ids=frozenset(special - {theirs.unk_token_id}),
+            special_ids=frozenset({*special, *stop_ids} - {theirs.unk_token_id}),
         )
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a prompt: `text` in the chat turn if there is one, else with what the tokenizer adds (Qwen3:
-        nothing). In a turn the text is stripped, so that it does not fuse with the template's line ends.
+        """Encode a prompt: `text` in the chat turn if there is one, else with what the tokenizer adds (Qwen3: nothing).
+
+        In a turn the text is stripped, so that it does not fuse with the template's line ends.
 
         Raises:
             ValueError: if the tokenizer has no token for a part of `text`, or a part of it is the name of a special token that
@@ -106,7 +105,7 @@ class Tokenizer:
         return [*before, *ids, *after]
 
     def decode(self, ids: Iterable[int] | Int[np.ndarray, " N"]) -> str:
-        """Text of `ids`, special tokens (stop, padding) left out; ids without an entry give no text."""
+        """Decode `ids`; special tokens (stop, padding) and ids without an entry give no text."""
         return self.backend.decode([int(token) for token in ids], skip_special_tokens=True)
 
     def check_fits(self, model_vocab_size: int) -> None:

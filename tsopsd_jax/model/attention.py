@@ -66,7 +66,7 @@ def causal_attention(
     mesh: Mesh | None = None,
     interpret: bool = False,
 ) -> Array:
-    """`attention` of T positions among themselves, each over itself and those before it, by the named implementation.
+    """Causal attention of T positions, each over itself and those before it, by the named implementation.
 
     Args:
         segment_BT: positions attend within their segment only; None: a row is one.
@@ -101,7 +101,7 @@ def causal_attention(
 
 
 def best_causal(platform: str, *, positions: int, dtype, packed: bool = False) -> str:
-    """The implementation for a backend, where its conditions hold; else `xla`."""
+    """Name the best implementation for a backend, where its conditions hold; else `xla`."""
     if platform == "gpu" and jnp.dtype(dtype).itemsize == 2 and not packed:
         return "cudnn"
     if platform == "tpu" and positions % SPLASH_MULTIPLE == 0:

@@ -28,7 +28,7 @@ Causal = Callable[[Array, Array, Array], Array]
 
 
 def rollout_view(model: Qwen3, params: PyTree) -> PyTree:
-    """The weights as the sampler reads them; to be jitted, with `out_shardings` from `view_axes` on a mesh.
+    """Lay the weights out as the sampler reads them; to be jitted, with `out_shardings` from `view_axes` on a mesh.
 
     Returns:
         embed [V, D]; unembed [V, D] (the same array when tied); final_norm [D]; layers, a tuple of dicts of
@@ -89,8 +89,11 @@ def view_axes(model: Qwen3) -> PyTree:
 def prefill(
     model: Qwen3, view: PyTree, tokens: Int[Array, "B T"], *, attention: Causal = causal_attention
 ) -> tuple[LayerCache, ...]:
-    """The cache of whole prompts, [B, K, H, T] and [B, K, T, H] per layer; what stands beyond a prompt's end is junk
-    that no position of the prompt sees. `attention` is `causal_attention` with an implementation chosen."""
+    """Make the cache of whole prompts, [B, K, H, T] and [B, K, T, H] per layer.
+
+    What stands beyond a prompt's end is junk that no position of the prompt sees. `attention` is `causal_attention` with an
+    implementation chosen.
+    """
     positions_BT = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :], tokens.shape)
 
     def attend(q_BTNH, k_BTKH, v_BTKH, _):
@@ -110,8 +113,11 @@ def decode(
     attend: Attend,
     caches: Sequence[PyTree],
 ) -> tuple[Array, tuple[LayerCache, ...]]:
-    """Float32 logits [B, V] after one token per row, each at its own position, and what `attend` made of each layer's
-    cache."""
+    """Decode one token per row, each at its own position.
+
+    Returns:
+        Float32 logits [B, V] of the next token, and what `attend` made of each layer's cache.
+    """
     x_DB, caches = _trunk(model, view, tokens[:, None], position[:, None], attend, caches)
     x_DB = _norm(x_DB, view["final_norm"], model.config.rms_norm_eps)
     logits_VB = jnp.einsum("VD,DB->VB", view["unembed"], x_DB, preferred_element_type=jnp.float32)

@@ -155,7 +155,7 @@ def _place(
 
 
 def load_pretrained(path: str | Path, *, dtype: Any = jnp.float32, mesh: Mesh | None = None) -> tuple[Qwen3, PyTree]:
-    """The model and parameters of a Hugging Face directory; parameters and computation in `dtype`.
+    """Load the model and parameters of a Hugging Face directory; parameters and computation in `dtype`.
 
     Args:
         path: a local directory with config.json and model.safetensors (or an index and its shards).
@@ -237,8 +237,8 @@ def _write_safetensors(path: Path, entries: list[tuple[str, tuple[int, ...]]], d
             file.write(value.view(np.uint8).data)
 
 
-def _shards(model: Qwen3, itemsize: int, max_shard_bytes: int) -> list[list[Stored]]:
-    """Tensors grouped into files of at most `max_shard_bytes` (a larger tensor has a file of its own)."""
+def _shards(model: Qwen3, itemsize: int, max_shard_bytes: int) -> dict[str, list[Stored]]:
+    """Tensors grouped into files, by name, of at most `max_shard_bytes` (a larger tensor has a file of its own)."""
     groups: list[list[Stored]] = [[]]
     room = max_shard_bytes
     for tensor in stored_tensors(model):
@@ -248,7 +248,9 @@ def _shards(model: Qwen3, itemsize: int, max_shard_bytes: int) -> list[list[Stor
             room = max_shard_bytes
         groups[-1].append(tensor)
         room -= size
-    return groups
+    if len(groups) == 1:
+        return {WEIGHTS: groups[0]}
+    return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, 1)}
 
 
 def _check_params(model: Qwen3, params: PyTree) -> np.dtype:
@@ -320,7 +322,7 @@ def save_pretrained(
     card: str | None = None,
     max_shard_bytes: int = 5 * 10**9,
 ) -> None:
-    """A Hugging Face directory that transformers loads as it is, whole from the moment it appears.
+    """Save a Hugging Face directory that transformers loads as it is, whole from the moment it appears.
 
     Every process of a multi-process run must call it; process 0 writes.
 
@@ -328,8 +330,7 @@ def save_pretrained(
         path: a new or empty directory, or one that this function wrote, which is replaced as a whole.
         dtype: of the stored weights; None keeps that of `params`.
         tokenizer_from: a directory whose tokenizer files, generation_config.json and special ids come along.
-        stop_ids: ids that ended responses in training, such as the end of a chat's turn, which generation_config.json shall name;
-            None: it is copied as it is.
+        stop_ids: ids that end responses, for generation_config.json; None: it is copied as it is.
         card: text of README.md; None: there is none.
         max_shard_bytes: weights beyond this are split into several files with an index.
 
@@ -345,25 +346,21 @@ def save_pretrained(
     _check_replaceable(folder)
     files, token_ids = ([], {}) if tokenizer_from is None else _carried(Path(tokenizer_from))
     shards = _shards(model, target.itemsize, max_shard_bytes)
-    names = [WEIGHTS]
-    if len(shards) > 1:
-        names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
 
     def value(tensor: Stored) -> np.ndarray:
         return cast(tensor.layout.to_stored(_fetch(tensor, params)), target, tensor.layout.name)
 
     with jax.transfer_guard("allow"):
         if jax.process_index() != 0:
-            for shard in shards:
-                for tensor in shard:
-                    _fetch(tensor, params)
+            for tensor in stored_tensors(model):
+                _fetch(tensor, params)
         else:
             with _replacing(folder) as fresh:
-                for name, shard in zip(names, shards, strict=True):
+                for name, shard in shards.items():
                     entries = [(t.layout.name, t.layout.stored_shape(t.shape)) for t in shard]
                     _write_safetensors(fresh / name, entries, target, map(value, shard))
                 if len(shards) > 1:
-                    _write_json(fresh / INDEX, _index(names, shards, target.itemsize))
+                    _write_json(fresh / INDEX, _index(shards, target.itemsize))
                 for file in files:
                     shutil.copyfile(file, fresh / file.name)
                 if stop_ids is not None:
@@ -375,9 +372,9 @@ def save_pretrained(
         multihost_utils.sync_global_devices("save_pretrained")
 
 
-def _index(names: list[str], shards: list[list[Stored]], itemsize: int) -> dict[str, Any]:
-    size = sum(math.prod(t.shape) for shard in shards for t in shard) * itemsize
-    where = {t.layout.name: name for name, shard in zip(names, shards, strict=True) for t in shard}
+def _index(shards: dict[str, list[Stored]], itemsize: int) -> dict[str, Any]:
+    size = sum(math.prod(t.shape) for shard in shards.values() for t in shard) * itemsize
+    where = {t.layout.name: name for name, shard in shards.items() for t in shard}
     return {"metadata": {"total_size": size}, "weight_map": where}
 
 

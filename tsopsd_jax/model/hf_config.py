@@ -93,7 +93,11 @@ def _rope(values: dict[str, Any], raw: dict[str, Any], where: Path) -> tuple[flo
 
 
 def read_config(where: Path) -> Qwen3Config:
-    """Parse config.json by transformers, refusing by name whatever this implementation would silently get wrong."""
+    """Read config.json by transformers.
+
+    Raises:
+        ValueError: if there is none, or transformers refuses it, or this implementation would get something wrong, by name.
+    """
     raw = read_json(where)
     architecture = _architecture(raw, where)
     values = _values(raw, where)
@@ -122,7 +126,7 @@ def _rope_json(config: Qwen3Config) -> dict[str, Any]:
 
 
 def config_json(config: Qwen3Config, *, dtype_name: str) -> dict[str, Any]:
-    """What config.json says about a model, for transformers 4 and 5."""
+    """The content of a model's config.json, for transformers 4 and 5."""
     windows = {"use_sliding_window": False, "sliding_window": None}
     return {
         "architectures": [config.architecture],

@@ -75,7 +75,7 @@ LAYER = {
     "up": Layout("mlp.up_proj.weight", "F D", "DF"),
     "down": Layout("mlp.down_proj.weight", "D F", "FD"),
 }
-"""Of one layer; an architecture has those that its parameters have."""
+"""The tensors of one layer; an architecture has those that its parameters have."""
 
 
 class Stored(NamedTuple):
@@ -103,7 +103,11 @@ def stored_tensors(model: Qwen3) -> Iterator[Stored]:
 
 
 def cast(value: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
-    """`value` in `dtype`; float16 alone can overflow, and does not in silence."""
+    """Cast a tensor's numbers.
+
+    Raises:
+        ValueError: if one is too large for float16, the only dtype that can overflow.
+    """
     with np.errstate(over="ignore"):
         out = value.astype(dtype, copy=False)
     if dtype == np.float16 and value.dtype != dtype and np.isinf(out).any():

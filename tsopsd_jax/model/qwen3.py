@@ -30,7 +30,7 @@ class Family(NamedTuple):
     """What sets an architecture apart from the others."""
 
     model_type: str
-    """In config.json."""
+    """The name in config.json."""
     qk_norm: bool
     """Each head's query and key are RMS-normed before the rotation."""
     qkv_bias: bool
@@ -42,25 +42,27 @@ FAMILIES = {
     "Qwen2ForCausalLM": Family("qwen2", qk_norm=False, qkv_bias=True),
     "LlamaForCausalLM": Family("llama", qk_norm=False, qkv_bias=False),
 }
-"""By Hugging Face's name of the architecture."""
+"""The families by Hugging Face's name of the architecture."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Yarn:
-    """A rotation for contexts `factor` times as long as those of pretraining (YaRN, arXiv 2309.00071); names follow the
-    Hugging Face config."""
+    """YaRN (arXiv 2309.00071): a rotation for contexts `factor` times as long as those of pretraining.
+
+    Names follow the Hugging Face config.
+    """
 
     factor: float
     original_max_position_embeddings: int
     """Positions of pretraining."""
     beta_fast: float = 32.0
-    """Frequencies that turn more often than this within the positions of pretraining stay."""
+    """Components that turn more often than this within the positions of pretraining keep their frequency."""
     beta_slow: float = 1.0
-    """Those that turn less often are divided by `factor`; in between, both are mixed."""
+    """Components that turn less often than this have it divided by `factor`; those in between have a mixture."""
     truncate: bool = True
-    """The range in between is widened to whole components."""
+    """Whether the range in between is widened to whole components."""
     attention_factor: float | None = None
-    """Of queries and keys; None: 0.1 ln(factor) + 1 (equation 22)."""
+    """Factor of rotated queries and keys; None: 0.1 ln(`factor`) + 1 (equation 22)."""
 
     def __post_init__(self):
         if not self.factor >= 1 or self.original_max_position_embeddings < 1:
@@ -75,11 +77,11 @@ class Yarn:
 
     @property
     def scale(self) -> float:
-        """What a rotated query or key is multiplied by."""
+        """The factor of rotated queries and keys."""
         return 0.1 * math.log(self.factor) + 1 if self.attention_factor is None else self.attention_factor
 
     def kept(self, head_dim: int, theta: float) -> np.ndarray:
-        """[head_dim / 2] from 1, a frequency that stays, to 0, one that is divided by `factor`: section 3.2."""
+        """The share of each component's frequency that is not divided by `factor`, [head_dim / 2] from 1 to 0 (section 3.2)."""
 
         def component(turns: float) -> float:
             """The component that turns so often within the positions of pretraining."""
@@ -128,7 +130,7 @@ class Qwen3Config:
 
 
 def rms_norm(x: Float[Array, "*N D"], scale: Float[Array, " D"], eps: float) -> Float[Array, "*N D"]:
-    """x / sqrt(mean(x^2) + eps) * scale, computed in float32."""
+    """Normalise the last axis by its root mean square: x / sqrt(mean(x^2) + eps) * scale, computed in float32."""
     x32 = x.astype(jnp.float32)
     inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
     scale32 = jnp.broadcast_to(scale.astype(jnp.float32), x32.shape)
@@ -136,7 +138,7 @@ def rms_norm(x: Float[Array, "*N D"], scale: Float[Array, " D"], eps: float) -> 
 
 
 def rope_frequency(head_dim: int, theta: float, yarn: Yarn | None = None) -> Array:
-    """[head_dim / 2] radians per position."""
+    """The rotation's frequencies, [head_dim / 2] in radians per position."""
     half = head_dim // 2
     # A constant made in float64: the position multiplies the error of an accelerator's float32 power.
     frequency = np.power(float(theta), -np.arange(half) / half)
@@ -273,7 +275,7 @@ def _abstract(config: Qwen3Config):
 
 
 def segment_starts(segment: Int[Array, "B L"]) -> Int[Array, "B L"]:
-    """For each position the one at which its segment starts, so that position minus start counts from 0 in every segment."""
+    """The position at which each position's segment starts: position minus start counts from 0 in every segment."""
     at = jnp.broadcast_to(jnp.arange(segment.shape[1], dtype=jnp.int32), segment.shape)
     first = jnp.diff(segment, axis=1, prepend=segment[:, :1]) != 0
     return jax.lax.cummax(jnp.where(first, at, 0), axis=1)
@@ -351,7 +353,7 @@ class Qwen3:
         return rms_norm(x_BLD, params["final_norm"], self.config.rms_norm_eps)
 
     def project(self, params: PyTree, hidden: Float[Array, "*N D"]) -> Float[Array, "*N V"]:
-        """Hidden states to float32 logits."""
+        """Project hidden states to float32 logits."""
         unembed = self.unembed(params).astype(hidden.dtype)
         return jnp.einsum("...D,DV->...V", hidden, unembed, preferred_element_type=jnp.float32)
 
