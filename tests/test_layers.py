@@ -9,6 +9,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "tsopsd_jax"
 
 ORDER = [
     "types",
+    "huggingface",
     "watch",
     "hosts",
     "store",
