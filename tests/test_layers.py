@@ -15,6 +15,7 @@ PACKAGE = ROOT / "tsopsd_jax"
 
 ORDER = [
     "types",
+    "huggingface",
     "distributed",
     "losses",
     "advantages",

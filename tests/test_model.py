@@ -10,7 +10,7 @@ import pytest
 from tsopsd_jax.distributed.sharding import DECODE_RULES, make_mesh, tree_shardings
 from tsopsd_jax.model import Qwen3, Qwen3Config, decoding
 from tsopsd_jax.model.attention import attention
-from tsopsd_jax.model.qwen3 import rms_norm, rope
+from tsopsd_jax.model.qwen3 import Yarn, rms_norm, rope, rope_frequency
 
 CONFIG = Qwen3Config(
     vocab_size=32,
@@ -80,6 +80,23 @@ def test_rope_at_far_positions():
     out = rope(x, jnp.asarray([[position]], jnp.int32), theta).reshape(2, half)
     angle = position * theta ** (-np.arange(half) / half)
     np.testing.assert_allclose(out, [np.cos(angle), np.sin(angle)], atol=4e-3)
+
+
+def test_yarn_by_hand():
+    # head_dim 8, theta 10^4: frequencies 1, 0.1, 0.01, 0.001. In 100 positions component i turns 100 * 10^-i / (2 pi) times:
+    # 2 times at i = log10(100 / (4 pi)) = 0.90079, 1/4 times at i = log10(100 / (pi / 2)) = 1.80388, widened to 0 and 2. So
+    # components 0, 1, 2, 3 keep 1, 1/2, 0, 0 of their frequency, and a fifth of the rest: 1, 0.1 * (1/2 + 1/10), 0.002, 0.0002.
+    yarn = Yarn(factor=5.0, original_max_position_embeddings=100, beta_fast=2.0, beta_slow=0.25)
+    np.testing.assert_allclose(rope_frequency(8, 1e4, yarn), [1.0, 0.06, 0.002, 0.0002], rtol=1e-6)
+    # Not widened, from 0.90079 to 1.80388: component 1 keeps 0.80388 / 0.90309 = 0.890144, so 0.1 * (0.890144 + 0.109856 / 5).
+    exact = dataclasses.replace(yarn, truncate=False)
+    np.testing.assert_allclose(rope_frequency(8, 1e4, exact), [1.0, 0.0912115, 0.002, 0.0002], rtol=1e-5)
+    # Queries and keys are longer by 0.1 ln 5 + 1 = 1.1609438, or by what the config says.
+    x = jnp.asarray([1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 2.0]).reshape(1, 1, 1, 8)
+    for given, scale in ((None, 1.1609438), (3.0, 3.0)):
+        out = rope(x, jnp.asarray([[2]], jnp.int32), 1e4, dataclasses.replace(yarn, attention_factor=given)).reshape(8)
+        turned = [np.cos(2), 0, 0, -2 * np.sin(0.0004), np.sin(2), 0, 0, 2 * np.cos(0.0004)]
+        np.testing.assert_allclose(out, scale * np.asarray(turned), rtol=1e-6)
 
 
 def test_attention_by_hand():
@@ -175,7 +192,8 @@ def test_tied_logits_use_the_embedding(params):
 )
 def test_prefill_and_decode_equal_the_full_forward(architecture, tied):
     """The rollout view, a prompt's cache and one token more, against the training forward of the same tokens."""
-    model = Qwen3(dataclasses.replace(CONFIG, architecture=architecture, tie_word_embeddings=tied))
+    yarn = Yarn(factor=4.0, original_max_position_embeddings=9, beta_fast=2.0) if tied else None
+    model = Qwen3(dataclasses.replace(CONFIG, architecture=architecture, tie_word_embeddings=tied, yarn=yarn))
     params = shaken(model.init(jax.random.key(0)))
     tokens, n = tokens_of((3, 7)), 6
     view = decoding.rollout_view(model, params)

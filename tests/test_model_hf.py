@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 import tracemalloc
 from pathlib import Path
@@ -16,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 from tsopsd_jax.distributed.sharding import make_mesh, tree_shardings
 from tsopsd_jax.model import Qwen3, Qwen3Config, load_pretrained, save_pretrained
+from tsopsd_jax.model.qwen3 import Yarn
 
 CONFIG = Qwen3Config(
     vocab_size=40,
@@ -216,6 +218,26 @@ def test_rope_spellings(copy, changes, theta):
     assert load_pretrained(copy)[0].config.rope_theta == theta
 
 
+YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+def test_yarn_is_read_and_written(copy, tmp_path):
+    """From the older section, beside the newer one that says nothing of it; the context is that which it is for."""
+    edit_config(copy, rope_scaling=YARN)
+    model, params = load_pretrained(copy)
+    assert model.config.yarn == Yarn(factor=4.0, original_max_position_embeddings=64)
+    assert (model.config.rope_theta, model.config.max_position_embeddings) == (12345.0, 4 * 64)
+    save_pretrained(tmp_path / "again", model, params)
+    assert load_pretrained(tmp_path / "again")[0].config == model.config
+
+
 def test_windows_that_are_not_in_use_are_accepted(copy):
     edit_config(copy, use_sliding_window=True, sliding_window=64, max_window_layers=2)
     load_pretrained(copy)
@@ -229,10 +251,15 @@ def test_windows_that_are_not_in_use_are_accepted(copy):
         ({"architectures": ["MistralForCausalLM"]}, r"Qwen3ForCausalLM, Qwen2.*, LlamaForCausalLM, got .*Mistral"),
         ({"architectures": ["LlamaForCausalLM", "Qwen2ForCausalLM"]}, r"architectures to be one of"),
         ({"architectures": ...}, r"Qwen3ForCausalLM.*None"),
-        ({"architectures": ["LlamaForCausalLM"], "attention_bias": True}, r"attention_bias True"),
-        ({"architectures": ["LlamaForCausalLM"], "mlp_bias": True}, r"mlp_bias True"),
-        ({"architectures": ["LlamaForCausalLM"], "rope_scaling": {"rope_type": "llama3"}}, r"rope_type 'llama3'"),
-        ({"architectures": ["Qwen2ForCausalLM"], "head_dim": ..., "num_attention_heads": 0}, r"num_attention_heads"),
+        (
+            {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "attention_bias": True},
+            r"attention_bias True",
+        ),
+        ({"architectures": ["LlamaForCausalLM"], "model_type": "llama", "mlp_bias": True}, r"mlp_bias True"),
+        ({"model_type": "qwen3_moe"}, r"expected model_type 'qwen3', that of Qwen3ForCausalLM, got 'qwen3_moe'"),
+        ({"model_type": ...}, r"expected model_type 'qwen3'.* got None"),
+        ({"rope_scaling": LLAMA3}, r"rope_type 'llama3' is not supported"),
+        ({"num_attention_heads": 0}, r"num_attention_heads"),
         ({"hidden_size": ...}, r"hidden_size.*positive integer.*None"),
         ({"head_dim": "8"}, r"head_dim.*positive integer.*'8'"),
         ({"num_key_value_heads": 3}, r"config\.json: num_attention_heads 4.*num_key_value_heads 3"),
@@ -240,8 +267,21 @@ def test_windows_that_are_not_in_use_are_accepted(copy):
         ({"tie_word_embeddings": "no"}, r"tie_word_embeddings.*'no'"),
         ({"attention_bias": True}, r"attention_bias True"),
         ({"hidden_act": "gelu"}, r"hidden_act 'gelu'"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6}}, r"rope_type 'yarn'"),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6}},
+            r"transformers refuses.*rope_type'='yarn': {'factor'}",
+        ),
         ({"rope_scaling": {"type": "linear", "factor": 2}, "rope_parameters": ...}, r"rope_type 'linear'"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, r"rope_type 'dynamic' is not supported"),
+        ({"rope_scaling": YARN | {"factor": 0.5}}, r"YaRN: expected factor and .* of at least 1, got 0\.5 and 64"),
+        ({"rope_scaling": YARN | {"factor": "4"}}, r"expected factor of YaRN to be float, got '4'"),
+        ({"rope_scaling": YARN | {"beta_fast": 1}}, r"YaRN: expected beta_fast > beta_slow > 0, got 1\.0 and 1\.0"),
+        ({"rope_scaling": YARN | {"mscale": 1.0}}, r"mscale of YaRN is not supported"),
+        # The section that is obeyed says nothing of the other's theta.
+        ({"rope_scaling": YARN, "rope_theta": ...}, r"rope_scaling replaces rope_parameters and its rope_theta 12345"),
+        ({"layer_types": ["full_attention"]}, r"num_hidden_layers.*2.*must be equal to the number of `layer_types`.*1"),
+        ({"layer_types": ["full_attention", "other"]}, r"layer_types 'other' is not supported"),
+        ({"layer_types": ["full_attention", "chunked_attention"]}, r"layer_types 'chunked_attention' is not supported"),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, r"rope_parameters.*flat"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, r"partial_rotary_factor"),
         ({"rope_parameters": {"rope_theta": -1}}, r"rope_theta.*-1"),
@@ -269,9 +309,9 @@ def check_error(folder: Path, message: str):
 def test_missing_directory_and_config(copy, tmp_path):
     check_error(tmp_path / "absent", "no such directory")
     (copy / "config.json").write_text("{")
-    check_error(copy, r"config\.json: not valid JSON")
+    check_error(copy, r"config\.json: expected JSON")
     (copy / "config.json").write_text("[]")
-    check_error(copy, r"config\.json: expected a JSON object, got list")
+    check_error(copy, r"config\.json: expected a JSON object, got a list")
     (copy / "config.json").unlink()
     check_error(copy, r"config\.json: no such file")
 
@@ -294,6 +334,37 @@ Q = "model__layers__1__self_attn__q_proj__weight"
 def test_tensor_errors(copy, changes, message):
     edit_tensors(copy, **changes)
     check_error(copy, message)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.float16])
+@pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf, -np.inf])
+def test_weights_that_are_not_finite(model, params, dtype, bad, tmp_path):
+    save_pretrained(tmp_path / "m", model, params, dtype=dtype)
+    weights = load_file(tmp_path / "m" / "model.safetensors")["model.layers.1.self_attn.q_proj.weight"].copy()
+    weights[7, 5] = bad
+    edit_tensors(tmp_path / "m", **{Q: weights})
+    check_error(
+        tmp_path / "m", r"m: model\.layers\.1\.self_attn\.q_proj\.weight: expected finite numbers, got nan or inf"
+    )
+    weights[7, 5] = ml_dtypes.finfo(dtype).max
+    edit_tensors(tmp_path / "m", **{Q: weights})
+    load_pretrained(tmp_path / "m")
+
+
+def test_frequencies_that_old_checkpoints_store_are_skipped(copy, params):
+    frequency = np.ones(3, np.float32)
+    edit_tensors(
+        copy, model__layers__0__self_attn__rotary_emb__inv_freq=frequency, model__rotary_emb__inv_freq=frequency
+    )
+    assert_same(load_pretrained(copy)[1], params)
+    # In shards, with and without an entry of the index.
+    (copy / "model.safetensors").rename(copy / "model-00001-of-00001.safetensors")
+    names = [
+        name for name in load_file(copy / "model-00001-of-00001.safetensors") if not name.startswith("model.rotary")
+    ]
+    index = {"weight_map": dict.fromkeys(names, "model-00001-of-00001.safetensors")}
+    (copy / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert_same(load_pretrained(copy)[1], params)
 
 
 def test_eight_bit_floats_are_refused(copy):
@@ -337,6 +408,15 @@ def test_index_errors(model, params, tmp_path):
     check_error(folder, r"surplus tensor model\.norm\.weight")
     with_map(good["weight_map"] | {"model.norm.weight": "../elsewhere.safetensors"})
     check_error(folder, r"index\.json: expected weight_map")
+    with_map([1])
+    check_error(folder, r"index\.json: expected weight_map")
+    # The same tensor in a second shard, where the index does not look for it.
+    with_map(good["weight_map"])
+    first, twice = load_file(folder / shards[0]), load_file(folder / shards[1])
+    name = next(iter(first))
+    save_file(twice | {name: first[name] + 1}, folder / shards[1])
+    check_error(folder, rf"{shards[1]}: tensor {re.escape(name)} is in {shards[0]} too, where .*index\.json places it")
+    save_file(twice, folder / shards[1])
     with_map([1])
     check_error(folder, r"index\.json: expected weight_map")
     (folder / shards[1]).unlink()
@@ -428,3 +508,20 @@ def test_carried_files(model, params, tmp_path):
     assert (source / "tokenizer.json").read_text() == '{"from": "tokenizer.json"}'
     written = json.loads((source / "config.json").read_text())
     assert (written["eos_token_id"], written["hidden_size"]) == (9, 16)
+
+
+def test_stop_ids_are_exported(model, params, tmp_path):
+    """Those of training: the end of a chat's turn, which the base model's own file does not name."""
+    source, out = tmp_path / "source", tmp_path / "m"
+    source.mkdir()
+    (source / "tokenizer.json").write_text("{}")
+
+    def exported(stop_ids):
+        save_pretrained(out, model, params, tokenizer_from=source, stop_ids=stop_ids)
+        return json.loads((out / "generation_config.json").read_text())
+
+    assert exported([9]) == {"eos_token_id": 9}
+    (source / "generation_config.json").write_text('{"eos_token_id": 8, "top_k": 20}')
+    assert exported([9, 8]) == {"eos_token_id": [9, 8], "top_k": 20}
+    assert exported([8]) == {"eos_token_id": 8, "top_k": 20}
+    assert (out / "generation_config.json").read_text() == (source / "generation_config.json").read_text()

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tsopsd_jax import data
 from tsopsd_jax.model import load_pretrained, save_pretrained
 
 torch = pytest.importorskip("torch", reason="torch (the `parity` extra) is the oracle of these tests")
@@ -77,11 +78,19 @@ def assert_close(ours, theirs, tolerance: float = 1e-5) -> None:
     assert np.abs(np.asarray(ours) - theirs).max() <= tolerance * np.abs(theirs).max()
 
 
+YARN = {"rope_type": "yarn", "rope_theta": 1e3, "factor": 4.0, "original_max_position_embeddings": 16}
 CASES = {
     "gqa2": {},
     "gqa1_theta1e4": {"num_key_value_heads": 4, "rope_theta": 1e4},
     "gqa4_theta5e6_tied": {"num_key_value_heads": 1, "rope_theta": 5e6, "tie_word_embeddings": True},
     "head_dim_is_hidden_over_heads": {"head_dim": 6, "rms_norm_eps": 1e-3},
+    # Qwen3's own setting for long contexts, made short: components 1 and 2 of 5 are mixtures.
+    "yarn": {"rope_parameters": YARN, "max_position_embeddings": 16},
+    "yarn_exact_bounds": {
+        "rope_parameters": YARN | {"truncate": False, "attention_factor": 1.3, "beta_fast": 4.0, "beta_slow": 0.5},
+        "max_position_embeddings": 64,
+    },
+    "yarn_llama": {"family": "Llama", "rope_parameters": YARN | {"factor": 8.0}, "max_position_embeddings": 128},
     "llama": {"family": "Llama", "rope_theta": 1e4},
     "llama_gqa3_tied": {
         "family": "Llama",
@@ -135,14 +144,15 @@ def test_half_precision_files_in_shards(dtype, tmp_path):
 
 def test_older_config_spelling(reference, tmp_path):
     """transformers 4 wrote rope_theta at the top level and rope_scaling null."""
-    folder, theirs, _ = reference
+    folder, _, _ = reference
     old = tmp_path / "old"
     shutil.copytree(folder, old)
     raw = json.loads((old / "config.json").read_text())
-    raw |= {"rope_theta": raw.pop("rope_parameters")["rope_theta"], "rope_scaling": None}
+    rope = raw.pop("rope_parameters")
+    scaled = rope["rope_type"] != "default"
+    raw |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope if scaled else None}
     (old / "config.json").write_text(json.dumps(raw))
-    model, _ = load_pretrained(old)
-    assert model.config.rope_theta == theirs.config.rope_parameters["rope_theta"]
+    assert load_pretrained(old)[0].config == load_pretrained(folder)[0].config
 
 
 @pytest.mark.parametrize("family", ["Llama", "Qwen2"])
@@ -184,3 +194,46 @@ def test_tokenizer_and_generation_config_come_along(tmp_path):
     assert tokenizer.chat_template == "{{ messages[0]['content'] }}"
     assert generation.eos_token_id == 7
     assert load_theirs(tmp_path / "ours").config.bos_token_id == 5
+
+
+CHAT = "{% for m in messages %}<turn>{{ m.content }}<done>{% endfor %}{% if add_generation_prompt %}<turn>{% endif %}"
+
+
+@pytest.mark.parametrize("chat", ["direct", "none"])
+def test_an_exported_policy_stops_where_training_did(chat, tmp_path):
+    """A policy that always says <done>, which its base model's files do not name: generation by transformers ends there."""
+    from tokenizers import Tokenizer, models
+
+    base, out = tmp_path / "base", tmp_path / "ours"
+    make_reference(base, vocab_size=8, eos_token_id=6)
+    words = {word: at for at, word in enumerate(("one", "two", "?", "??", "<pad>", "<turn>", "<end>", "<done>"))}
+    inner = Tokenizer(models.WordLevel(words))
+    inner.add_special_tokens(["<pad>", "<turn>", "<end>", "<done>"])
+    inner.save(str(base / "tokenizer.json"))
+    named = {"eos_token": "<end>", "pad_token": "<pad>", "tokenizer_class": "PreTrainedTokenizerFast"}
+    (base / "tokenizer_config.json").write_text(json.dumps(named))
+    (base / "chat_template.jinja").write_text(CHAT)
+    model, params = load_pretrained(base)
+    # Hidden states are positive, the same everywhere: no layer adds to an embedding of ones.
+    params = jax.tree.map(jnp.zeros_like, params) | {"embed": jnp.ones_like(params["embed"])}
+    params |= {"final_norm": jnp.ones_like(params["final_norm"]), "head": params["head"].at[:, 7].set(1.0)}
+    stop_ids = data.Tokenizer.load(base, chat=chat).stop_ids
+    save_pretrained(out, model, params, tokenizer_from=base, stop_ids=stop_ids)
+
+    def generated() -> list[int]:
+        from transformers import AutoTokenizer
+
+        theirs, tokenizer = load_theirs(out), AutoTokenizer.from_pretrained(out)
+        ids = tokenizer.apply_chat_template(
+            [{"role": "user", "content": "two"}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        return theirs.generate(**ids, max_new_tokens=4, do_sample=False, pad_token_id=4)[0].tolist()
+
+    prompt = [5, 1, 7, 5]
+    if chat == "direct":
+        assert stop_ids == (7, 6)
+        assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == [7, 6]
+        assert quietly(generated) == [*prompt, 7]
+    else:
+        assert stop_ids == (6,)
+        assert quietly(generated) == [*prompt, 7, 7, 7, 7]

@@ -1,16 +1,20 @@
 """What a model is shown: templates, chat turns, stop tokens. `python tests/test_prompts.py` writes the golden files."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
 import byte_model
 import pytest
+import tokenizers
 
-from tsopsd_jax.data import CHATS, TEMPLATES, Tokenizer, load_problems, render
-from tsopsd_jax.data.chat import read_turn
+from tsopsd_jax import huggingface
+from tsopsd_jax.data import CHATS, TEMPLATES, Tokenizer, countdown, load_problems, render
+from tsopsd_jax.data.chat import Turn, read_turn
 from tsopsd_jax.data.prompts import bare
 
+ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = Path(__file__).parent / "golden" / "prompts"
 PROBLEM = "What is $\\frac{1}{2} + 1$?"
 
@@ -20,8 +24,13 @@ def shown(folder: Path, template: str, chat: str) -> str:
     text = render(template, PROBLEM)
     if chat == "none":
         return text
-    turn = read_turn(folder, thinking=chat == "thinking")
+    turn = turn_of(folder, thinking=chat == "thinking")
     return turn.before + text + turn.after
+
+
+def turn_of(folder: Path, *, thinking: bool) -> Turn:
+    with huggingface.reading("tokenizer") as transformers:
+        return read_turn(transformers.PreTrainedTokenizerFast.from_pretrained(str(folder)), folder, thinking=thinking)
 
 
 def check_golden(name: str, text: str) -> None:
@@ -116,12 +125,12 @@ def test_qwen3_tokens_are_those_of_transformers(chat, shared_data):
 def test_the_template_file_comes_before_the_one_in_the_configuration(tmp_path):
     folder = byte_model.write(tmp_path)
     (folder / "chat_template.jinja").write_text("{% for m in messages %}[{{ m.content }}]{% endfor %}")
-    assert read_turn(folder, thinking=True) == ("[", "]", "]")
+    assert turn_of(folder, thinking=True) == ("[", "]", "]")
     (folder / "chat_template.jinja").unlink()
     loop = "{% for m in messages %}({{ m.content }}{% endfor %}"
     named = [{"name": "tools", "template": "x"}, {"name": "default", "template": loop}]
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
-    assert read_turn(folder, thinking=True).before == "("
+    assert turn_of(folder, thinking=True).before == "("
 
 
 @pytest.mark.parametrize(
@@ -132,6 +141,7 @@ def test_the_template_file_comes_before_the_one_in_the_configuration(tmp_path):
         ("{{ raise_exception('no users here') }}", "no users here"),
         ("{{ messages.__class__.__mro__ }}", "cannot be rendered (SecurityError"),
         ("{% for i in range(10**9) %}{% endfor %}", "cannot be rendered (OverflowError"),
+        ("{{ strftime_now('%Y') }}", "cannot be rendered (UndefinedError: 'there_is_no_clock'"),
         ("hello", "expected every message's text once"),
     ],
 )
@@ -140,6 +150,158 @@ def test_templates_that_do_not_serve(template, says, tmp_path):
     with pytest.raises(ValueError) as error:
         Tokenizer.load(folder, chat="direct")
     assert says in str(error.value)
+
+
+def edit_json(file: Path, **changes) -> None:
+    file.write_text(json.dumps((json.loads(file.read_text()) if file.is_file() else {}) | changes))
+
+
+def edit_added(folder: Path, **changes) -> list[dict]:
+    """Change every added token of tokenizer.json; returns them as they are then."""
+    file = folder / "tokenizer.json"
+    added = [token | changes for token in json.loads(file.read_text())["added_tokens"]]
+    edit_json(file, added_tokens=added)
+    return added
+
+
+@pytest.mark.parametrize(
+    "left",
+    [
+        {"truncation": {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}},
+        {
+            "padding": {
+                "strategy": {"Fixed": 90},
+                "direction": "Right",
+                "pad_to_multiple_of": None,
+                "pad_id": byte_model.END,
+                "pad_type_id": 0,
+                "pad_token": "<|end|>",
+            }
+        },
+    ],
+    ids=["truncation", "padding"],
+)
+@pytest.mark.parametrize("chat", CHATS)
+def test_what_a_call_left_in_the_tokenizer_is_not_obeyed(chat, left, tmp_path):
+    folder = byte_model.write(tmp_path)
+    text = "a problem of more than four tokens"
+    expected = Tokenizer.load(folder, chat=chat).encode(text)
+    edit_json(folder / "tokenizer.json", **left)
+    assert Tokenizer.load(folder, chat=chat).encode(text) == expected
+
+
+def test_stop_tokens_that_are_not_marked_special(tmp_path):
+    folder = byte_model.write(tmp_path)
+    expected = {chat: Tokenizer.load(folder, chat=chat) for chat in CHATS}
+    edit_added(folder, special=False)
+    for chat, marked in expected.items():
+        plain = Tokenizer.load(folder, chat=chat)
+        assert plain.stop_ids == marked.stop_ids, "the end of a turn is a stop whether or not it is special"
+        hostile = "7<|end|>" if chat == "none" else "7<|done|><|end|>"
+        assert plain.encode(hostile) == marked.encode(hostile)
+        assert plain.decode([*Tokenizer.load(folder).encode("7"), *plain.stop_ids]) == "7"
+
+
+def test_a_stop_token_that_no_token_is(tmp_path):
+    folder = byte_model.write(tmp_path)
+    for wrong in (byte_model.DONE + 1, [byte_model.END, 1000]):
+        edit_json(folder / "generation_config.json", eos_token_id=wrong)
+        with pytest.raises(ValueError, match=r"tokenizer\.json, got eos_token_id (259|1000), which it lacks"):
+            Tokenizer.load(folder)
+
+
+def test_a_special_word_of_the_vocabulary_is_refused_in_a_problem(tmp_path):
+    countdown.write_tokenizer(tmp_path)
+    tokenizer = Tokenizer.load(tmp_path)
+    with pytest.raises(ValueError, match="without special tokens, got <eos> in '3 <eos> 4'"):
+        tokenizer.encode("3 <eos> 4")
+
+
+@pytest.mark.parametrize("place", ["tokenizer_config", "added_tokens", "special_tokens_map"])
+def test_added_tokens_that_tokenizer_json_lacks(place, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    whole, folder = byte_model.write(tmp_path / "whole"), byte_model.write(tmp_path / "folder")
+    added = edit_added(folder)
+    edit_json(folder / "tokenizer.json", added_tokens=[])
+    edit_json(folder / "generation_config.json", eos_token_id=byte_model.END)
+    if place == "special_tokens_map":  # names alone: a class of its own may number them otherwise
+        edit_json(folder / "special_tokens_map.json", additional_special_tokens=["<|turn|>", "<|done|>"])
+        with pytest.raises(ValueError, match=r"an id of <\|done\|> in tokenizer\.json.*tokenizer_class None"):
+            Tokenizer.load(folder, chat="direct")
+        edit_json(folder / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
+    if place == "tokenizer_config":
+        decoder = {str(token["id"]): {k: v for k, v in token.items() if k != "id"} for token in added}
+        edit_json(folder / "tokenizer_config.json", added_tokens_decoder=decoder)
+    else:
+        edit_json(
+            folder / "special_tokens_map.json", eos_token="<|end|>", additional_special_tokens=["<|turn|>", "<|done|>"]
+        )
+    if place == "added_tokens":
+        edit_json(folder / "added_tokens.json", **{token["content"]: token["id"] for token in added})
+    ours, theirs = Tokenizer.load(folder, chat="direct"), transformers.AutoTokenizer.from_pretrained(folder)
+    turn = [{"role": "user", "content": "Hi"}]
+    expected = theirs.apply_chat_template(turn, add_generation_prompt=True, enable_thinking=False)["input_ids"]
+    assert ours.encode("Hi") == expected == Tokenizer.load(whole, chat="direct").encode("Hi")
+    assert ours.stop_ids == (byte_model.DONE, byte_model.END)
+
+
+def test_the_tokenizer_is_read_as_it_stands(tmp_path):
+    """Each digit alone, as tokenizer.json says, although the class that the directory names would join them."""
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.BPE(vocab={"1": 0, "2": 1, "12": 2, "e": 3}, merges=[("1", "2")])
+    )
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Digits(individual_digits=True)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    edit_json(tmp_path / "tokenizer_config.json", tokenizer_class="GPT2Tokenizer", eos_token="e")
+    assert Tokenizer.load(tmp_path).encode("12") == [0, 1]
+
+
+LOOP = "{% for m in messages %}<|turn|>{{ m.content }}<|done|>{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "before"),
+    [
+        ("{% if tools is not none %}tools!{% endif %}" + LOOP, "<|turn|>"),
+        (LOOP.replace("{{", "{% generation %}{{").replace("}}", "}}{% endgeneration %}"), "<|turn|>"),
+        ("{% if strftime_now is defined %}{{ strftime_now('%Y') }}{% else %}2024{% endif %}" + LOOP, "2024<|turn|>"),
+    ],
+    ids=["tools", "generation", "clock"],
+)
+def test_what_templates_expect(template, before, tmp_path):
+    folder = byte_model.write(tmp_path, template=template)
+    assert turn_of(folder, thinking=True) == (before, "<|done|>", "<|done|>")
+
+
+AFTERWARDS = """
+import sys
+from pathlib import Path
+import tsopsd_jax.data, tsopsd_jax.model.hf_config
+assert "transformers" not in sys.modules, "imported before a model is read"
+for name in ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"):
+    file = Path(folder, name, "config.json")
+    assert tsopsd_jax.model.hf_config.read_config(file).architecture == name
+tsopsd_jax.data.Tokenizer.load(file.parent, chat="direct")
+assert "transformers" in sys.modules
+assert not [module for module in sys.modules if module.split(".")[0] == "torch"], "imported to read files"
+import transformers
+shape = transformers.AutoConfig.from_pretrained(f"{folder}/LlamaForCausalLM")
+model = transformers.AutoModelForCausalLM.from_config(shape)
+import torch
+print(tuple(model(torch.zeros((1, 3), dtype=torch.long)).logits.shape))
+"""
+
+
+@pytest.mark.parity
+def test_files_are_read_without_torch_and_its_models_work_afterwards(tmp_path):
+    pytest.importorskip("torch")
+    for name, kind in (("LlamaForCausalLM", "llama"), ("Qwen2ForCausalLM", "qwen2"), ("Qwen3ForCausalLM", "qwen3")):
+        folder = byte_model.write(tmp_path / name)
+        yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}
+        edit_json(folder / "config.json", architectures=[name], model_type=kind, dtype="bfloat16", rope_scaling=yarn)
+    code = f"folder = {str(tmp_path)!r}\n" + AFTERWARDS
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "(1, 3, 264)\n", done.stderr
 
 
 def test_unknown_chat(tmp_path):

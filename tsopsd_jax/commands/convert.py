@@ -8,6 +8,7 @@ from tsopsd_jax.commands.model_card import base_licence, model_card
 from tsopsd_jax.config import DTYPES
 from tsopsd_jax.config.places import model_folder
 from tsopsd_jax.config.restore import resolved_config, restore_run
+from tsopsd_jax.data import Tokenizer
 from tsopsd_jax.distributed.sharding import make_mesh
 from tsopsd_jax.model import save_pretrained
 from tsopsd_jax.rundir import object_store
@@ -47,5 +48,6 @@ def export(run_dir: Path, out: Path, *, step: int | None, dtype: str) -> Path:
         metrics=read_metrics(run_dir),
         evaluations=read_evaluations(run_dir),
     )
-    save_pretrained(out, model, state.params, dtype=DTYPES[dtype], tokenizer_from=folder, card=card)
+    stop_ids = Tokenizer.load(folder, chat=config.data.chat).stop_ids
+    save_pretrained(out, model, state.params, dtype=DTYPES[dtype], tokenizer_from=folder, stop_ids=stop_ids, card=card)
     return out

@@ -13,11 +13,12 @@ from tsopsd_jax.data import Problem, Tokenizer, load_problems, selection
 from tsopsd_jax.data.encode import encode_prompts
 from tsopsd_jax.distributed import processes
 from tsopsd_jax.distributed.sharding import AnyMesh, make_mesh, row_multiple, tree_shardings
+from tsopsd_jax.huggingface import read_json
 from tsopsd_jax.judge.groups import RewardRule
 from tsopsd_jax.learn.update import make_optimizer
 from tsopsd_jax.model import Qwen3, load_pretrained
 from tsopsd_jax.model.hf import INDEX, WEIGHTS
-from tsopsd_jax.model.hf_config import read_config, read_json
+from tsopsd_jax.model.hf_config import read_config
 from tsopsd_jax.objectives import make_objective
 from tsopsd_jax.rewards import VERIFIERS
 from tsopsd_jax.train.phase import Phase

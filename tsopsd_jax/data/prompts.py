@@ -17,7 +17,7 @@ TEMPLATES: dict[str, str] = {
 
 
 def render(template: str, problem: str) -> str:
-    """The prompt for `problem` under the template of that name; braces in `problem` are left alone.
+    """Put `problem` into the template of that name; braces in `problem` are left alone.
 
     Raises:
         ValueError: if there is no template of that name.
@@ -32,7 +32,7 @@ def render(template: str, problem: str) -> str:
 
 
 def bare(prompt: str) -> str:
-    """The problem in a prompt: the reverse of `render` where a template's wording stands around it, else all of it."""
+    """Take the problem out of a prompt: the reverse of `render` where a template's wording stands around it, else all of it."""
     for text in TEMPLATES.values():
         before, after = text.split("{problem}")
         if before + after and prompt.startswith(before) and prompt.endswith(after):

@@ -3,17 +3,19 @@
 import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers
 from jaxtyping import Int
 
-from tsopsd_jax.data.chat import CHATS, read_json, read_turn
+from tsopsd_jax import huggingface
+from tsopsd_jax.data.chat import CHATS, read_turn
 
 
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
-    """The `tokenizers` library's tokenizer (no transformers), plus the stop ids that its directory tells."""
+    """A tokenizer that transformers read, as its `tokenizers` backend, with the stop ids that its directory tells."""
 
     backend: tokenizers.Tokenizer
     stop_ids: tuple[int, ...]
@@ -22,17 +24,22 @@ class Tokenizer:
     """Highest token id + 1, added tokens included; a model's (padded) vocabulary may be larger."""
     turn: tuple[list[int], list[int]] | None = None
     """Ids before and after a prompt's text: the model's chat turn, up to where the assistant begins."""
+    special_ids: frozenset[int] = frozenset()
+    """Ids that no prompt's text may become, nor a response's text show."""
 
     @classmethod
     def load(cls, directory: str | Path, *, chat: str = "none") -> "Tokenizer":
-        """Read tokenizer.json, the stop ids and, unless `chat` (one of `chat.CHATS`) is none, the chat turn.
+        """Read a directory's tokenizer, its stop ids and, unless `chat` (one of `chat.CHATS`) is none, its chat turn.
 
-        Stop ids are `eos_token_id` of generation_config.json, else of config.json, else the id of `eos_token` of
-        tokenizer_config.json: the order in which a model's own generation settles it. In a chat the token that ends
-        an assistant's turn is one of them, the first: a base model's files do not name it.
+        Stop ids are `eos_token_id` of generation_config.json, else of config.json, else the id of the tokenizer's `eos_token`:
+        the order in which a model's own generation settles it. In a chat the token that ends an assistant's turn is one of
+        them, the first: a base model's files do not name it.
+
+        tokenizer.json is read as it stands, with the tokens that other files add to it, whatever class the directory names: some
+        classes replace its splitting of text by their own. Truncation and padding in it are a past call's, and left aside.
 
         Raises:
-            ValueError: if the directory or tokenizer.json is missing or unreadable, no stop token is declared, or
+            ValueError: if the directory or tokenizer.json is missing or unreadable, no stop token is declared or it is no token, or
                 a chat is asked of a directory without a usable template.
         """
         if chat not in CHATS:
@@ -45,42 +52,60 @@ class Tokenizer:
             raise ValueError(
                 f"tokenizer: expected {path}, found none: name a Hugging Face model directory that has one"
             )
-        try:
-            backend = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises plain Exception
-            raise ValueError(f"tokenizer: cannot read {path} ({error}): fetch the file again") from error
-        vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        stop_ids, turn = _stop_ids(folder, backend), None
+        for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
+            _read_if_there(folder / name)  # names the file if it is damaged
+        with huggingface.reading(f"tokenizer: cannot read {path}") as transformers:
+            theirs = transformers.PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
+        backend, turn, used = theirs.backend_tokenizer, None, []
+        backend.no_truncation()
+        backend.no_padding()
+        stop_ids, added = _declared(folder) or _eos(folder, theirs), backend.get_added_tokens_decoder()
         if chat != "none":
-            texts = read_turn(folder, thinking=chat == "thinking")
-            try:
-                before, after, end = (backend.encode(text, add_special_tokens=False).ids for text in texts)
-            except Exception as error:  # the library raises plain Exception
-                raise ValueError(f"tokenizer: cannot encode the chat template of {folder}: {error}") from error
-            special = {token for token, added in backend.get_added_tokens_decoder().items() if added.special}
-            stop_ids = tuple(dict.fromkeys((*(token for token in end[:1] if token in special), *stop_ids)))
-            turn = before, after
+            texts = read_turn(theirs, folder, thinking=chat == "thinking")
+            before, after, end = (_encode(backend, text).ids for text in texts)
+            stop_ids = tuple(dict.fromkeys((*[token for token in end if token in added][:1], *stop_ids)))
+            turn, used = (before, after), [*before, *after]
+        if absent := [token for token in stop_ids if backend.id_to_token(token) is None]:
+            raise ValueError(f"tokenizer: expected stop tokens of {path}, got eos_token_id {absent[0]}, which it lacks")
+        _check_ids(folder, {str(added[token]) for token in (*used, *stop_ids) if token in added})
+        # Whatever the directory calls them: their text is left out of responses, and stands in none of a problem's ids.
+        backend.add_special_tokens([backend.id_to_token(token) for token in stop_ids])
+        special = {token for token, entry in backend.get_added_tokens_decoder().items() if entry.special}
         # From here on a special token's name in a problem is text like any other: no problem can end a turn.
         backend.encode_special_tokens = True
-        return cls(backend, stop_ids, vocab_size, turn)
+        return cls(
+            backend,
+            stop_ids,
+            vocab_size=max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1,
+            turn=turn,
+            special_ids=frozenset({*special, *stop_ids} - {theirs.unk_token_id}),
+        )
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a prompt: `text` in the chat turn if there is one, else with what the tokenizer adds (Qwen3:
-        nothing). In a turn the text is stripped, so that it does not fuse with the template's line ends.
+        """Encode a prompt: `text` in the chat turn if there is one, else with what the tokenizer adds (Qwen3: nothing).
+
+        In a turn the text is stripped, so that it does not fuse with the template's line ends.
 
         Raises:
-            ValueError: if the tokenizer has no token for a part of `text`.
+            ValueError: if the tokenizer has no token for a part of `text`, or a part of it is the name of a special token that
+                the vocabulary has as a word.
         """
-        try:
-            if self.turn is None:
-                return self.backend.encode(text).ids
-            before, after = self.turn
-            return [*before, *self.backend.encode(text.strip(), add_special_tokens=False).ids, *after]
-        except Exception as error:  # the library raises plain Exception
-            raise ValueError(f"tokenizer: cannot encode {text[:80]!r}: {error}") from error
+        encoding = _encode(self.backend, text if self.turn is None else text.strip(), add=self.turn is None)
+        ids = encoding.ids
+        if not self.special_ids.isdisjoint(ids):
+            for token, is_added in zip(ids, encoding.special_tokens_mask, strict=True):
+                if token in self.special_ids and not is_added:
+                    name = self.backend.id_to_token(token)
+                    raise ValueError(
+                        f"tokenizer: expected a prompt without special tokens, got {name} in {text[:80]!r}"
+                    )
+        if self.turn is None:
+            return ids
+        before, after = self.turn
+        return [*before, *ids, *after]
 
     def decode(self, ids: Iterable[int] | Int[np.ndarray, " N"]) -> str:
-        """Text of `ids`, special tokens (stop, padding) left out; ids without an entry give no text."""
+        """Decode `ids`; special tokens (stop, padding) and ids without an entry give no text."""
         return self.backend.decode([int(token) for token in ids], skip_special_tokens=True)
 
     def check_fits(self, model_vocab_size: int) -> None:
@@ -92,24 +117,63 @@ class Tokenizer:
             )
 
 
-def _stop_ids(folder: Path, backend: tokenizers.Tokenizer) -> tuple[int, ...]:
-    for name in ("generation_config.json", "config.json"):
-        declared = read_json(folder / name).get("eos_token_id")
+def _encode(backend: tokenizers.Tokenizer, text: str, *, add: bool = False) -> tokenizers.Encoding:
+    try:
+        return backend.encode(text, add_special_tokens=add)
+    except Exception as error:  # the library raises plain Exception
+        raise ValueError(f"tokenizer: cannot encode {text[:80]!r}: {error}") from error
+
+
+def _declared(folder: Path) -> tuple[int, ...]:
+    """`eos_token_id` of generation_config.json, else of config.json; empty if neither has one."""
+    found = {}
+    if (file := folder / "generation_config.json").is_file():
+        huggingface.read_json(file)
+        with huggingface.reading(f"{file}: cannot be read") as transformers:
+            found[file] = transformers.GenerationConfig.from_pretrained(str(folder), local_files_only=True).eos_token_id
+    found[folder / "config.json"] = _read_if_there(folder / "config.json").get("eos_token_id")
+    for file, declared in found.items():
         if declared is None:
             continue
         stop_ids = tuple(declared) if isinstance(declared, list) else (declared,)
         if not stop_ids or not all(type(token) is int and token >= 0 for token in stop_ids):
-            raise ValueError(f"{folder / name}: expected eos_token_id to be ids >= 0, got {declared!r}")
+            raise ValueError(f"{file}: expected eos_token_id to be ids >= 0, got {declared!r}")
         return stop_ids
-    path = folder / "tokenizer_config.json"
-    token = read_json(path).get("eos_token")
-    if isinstance(token, dict):  # the older, longer spelling
-        token = token.get("content")
-    stop_id = backend.token_to_id(token) if isinstance(token, str) else None
-    if stop_id is None:
+    return ()
+
+
+def _eos(folder: Path, theirs: Any) -> tuple[int, ...]:
+    """The tokenizer's own stop token."""
+    if theirs.eos_token is None or _without_id(folder, {theirs.eos_token}):
         raise ValueError(
-            f"tokenizer: expected a stop token in {folder} (eos_token_id in generation_config.json or "
-            f"config.json, or eos_token in tokenizer_config.json), got eos_token={token!r}: "
+            f"tokenizer: expected a stop token in {folder} (eos_token_id in generation_config.json or config.json, "
+            f"or eos_token in tokenizer_config.json), got eos_token={theirs.eos_token!r}: "
             "without one no response would ever end"
         )
-    return (stop_id,)
+    return (theirs.eos_token_id,)
+
+
+def _check_ids(folder: Path, names: set[str]) -> None:
+    """Raise ValueError for a token without an id in any file, unless the class is the one that is read by."""
+    made_up = _without_id(folder, names)
+    named = _read_if_there(folder / "tokenizer_config.json").get("tokenizer_class")
+    if made_up and named not in ("PreTrainedTokenizerFast", "TokenizersBackend"):
+        raise ValueError(
+            f"tokenizer: expected an id of {min(made_up)} in tokenizer.json, tokenizer_config.json or added_tokens.json of "
+            f"{folder}, got its name alone, which tokenizer_class {named} may number otherwise: save the tokenizer again"
+        )
+
+
+def _without_id(folder: Path, names: set[str]) -> set[str]:
+    """Those of the tokens to which no file gives an id; transformers takes the next free one."""
+    config = _read_if_there(folder / "tokenizer_config.json")
+    names = names - _read_if_there(folder / "added_tokens.json").keys()
+    names -= {token["content"] for token in config.get("added_tokens_decoder", {}).values()}
+    if not names:  # mostly: the large file need not be read again
+        return names
+    backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    return {name for name in names if backend.token_to_id(name) is None}
+
+
+def _read_if_there(file: Path) -> dict[str, Any]:
+    return huggingface.read_json(file) if file.is_file() else {}

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
@@ -31,13 +32,12 @@ BLOCKS = 16
 
 def attention(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, visible_BTS: Array) -> Array:
     """Grouped-query attention of each query over the keys that it may see (1 or B masks); softmax in float32."""
-    b, t, n, h = q_BTNH.shape
-    kv = k_BSKH.shape[2]
-    q_BTKGH = q_BTNH.reshape(b, t, kv, n // kv, h)
+    q_BTKGH = rearrange(q_BTNH, "B T (K G) H -> B T K G H", K=k_BSKH.shape[2])
     scores = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32)
-    scores = jnp.where(visible_BTS[:, None, None], scores * h**-0.5, -jnp.inf)
+    scores = jnp.where(visible_BTS[:, None, None], scores * q_BTNH.shape[-1] ** -0.5, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1).astype(v_BSKH.dtype)
-    return jnp.einsum("BKGTS,BSKH->BTKGH", weights, v_BSKH).reshape(b, t, n, h)
+    out_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", weights, v_BSKH)
+    return rearrange(out_BTKGH, "B T K G H -> B T (K G) H")
 
 
 def _in_blocks(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, segment_BT: Array | None) -> Array:
@@ -66,7 +66,7 @@ def causal_attention(
     mesh: Mesh | None = None,
     interpret: bool = False,
 ) -> Array:
-    """`attention` of T positions among themselves, each over itself and those before it, by the named implementation.
+    """Causal attention of T positions, each over itself and those before it, by the named implementation.
 
     Args:
         segment_BT: positions attend within their segment only; None: a row is one.
@@ -101,7 +101,7 @@ def causal_attention(
 
 
 def best_causal(platform: str, *, positions: int, dtype, packed: bool = False) -> str:
-    """The implementation for a backend, where its conditions hold; else `xla`."""
+    """Name the best implementation for a backend, where its conditions hold; else `xla`."""
     if platform == "gpu" and jnp.dtype(dtype).itemsize == 2 and not packed:
         return "cudnn"
     if platform == "tpu" and positions % SPLASH_MULTIPLE == 0:

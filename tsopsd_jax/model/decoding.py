@@ -10,10 +10,11 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from jaxtyping import Array, Int
 
 from tsopsd_jax.model.attention import causal_attention
-from tsopsd_jax.model.qwen3 import Qwen3, rms_norm, rope_frequency
+from tsopsd_jax.model.qwen3 import Qwen3, rms_norm, rotation
 from tsopsd_jax.types import PyTree
 
 LayerCache = tuple[Array, Array]
@@ -27,7 +28,7 @@ Causal = Callable[[Array, Array, Array], Array]
 
 
 def rollout_view(model: Qwen3, params: PyTree) -> PyTree:
-    """The weights as the sampler reads them; to be jitted, with `out_shardings` from `view_axes` on a mesh.
+    """Lay the weights out as the sampler reads them; to be jitted, with `out_shardings` from `view_axes` on a mesh.
 
     Returns:
         embed [V, D]; unembed [V, D] (the same array when tied); final_norm [D]; layers, a tuple of dicts of
@@ -36,20 +37,21 @@ def rollout_view(model: Qwen3, params: PyTree) -> PyTree:
         master dtype, as training uses them.
     """
     c, dtype = model.config, model.compute_dtype
-    k, h, d = c.num_key_value_heads, c.head_dim, c.hidden_size
+    k = c.num_key_value_heads
 
     def one(i: int) -> PyTree:
         norms = {name: params["layers"][name][i] for name in _norms(model)}
         w = {name: x[i].astype(dtype) for name, x in params["layers"].items() if name not in norms}
-        qkv_DKEH = jnp.concatenate([w["q"].reshape(d, k, -1, h), w["k"][:, :, None], w["v"][:, :, None]], axis=2)
+        q_DKGH = rearrange(w["q"], "D (K G) H -> D K G H", K=k)
+        qkv_DKEH = jnp.concatenate([q_DKGH, w["k"][:, :, None], w["v"][:, :, None]], axis=2)
         layer = {
-            "qkv": jnp.transpose(qkv_DKEH, (1, 2, 3, 0)),
-            "o": jnp.transpose(w["o"].reshape(k, -1, d), (2, 0, 1)),
+            "qkv": rearrange(qkv_DKEH, "D K E H -> K E H D"),
+            "o": rearrange(w["o"], "(K G) H D -> D K (G H)", K=k),
             "gate_up": jnp.stack([w["gate"].T, w["up"].T]),
             "down": w["down"].T,
         }
         if c.family.qkv_bias:
-            parts = [w["q_bias"].reshape(k, -1, h), w["k_bias"][:, None], w["v_bias"][:, None]]
+            parts = [rearrange(w["q_bias"], "(K G) H -> K G H", K=k), w["k_bias"][:, None], w["v_bias"][:, None]]
             layer["qkv_bias"] = jnp.concatenate(parts, axis=1)
         return layer | norms
 
@@ -87,12 +89,15 @@ def view_axes(model: Qwen3) -> PyTree:
 def prefill(
     model: Qwen3, view: PyTree, tokens: Int[Array, "B T"], *, attention: Causal = causal_attention
 ) -> tuple[LayerCache, ...]:
-    """The cache of whole prompts, [B, K, H, T] and [B, K, T, H] per layer; what stands beyond a prompt's end is junk
-    that no position of the prompt sees. `attention` is `causal_attention` with an implementation chosen."""
+    """Make the cache of whole prompts, [B, K, H, T] and [B, K, T, H] per layer.
+
+    What stands beyond a prompt's end is junk that no position of the prompt sees. `attention` is `causal_attention` with an
+    implementation chosen.
+    """
     positions_BT = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :], tokens.shape)
 
     def attend(q_BTNH, k_BTKH, v_BTKH, _):
-        new = jnp.transpose(k_BTKH, (0, 2, 3, 1)), jnp.transpose(v_BTKH, (0, 2, 1, 3))
+        new = rearrange(k_BTKH, "B T K H -> B K H T"), rearrange(v_BTKH, "B T K H -> B K T H")
         return attention(q_BTNH, k_BTKH, v_BTKH), new
 
     nothing = (None,) * model.config.num_hidden_layers
@@ -108,8 +113,11 @@ def decode(
     attend: Attend,
     caches: Sequence[PyTree],
 ) -> tuple[Array, tuple[LayerCache, ...]]:
-    """Float32 logits [B, V] after one token per row, each at its own position, and what `attend` made of each layer's
-    cache."""
+    """Decode one token per row, each at its own position.
+
+    Returns:
+        Float32 logits [B, V] of the next token, and what `attend` made of each layer's cache.
+    """
     x_DB, caches = _trunk(model, view, tokens[:, None], position[:, None], attend, caches)
     x_DB = _norm(x_DB, view["final_norm"], model.config.rms_norm_eps)
     logits_VB = jnp.einsum("VD,DB->VB", view["unembed"], x_DB, preferred_element_type=jnp.float32)
@@ -120,25 +128,25 @@ def _trunk(
     model: Qwen3, view: PyTree, tokens_BT: Array, positions_BT: Array, attend: Attend, caches: Sequence[PyTree]
 ) -> tuple[Array, tuple[LayerCache, ...]]:
     c, new = model.config, []
-    b, t = tokens_BT.shape
-    rotation = _rotation(positions_BT.reshape(-1), c.head_dim, c.rope_theta)
+    turn = rotation(positions_BT.reshape(-1), c.head_dim, c.rope_theta, c.yarn)  # once for all layers
+    turn = _apart(turn[0]), _apart(turn[1])
     # Jitted to be traced and lowered once, not once a layer; XLA inlines it.
-    layer = jax.jit(functools.partial(_layer, model, attend, (b, t)))
+    layer = jax.jit(functools.partial(_layer, model, attend, len(tokens_BT)))
     x_DM = jnp.take(view["embed"], tokens_BT.reshape(-1), axis=0).T
     for w, cache in zip(view["layers"], caches, strict=True):
-        x_DM, cache = layer(w, x_DM, rotation, cache)
+        x_DM, cache = layer(w, x_DM, turn, cache)
         new.append(cache)
     return x_DM, tuple(new)
 
 
 def _layer(
-    model: Qwen3, attend: Attend, shape: tuple[int, int], w: PyTree, x_DM: Array, rotation: tuple[Array, Array], cache
+    model: Qwen3, attend: Attend, b: int, w: PyTree, x_DM: Array, turn: tuple[Array, Array], cache
 ) -> tuple[Array, LayerCache]:
-    c, (b, t) = model.config, shape
-    cos_MH, sin_MH = rotation
+    c = model.config
+    cos_MH, sin_MH = turn
 
     def rows(x_MKEH: Array) -> Array:
-        return x_MKEH.reshape(b, t, -1, c.head_dim)
+        return rearrange(x_MKEH, "(B T) K E H -> B T (K E) H", B=b)
 
     def position(x_MKEH: Array, scale_H: Array | None) -> Array:
         normed = x_MKEH if scale_H is None else rms_norm(x_MKEH, scale_H, c.rms_norm_eps)
@@ -148,11 +156,11 @@ def _layer(
     qkv_KEHM = _apart(jnp.einsum("KEHD,DM->KEHM", w["qkv"], y_DM))
     if c.family.qkv_bias:
         qkv_KEHM = qkv_KEHM + w["qkv_bias"][..., None]
-    qkv_MKEH = _apart(jnp.transpose(qkv_KEHM, (3, 0, 1, 2)))
+    qkv_MKEH = _apart(rearrange(qkv_KEHM, "K E H M -> M K E H"))
     q_BTNH = rows(position(qkv_MKEH[:, :, :-2], w.get("q_norm")))
     k_BTKH = rows(position(qkv_MKEH[:, :, -2:-1], w.get("k_norm")))
     out_BTNH, cache = attend(q_BTNH, k_BTKH, rows(qkv_MKEH[:, :, -1:]), cache)
-    out_KEM = _apart(jnp.transpose(out_BTNH.reshape(b * t, c.num_key_value_heads, -1), (1, 2, 0)))
+    out_KEM = _apart(rearrange(out_BTNH, "B T (K G) H -> K (G H) (B T)", K=c.num_key_value_heads))
     x_DM = x_DM + jax.lax.dot_general(w["o"], out_KEM, (((1, 2), (0, 1)), ((), ())))
     y_DM = _norm(x_DM, w["mlp_norm"], c.rms_norm_eps)
     gate_up_CFM = jnp.einsum("CFD,DM->CFM", w["gate_up"], y_DM)
@@ -165,12 +173,6 @@ def _norm(x_DM: Array, scale_D: Array, eps: float) -> Array:
     x32 = x_DM.astype(jnp.float32)
     inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=0, keepdims=True) + eps)
     return (x32 * inverse * scale_D.astype(jnp.float32)[:, None]).astype(x_DM.dtype)
-
-
-def _rotation(position_M: Array, head_dim: int, theta: float) -> tuple[Array, Array]:
-    """Cosine and sine of the rotary angles, [M, H / 2], once for all layers."""
-    angle_MH = position_M.astype(jnp.float32)[:, None] * rope_frequency(head_dim, theta)[None, :]
-    return _apart(jnp.cos(angle_MH)), _apart(jnp.sin(angle_MH))
 
 
 def _rotate(x_MKEH: Array, cos_MH: Array, sin_MH: Array) -> Array:

@@ -11,7 +11,7 @@ import json
 import math
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,8 @@ from safetensors import SafetensorError, safe_open
 
 from tsopsd_jax.distributed import processes
 from tsopsd_jax.distributed.sharding import tree_shardings
-from tsopsd_jax.model.hf_config import config_json, read_config, read_json
+from tsopsd_jax.huggingface import read_json
+from tsopsd_jax.model.hf_config import config_json, read_config
 from tsopsd_jax.model.hf_layout import DTYPES, EMBED, HEAD, Stored, cast, stored_tensors
 from tsopsd_jax.model.qwen3 import Qwen3
 from tsopsd_jax.types import PyTree
@@ -43,6 +44,8 @@ CARRIED_FILES = (
     GENERATION_CONFIG,
 )
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+# Of old checkpoints: the rotation's frequencies, which follow from config.json.
+_DERIVED = "rotary_emb.inv_freq"
 # Marks the weight files that this module wrote, and therefore may replace.
 _PRODUCER = "tsopsd_jax"
 
@@ -75,8 +78,11 @@ def _open_tensors(folder: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
         if name not in held[shard]:
             raise ValueError(f"{folder / shard}: tensor {name} is missing, but {INDEX} places it there")
     for shard, names in held.items():
-        for name in sorted(names - where.keys()):
-            raise ValueError(f"{folder / shard}: surplus tensor {name}, which {INDEX} does not list")
+        for name in sorted(names):
+            if name not in where and not name.endswith(_DERIVED):
+                raise ValueError(f"{folder / shard}: surplus tensor {name}, which {INDEX} does not list")
+            if name in where and where[name] != shard:
+                raise ValueError(f"{folder / shard}: tensor {name} is in {where[name]} too, where {INDEX} places it")
     return {name: files[shard].get_slice(name) for name, shard in where.items()}
 
 
@@ -87,7 +93,7 @@ def _check_tensors(model: Qwen3, stored: dict[str, Any], folder: Path) -> None:
         expected[HEAD.name] = expected[EMBED.name]
     if missing := [name for name in expected if name not in stored]:
         raise ValueError(f"{folder}: missing tensor {missing[0]} ({len(missing)} in all); config.json implies it")
-    if surplus := [name for name in stored if name not in expected]:
+    if surplus := [name for name in stored if name not in expected and not name.endswith(_DERIVED)]:
         raise ValueError(f"{folder}: surplus tensor {surplus[0]} ({len(surplus)} in all), unknown to config.json")
     for name, shape in expected.items():
         if (got := tuple(stored[name].get_shape())) != shape:
@@ -149,7 +155,7 @@ def _place(
 
 
 def load_pretrained(path: str | Path, *, dtype: Any = jnp.float32, mesh: Mesh | None = None) -> tuple[Qwen3, PyTree]:
-    """The model and parameters of a Hugging Face directory; parameters and computation in `dtype`.
+    """Load the model and parameters of a Hugging Face directory; parameters and computation in `dtype`.
 
     Args:
         path: a local directory with config.json and model.safetensors (or an index and its shards).
@@ -179,7 +185,10 @@ def load_pretrained(path: str | Path, *, dtype: Any = jnp.float32, mesh: Mesh | 
         leaves = []
         for (path_of, leaf), sharding in zip(flat, shardings, strict=True):
             read = functools.partial(_read, layers[tuple(entry.key for entry in path_of)], stored, target)
-            leaves.append(_place(read, leaf.shape, sharding))
+            try:
+                leaves.append(_place(read, leaf.shape, sharding))
+            except ValueError as error:  # of one tensor's numbers
+                raise ValueError(f"{folder}: {error}") from error
     return model, jax.tree.unflatten(treedef, leaves)
 
 
@@ -228,8 +237,8 @@ def _write_safetensors(path: Path, entries: list[tuple[str, tuple[int, ...]]], d
             file.write(value.view(np.uint8).data)
 
 
-def _shards(model: Qwen3, itemsize: int, max_shard_bytes: int) -> list[list[Stored]]:
-    """Tensors grouped into files of at most `max_shard_bytes` (a larger tensor has a file of its own)."""
+def _shards(model: Qwen3, itemsize: int, max_shard_bytes: int) -> dict[str, list[Stored]]:
+    """Tensors grouped into files, by name, of at most `max_shard_bytes` (a larger tensor has a file of its own)."""
     groups: list[list[Stored]] = [[]]
     room = max_shard_bytes
     for tensor in stored_tensors(model):
@@ -239,7 +248,9 @@ def _shards(model: Qwen3, itemsize: int, max_shard_bytes: int) -> list[list[Stor
             room = max_shard_bytes
         groups[-1].append(tensor)
         room -= size
-    return groups
+    if len(groups) == 1:
+        return {WEIGHTS: groups[0]}
+    return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, 1)}
 
 
 def _check_params(model: Qwen3, params: PyTree) -> np.dtype:
@@ -289,6 +300,13 @@ def _carried(folder: Path) -> tuple[list[Path], dict[str, Any]]:
     return files, {key: raw[key] for key in _TOKEN_IDS if key in raw}
 
 
+def _name_stops(path: Path, stop_ids: list[int]) -> None:
+    raw = read_json(path) if path.is_file() else {}
+    named = raw.get("eos_token_id")
+    if stop_ids != (named if isinstance(named, list) else [named]):
+        _write_json(path, raw | {"eos_token_id": stop_ids if len(stop_ids) > 1 else stop_ids[0]})
+
+
 def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
@@ -300,10 +318,11 @@ def save_pretrained(
     *,
     dtype: Any = None,
     tokenizer_from: str | Path | None = None,
+    stop_ids: Sequence[int] | None = None,
     card: str | None = None,
     max_shard_bytes: int = 5 * 10**9,
 ) -> None:
-    """A Hugging Face directory that transformers loads as it is, whole from the moment it appears.
+    """Save a Hugging Face directory that transformers loads as it is, whole from the moment it appears.
 
     Every process of a multi-process run must call it; process 0 writes.
 
@@ -311,6 +330,7 @@ def save_pretrained(
         path: a new or empty directory, or one that this function wrote, which is replaced as a whole.
         dtype: of the stored weights; None keeps that of `params`.
         tokenizer_from: a directory whose tokenizer files, generation_config.json and special ids come along.
+        stop_ids: ids that end responses, for generation_config.json; None: it is copied as it is.
         card: text of README.md; None: there is none.
         max_shard_bytes: weights beyond this are split into several files with an index.
 
@@ -326,27 +346,25 @@ def save_pretrained(
     _check_replaceable(folder)
     files, token_ids = ([], {}) if tokenizer_from is None else _carried(Path(tokenizer_from))
     shards = _shards(model, target.itemsize, max_shard_bytes)
-    names = [WEIGHTS]
-    if len(shards) > 1:
-        names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
 
     def value(tensor: Stored) -> np.ndarray:
         return cast(tensor.layout.to_stored(_fetch(tensor, params)), target, tensor.layout.name)
 
     with jax.transfer_guard("allow"):
         if jax.process_index() != 0:
-            for shard in shards:
-                for tensor in shard:
-                    _fetch(tensor, params)
+            for tensor in stored_tensors(model):
+                _fetch(tensor, params)
         else:
             with _replacing(folder) as fresh:
-                for name, shard in zip(names, shards, strict=True):
+                for name, shard in shards.items():
                     entries = [(t.layout.name, t.layout.stored_shape(t.shape)) for t in shard]
                     _write_safetensors(fresh / name, entries, target, map(value, shard))
                 if len(shards) > 1:
-                    _write_json(fresh / INDEX, _index(names, shards, target.itemsize))
+                    _write_json(fresh / INDEX, _index(shards, target.itemsize))
                 for file in files:
                     shutil.copyfile(file, fresh / file.name)
+                if stop_ids is not None:
+                    _name_stops(fresh / GENERATION_CONFIG, list(stop_ids))
                 if card is not None:
                     (fresh / CARD).write_text(card, encoding="utf-8")
                 _write_json(fresh / "config.json", config_json(model.config, dtype_name=target.name) | token_ids)
@@ -354,9 +372,9 @@ def save_pretrained(
         multihost_utils.sync_global_devices("save_pretrained")
 
 
-def _index(names: list[str], shards: list[list[Stored]], itemsize: int) -> dict[str, Any]:
-    size = sum(math.prod(t.shape) for shard in shards for t in shard) * itemsize
-    where = {t.layout.name: name for name, shard in zip(names, shards, strict=True) for t in shard}
+def _index(shards: dict[str, list[Stored]], itemsize: int) -> dict[str, Any]:
+    size = sum(math.prod(t.shape) for shard in shards.values() for t in shard) * itemsize
+    where = {t.layout.name: name for name, shard in shards.items() for t in shard}
     return {"metadata": {"total_size": size}, "weight_map": where}
 
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
+from einops import rearrange
 
 from tsopsd_jax.model.qwen3 import Qwen3
 
@@ -31,21 +32,28 @@ class Layout(NamedTuple):
         return tuple(math.prod(sizes[a] for a in group) for group in self.stored.split())
 
     def read(self, tensor, shape: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
-        """Our `index` of a stored tensor, touching only the rows and columns that it needs."""
+        """Our `index` of a stored tensor, touching only the rows and columns that it needs.
+
+        Raises:
+            ValueError: if one of its numbers is not finite.
+        """
         sizes, at = self.sizes(shape), dict(zip(self.ours, index, strict=True))
-        groups = self.stored.split()
-        cut, split, rest = [], [], []
-        for first, *inner in groups:
+        cut = []
+        for first, *inner in self.stored.split():
             width = math.prod(sizes[a] for a in inner)
             cut.append(slice(at[first].start * width, at[first].stop * width))
-            split += [at[first].stop - at[first].start, *(sizes[a] for a in inner)]
-            rest += [slice(None), *(at[a] for a in inner)]
-        order = [self.stored.replace(" ", "").index(a) for a in self.ours]
-        return tensor[tuple(cut)].reshape(split)[tuple(rest)].transpose(order)
+            # Whole heads are read; of their components those outside `index` are dropped afterwards.
+            sizes[first], at[first] = at[first].stop - at[first].start, slice(None)
+        values = tensor[tuple(cut)]
+        check_finite(values, self.name)
+        return rearrange(values, f"{self._merged()} -> {' '.join(self.ours)}", **sizes)[tuple(at[a] for a in self.ours)]
 
     def to_stored(self, value: np.ndarray) -> np.ndarray:
-        order = [self.ours.index(a) for a in self.stored.replace(" ", "")]
-        return np.ascontiguousarray(value.transpose(order)).reshape(self.stored_shape(value.shape))
+        return np.ascontiguousarray(rearrange(value, f"{' '.join(self.ours)} -> {self._merged()}"))
+
+    def _merged(self) -> str:
+        """The stored axes as einops writes them: "NH D" is "(N H) (D)"."""
+        return " ".join(f"({' '.join(group)})" for group in self.stored.split())
 
 
 EMBED = Layout("model.embed_tokens.weight", "V D", "VD")
@@ -67,7 +75,7 @@ LAYER = {
     "up": Layout("mlp.up_proj.weight", "F D", "DF"),
     "down": Layout("mlp.down_proj.weight", "D F", "FD"),
 }
-"""Of one layer; an architecture has those that its parameters have."""
+"""The tensors of one layer; an architecture has those that its parameters have."""
 
 
 class Stored(NamedTuple):
@@ -95,9 +103,29 @@ def stored_tensors(model: Qwen3) -> Iterator[Stored]:
 
 
 def cast(value: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
-    """`value` in `dtype`; float16 alone can overflow, and does not in silence."""
+    """Cast a tensor's numbers.
+
+    Raises:
+        ValueError: if one is too large for float16, the only dtype that can overflow.
+    """
     with np.errstate(over="ignore"):
         out = value.astype(dtype, copy=False)
     if dtype == np.float16 and value.dtype != dtype and np.isinf(out).any():
         raise ValueError(f"{name}: a value exceeds float16's largest, 65504; use bfloat16 or float32")
     return out
+
+
+def check_finite(values: np.ndarray, name: str) -> None:
+    """Raise ValueError if one of the numbers, of one of DTYPES, is not finite.
+
+    Their bits tell: an exponent of ones. Integers compare some ten times as fast as bfloat16, which numpy has no loops for.
+    """
+    kind = next(kind for kind, dtype in DTYPES.items() if dtype == values.dtype)
+    bits = values.reshape(-1).view(np.uint32 if kind == "F32" else np.uint16)
+    infinity = {"F32": 0x7F800000, "BF16": 0x7F80, "F16": 0x7C00}[kind]
+    without_sign = bits.dtype.type(np.iinfo(bits.dtype).max >> 1)
+    for start in range(0, bits.size, 2**18):  # what a cache holds
+        if (bits[start : start + 2**18] & without_sign).max() >= infinity:
+            raise ValueError(
+                f"{name}: expected finite numbers, got nan or inf: the checkpoint is damaged, or its training was"
+            )

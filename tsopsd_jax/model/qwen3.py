@@ -9,12 +9,14 @@ layout, a cache, no gradient.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
@@ -28,7 +30,7 @@ class Family(NamedTuple):
     """What sets an architecture apart from the others."""
 
     model_type: str
-    """In config.json."""
+    """The name in config.json."""
     qk_norm: bool
     """Each head's query and key are RMS-normed before the rotation."""
     qkv_bias: bool
@@ -40,7 +42,56 @@ FAMILIES = {
     "Qwen2ForCausalLM": Family("qwen2", qk_norm=False, qkv_bias=True),
     "LlamaForCausalLM": Family("llama", qk_norm=False, qkv_bias=False),
 }
-"""By Hugging Face's name of the architecture."""
+"""The families by Hugging Face's name of the architecture."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Yarn:
+    """YaRN (arXiv 2309.00071): a rotation for contexts `factor` times as long as those of pretraining.
+
+    Names follow the Hugging Face config.
+    """
+
+    factor: float
+    original_max_position_embeddings: int
+    """Positions of pretraining."""
+    beta_fast: float = 32.0
+    """Components that turn more often than this within the positions of pretraining keep their frequency."""
+    beta_slow: float = 1.0
+    """Components that turn less often than this have it divided by `factor`; those in between have a mixture."""
+    truncate: bool = True
+    """Whether the range in between is widened to whole components."""
+    attention_factor: float | None = None
+    """Factor of rotated queries and keys; None: 0.1 ln(`factor`) + 1 (equation 22)."""
+
+    def __post_init__(self):
+        if not self.factor >= 1 or self.original_max_position_embeddings < 1:
+            raise ValueError(
+                "YaRN: expected factor and original_max_position_embeddings of at least 1, "
+                f"got {self.factor} and {self.original_max_position_embeddings}"
+            )
+        if not self.beta_fast > self.beta_slow > 0:
+            raise ValueError(f"YaRN: expected beta_fast > beta_slow > 0, got {self.beta_fast} and {self.beta_slow}")
+        if self.attention_factor is not None and not self.attention_factor > 0:
+            raise ValueError(f"YaRN: expected attention_factor above 0, got {self.attention_factor}")
+
+    @property
+    def scale(self) -> float:
+        """The factor of rotated queries and keys."""
+        return 0.1 * math.log(self.factor) + 1 if self.attention_factor is None else self.attention_factor
+
+    def kept(self, head_dim: int, theta: float) -> np.ndarray:
+        """The share of each component's frequency that is not divided by `factor`, [head_dim / 2] from 1 to 0 (section 3.2)."""
+
+        def component(turns: float) -> float:
+            """The component that turns so often within the positions of pretraining."""
+            return head_dim / 2 * math.log(self.original_max_position_embeddings / (2 * math.pi * turns), theta)
+
+        low, high = component(self.beta_fast), component(self.beta_slow)
+        if self.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, head_dim - 1)
+        return 1 - np.clip((np.arange(head_dim // 2) - low) / max(high - low, 1e-3), 0, 1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,6 +106,7 @@ class Qwen3Config:
     num_key_value_heads: int
     head_dim: int
     rope_theta: float = 1e6
+    yarn: Yarn | None = None
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = False
     max_position_embeddings: int = 40960
@@ -78,25 +130,35 @@ class Qwen3Config:
 
 
 def rms_norm(x: Float[Array, "*N D"], scale: Float[Array, " D"], eps: float) -> Float[Array, "*N D"]:
-    """x / sqrt(mean(x^2) + eps) * scale, computed in float32."""
+    """Normalise the last axis by its root mean square: x / sqrt(mean(x^2) + eps) * scale, computed in float32."""
     x32 = x.astype(jnp.float32)
     inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
     scale32 = jnp.broadcast_to(scale.astype(jnp.float32), x32.shape)
     return (x32 * inverse * scale32).astype(x.dtype)
 
 
-def rope_frequency(head_dim: int, theta: float) -> Array:
-    """[head_dim / 2] radians per position."""
+def rope_frequency(head_dim: int, theta: float, yarn: Yarn | None = None) -> Array:
+    """The rotation's frequencies, [head_dim / 2] in radians per position."""
     half = head_dim // 2
     # A constant made in float64: the position multiplies the error of an accelerator's float32 power.
-    return jnp.asarray(np.power(float(theta), -np.arange(half) / half), jnp.float32)
+    frequency = np.power(float(theta), -np.arange(half) / half)
+    if yarn is not None:
+        kept = yarn.kept(head_dim, theta)
+        frequency = frequency * kept + frequency / yarn.factor * (1 - kept)
+    return jnp.asarray(frequency, jnp.float32)
 
 
-def rope(x_BTNH: Array, positions_BT: Array, theta: float) -> Array:
+def rotation(positions: Array, head_dim: int, theta: float, yarn: Yarn | None = None) -> tuple[Array, Array]:
+    """Cosine and sine of the rotary angles, [..., head_dim / 2] in float32, times what YaRN scales queries and keys by."""
+    frequency_H = rope_frequency(head_dim, theta, yarn)
+    angle = positions.astype(jnp.float32)[..., None] * frequency_H[(None,) * positions.ndim]
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    return (cos, sin) if yarn is None else (cos * yarn.scale, sin * yarn.scale)
+
+
+def rope(x_BTNH: Array, positions_BT: Array, theta: float, yarn: Yarn | None = None) -> Array:
     """Rotary position embedding, half-split layout; angles in float32 whatever the compute dtype."""
-    frequency_H = rope_frequency(x_BTNH.shape[-1], theta)
-    angle_BTH = positions_BT.astype(jnp.float32)[..., None] * frequency_H[None, None, :]
-    cos, sin = jnp.cos(angle_BTH)[:, :, None, :], jnp.sin(angle_BTH)[:, :, None, :]
+    cos, sin = (x[:, :, None, :] for x in rotation(positions_BT, x_BTNH.shape[-1], theta, yarn))
     a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTNH.dtype)
 
@@ -144,14 +206,14 @@ class Block(nnx.Module):
     def __call__(self, x_BTD: Array, positions_BT: Array, attend: Attend) -> Array:
         """x -> x; the T positions attend among themselves."""
         c, dtype = self.config, x_BTD.dtype
-        b, t, d = x_BTD.shape
         # M = B * T: on one axis, the gradients of the weights are plain matrix products. With B and T apart XLA writes
         # transposed copies of the activations for them (on a CPU that doubles the time of the whole update).
-        x_MD = x_BTD.reshape(b * t, d)
+        x_MD, rows = rearrange(x_BTD, "B T D -> (B T) D"), x_BTD.shape[0]
         y_MD = rms_norm(x_MD, self.attention_norm[...], c.rms_norm_eps)
 
         def heads(weight_DNH: Array) -> Array:
-            return (y_MD @ weight_DNH.reshape(d, -1).astype(dtype)).reshape(b, t, -1, c.head_dim)
+            flat = y_MD @ rearrange(weight_DNH, "D N H -> D (N H)").astype(dtype)
+            return rearrange(flat, "(B T) (N H) -> B T N H", B=rows, H=c.head_dim)
 
         q_BTNH, k_BTKH, v_BTKH = heads(self.q[...]), heads(self.k[...]), heads(self.v[...])
         if c.family.qkv_bias:
@@ -161,13 +223,14 @@ class Block(nnx.Module):
         if c.family.qk_norm:
             q_BTNH = rms_norm(q_BTNH, self.q_norm[...], c.rms_norm_eps)
             k_BTKH = rms_norm(k_BTKH, self.k_norm[...], c.rms_norm_eps)
-        q_BTNH, k_BTKH = rope(q_BTNH, positions_BT, c.rope_theta), rope(k_BTKH, positions_BT, c.rope_theta)
-        out_MD = attend(q_BTNH, k_BTKH, v_BTKH).reshape(b * t, -1)
-        x_MD = x_MD + out_MD @ self.o[...].reshape(-1, d).astype(dtype)
+        q_BTNH, k_BTKH = (rope(x, positions_BT, c.rope_theta, c.yarn) for x in (q_BTNH, k_BTKH))
+        flat = rearrange(attend(q_BTNH, k_BTKH, v_BTKH), "B T N H -> (B T) (N H)")
+        x_MD = x_MD + flat @ rearrange(self.o[...], "N H D -> (N H) D").astype(dtype)
         y_MD = rms_norm(x_MD, self.mlp_norm[...], c.rms_norm_eps)
         gate_MF = jax.nn.silu(y_MD @ self.gate[...].astype(dtype))
         up_MF = y_MD @ self.up[...].astype(dtype)
-        return (x_MD + (gate_MF * up_MF) @ self.down[...].astype(dtype)).reshape(b, t, d)
+        x_MD = x_MD + (gate_MF * up_MF) @ self.down[...].astype(dtype)
+        return rearrange(x_MD, "(B T) D -> B T D", B=rows)
 
 
 class Qwen3Module(nnx.Module):
@@ -212,7 +275,7 @@ def _abstract(config: Qwen3Config):
 
 
 def segment_starts(segment: Int[Array, "B L"]) -> Int[Array, "B L"]:
-    """For each position the one at which its segment starts, so that position minus start counts from 0 in every segment."""
+    """The position at which each position's segment starts: position minus start counts from 0 in every segment."""
     at = jnp.broadcast_to(jnp.arange(segment.shape[1], dtype=jnp.int32), segment.shape)
     first = jnp.diff(segment, axis=1, prepend=segment[:, :1]) != 0
     return jax.lax.cummax(jnp.where(first, at, 0), axis=1)
@@ -290,7 +353,7 @@ class Qwen3:
         return rms_norm(x_BLD, params["final_norm"], self.config.rms_norm_eps)
 
     def project(self, params: PyTree, hidden: Float[Array, "*N D"]) -> Float[Array, "*N V"]:
-        """Hidden states to float32 logits."""
+        """Project hidden states to float32 logits."""
         unembed = self.unembed(params).astype(hidden.dtype)
         return jnp.einsum("...D,DV->...V", hidden, unembed, preferred_element_type=jnp.float32)
 
