@@ -102,9 +102,9 @@ MUTANTS = [
     ),
     Mutant(
         "a signal stops only the process that got it",
-        "train/trainer.py",
-        "return max(processes.exchange(self.stop_signal or 0))",
-        "return self.stop_signal or 0",
+        "train/signals.py",
+        "return max(processes.exchange(self.number or 0))",
+        "return self.number or 0",
         "test_distributed.py -k everyones",
     ),
     Mutant(
@@ -117,8 +117,8 @@ MUTANTS = [
     Mutant(
         "what was saved when a rollout is left is not the last step",
         "train/trainer.py",
-        "        if (step := int(self.state.step)) == self.saved_step:\n            return\n",
-        "        if (step := int(self.state.step)) >= self.saved_step:\n            return\n",
+        "if (step := self.run_state.step) == self.saved_step:",
+        "if (step := self.run_state.step) >= self.saved_step:",
         "test_trainer.py -k leaves_the_rollout",
     ),
     Mutant(
@@ -159,8 +159,8 @@ MUTANTS = [
     Mutant(
         "the log in the store is behind the checkpoint",
         "train/trainer.py",
-        "        self._push()  # first: the log must not be behind the checkpoint\n",
-        "",
+        "            object_store.push(self.run_dir)  # first: the log must not be behind the checkpoint\n",
+        "            pass\n",
         "test_object_store.py -k pushed_before",
     ),
     Mutant(
@@ -885,8 +885,8 @@ MUTANTS = [
     Mutant(
         "the first phase's start kept for all",
         "train/trainer.py",
-        "phase_position=position))",
-        "phase_position=position), start=self.run_state.start)",
+        "self.progress.next_phase())",
+        "self.progress.next_phase(), start=self.run_state.start)",
         "test_trainer.py -k how_far",
     ),
     Mutant(
@@ -1004,8 +1004,8 @@ MUTANTS = [
     Mutant(
         "evaluation within a phase before it is saved",
         "train/trainer.py",
-        "due = int(self.state.step) % self.every == 0 or self._evaluation_due()",
-        "due = int(self.state.step) % self.every == 0",
+        " or self.evaluations.stage(self.run_state):",
+        ":",
         "test_trainer.py -k within_phases",
     ),
     Mutant(

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from tsopsd_jax.config import Config, claim, strict
-from tsopsd_jax.rundir.checkpoints import Progress
+from tsopsd_jax.rundir.run_state import Progress
 
 
 def config_of(*assignments: str) -> Config:

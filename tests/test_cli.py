@@ -260,7 +260,7 @@ def test_a_second_signal_is_one_line_and_exit_code_4(tmp_path, capsys, monkeypat
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(Trainer, "_evaluate_stage", evaluate)
+    monkeypatch.setattr(Trainer, "_evaluate", evaluate)
     assert demo(tmp_path / "run") == 4
     error = capsys.readouterr().err
     assert "interrupted; the same command goes on" in error

@@ -1,11 +1,11 @@
 """Checkpoints of a run with Orbax: asynchronous, atomic, the last N kept.
 
-A checkpoint holds the train state, the run's progress (phase, steps, data position, windows of the stop rules) and the
-groups that dynamic sampling left over. It stores no random key: keys follow from the seed and the step.
+A checkpoint holds a `RunState`: the train state, the run's progress (phase, steps, data position, windows of the stop rules),
+the groups that dynamic sampling left over, and the phase's start policy where there is one.
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,42 +13,8 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from tsopsd_jax.judge.groups import Groups
+from tsopsd_jax.rundir.run_state import Progress, RunState
 from tsopsd_jax.types import PyTree, Rollout, TrainState
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Progress:
-    """Where a run stands, apart from the train state. All of it is plain JSON."""
-
-    phase: int = 0
-    """Index of the current phase; the number of phases when the run is done."""
-    phase_step: int = 0
-    """Steps taken in the current phase."""
-    position: int = 0
-    """Prompts consumed since the run began: the data cursor."""
-    phase_position: int = 0
-    """`position` when the current phase began."""
-    entropies_nats: tuple[float, ...] = ()
-    """Mean token entropy of the last steps of the phase, for the stop rules."""
-    skipped_in_row: int = 0
-    """Consecutive updates skipped because they were not finite."""
-    elapsed_s: float = 0.0
-    """Wall time of the run, interruptions left out."""
-
-
-class Saved(NamedTuple):
-    """What a checkpoint holds."""
-
-    state: TrainState
-    progress: Progress
-    leftover: Groups | None = None
-    """Groups that dynamic sampling left for the next step."""
-    start: PyTree | None = None
-    """The phase's start policy, where the phase measures how far it has moved."""
-
-    def moved(self, position: int) -> "Saved":
-        """The same with another data cursor."""
-        return self._replace(progress=dataclasses.replace(self.progress, position=position))
 
 
 class Checkpoints:
@@ -67,20 +33,20 @@ class Checkpoints:
         """Step of the newest complete checkpoint, or None."""
         return self._manager.latest_step()
 
-    def save(self, saved: Saved) -> None:
+    def save(self, run: RunState) -> None:
         """Start saving at the state's step; returns before it is written."""
-        step = int(saved.state.step)
+        step = run.step
         items: dict[str, Any] = {
-            "state": ocp.args.StandardSave(_fields(saved.state)),
-            "progress": ocp.args.JsonSave(dataclasses.asdict(saved.progress)),
+            "state": ocp.args.StandardSave(_fields(run.state)),
+            "progress": ocp.args.JsonSave(dataclasses.asdict(run.progress)),
         }
-        if saved.leftover is not None:
-            items["leftover"] = ocp.args.PyTreeSave(_flat(saved.leftover))
-        if saved.start is not None:
-            items["start"] = ocp.args.StandardSave(saved.start)
+        if run.leftover is not None:
+            items["leftover"] = ocp.args.PyTreeSave(_flat(run.leftover))
+        if run.start is not None:
+            items["start"] = ocp.args.StandardSave(run.start)
         self._manager.save(step, args=ocp.args.Composite(**items))
 
-    def restore(self, like: TrainState, step: int | None = None, *, start_like: PyTree | None = None) -> Saved:
+    def restore(self, like: TrainState, step: int | None = None, *, start_like: PyTree | None = None) -> RunState:
         """The checkpoint at `step` (default: the latest), placed like `like` (arrays or ShapeDtypeStructs).
 
         Args:
@@ -106,7 +72,7 @@ class Checkpoints:
             items["start"] = ocp.args.StandardRestore(start_like)
         got = self._manager.restore(step, args=ocp.args.Composite(**items))
         leftover = _groups(got["leftover"]) if has_leftover else None
-        return Saved(TrainState(**got["state"]), _progress(got["progress"]), leftover, got.get("start"))
+        return RunState(TrainState(**got["state"]), _progress(got["progress"]), leftover, got.get("start"))
 
     def close(self) -> None:
         """Wait for what is being written."""
