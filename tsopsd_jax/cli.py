@@ -46,8 +46,8 @@ def main(argv: list[str] | None = None) -> int:
     args = _parser(argv).parse_args(argv)
     try:
         return _module(args.command).run(args)
-    except (ValueError, KeyboardInterrupt) as error:
-        if isinstance(error, ValueError) and os.environ.get("TSOPSD_TRACEBACK"):
+    except (ValueError, OSError, KeyboardInterrupt) as error:
+        if not isinstance(error, KeyboardInterrupt) and os.environ.get("TSOPSD_TRACEBACK"):
             raise
         return exit_codes.explain(args.command, error)
 

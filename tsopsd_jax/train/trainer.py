@@ -4,13 +4,13 @@ for phase in schedule:
     while not over:  run, seen = step(run);  log(seen);  save and evaluate when due
 """
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-import jax
 import numpy as np
 
 from tsopsd_jax.distributed import processes
@@ -73,8 +73,8 @@ class Trainer:
         self.shared, self.phases, self.run_dir, self.table = shared, phases, run_dir, table
         self.every = checkpoint_every_steps
         self.checkpoints = Checkpoints(object_store.checkpoints_of(run_dir), keep=keep_checkpoints)
-        self.saved_step = self.checkpoints.latest() or 0
         self.run_state = self._start(load_params)
+        self.saved_step = self.run_state.step
         self.began = time.monotonic() - self.progress.elapsed_s
         self.log = None
         if processes.is_first():
@@ -91,19 +91,19 @@ class Trainer:
         Raises:
             Interrupted: SIGTERM or SIGINT arrived, and everything up to the last finished step is saved.
             GuardError: a guard of a phase stopped the run; nothing was saved after the last checkpoint.
+            SaveError: a checkpoint could not be written.
         """
-        try:
-            with self.signals.heard():
-                self._evaluate()
-                for phase in self.phases[self.progress.phase :]:
-                    self._leave("took no step after")  # asked while it evaluated
-                    self._run_phase(phase)
-                    self._evaluate()
-        finally:
-            self.steps.close()
-            self.checkpoints.close()
+        with contextlib.ExitStack() as closing:
             if self.log is not None:
-                self.log.close()
+                closing.callback(self.log.close)
+            closing.callback(self.checkpoints.close)
+            closing.callback(self.steps.close)
+            closing.enter_context(self.signals.heard())
+            self._evaluate()
+            for phase in self.phases[self.progress.phase :]:
+                self._leave("took no step after")  # asked while it evaluated
+                self._run_phase(phase)
+                self._evaluate()
 
     def _run_phase(self, phase: Phase) -> None:
         """Take steps until the phase is over, then advance to the next and save."""
@@ -117,6 +117,7 @@ class Trainer:
             self.run_state, seen = step(self.run_state, self._between_segments)
             self.steps.compile_after(at)
             self._log(phase, seen)
+            self.checkpoints.check()
             over = self._over(phase)
             if over is not None:
                 self.table.note(f"phase {phase.name!r} ends at step {self.run_state.step}: {over}")
@@ -144,6 +145,7 @@ class Trainer:
 
     def _between_segments(self, progress: Any) -> None:
         """Show a rollout, and leave it if that is asked: a step that was not finished has changed nothing."""
+        self.checkpoints.check()
         self.table.sampling(progress)
         if asked := self.signals.asked():
             self._save()
@@ -205,12 +207,15 @@ class Trainer:
         model, mesh = self.shared.model, self.shared.mesh
         optimizer = self.phases[0].optimizer  # every phase's optimizer state has the same structure
         like = abstract_state(model, optimizer, mesh)
-        if self.checkpoints.latest() is None:
+        run, damaged = self.checkpoints.restore_newest(like, start_like=like.params)
+        if run is None:
             params = load_params()
             step = put(np.zeros((), np.int32), replicated(mesh))
             return RunState(TrainState(step, params, fresh_optimizer_state(optimizer, like, params)), Progress())
-        start_like = jax.tree.map(lambda x: x.update(dtype=model.compute_dtype), like.params)
-        return self.checkpoints.restore(like, start_like=start_like)
+        for line in damaged:
+            self.table.note(f"{line}; it is kept aside, and the run goes on from step {run.step}")
+        self.checkpoints.set_aside(run.step)
+        return run
 
     def _save(self) -> None:
         """Save the run as it stands, unless that was done. The start needs no checkpoint: it can be loaded again."""
