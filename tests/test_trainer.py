@@ -5,8 +5,10 @@ import functools
 import io
 import json
 import os
+import resource
 import signal
 import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +28,7 @@ from tsopsd_jax.model import Qwen3, Qwen3Config
 from tsopsd_jax.objectives import dapo, ts_opsd
 from tsopsd_jax.rewards.math import WORKERS
 from tsopsd_jax.rollout import Sampling
+from tsopsd_jax.rundir.checkpoints import SaveError
 from tsopsd_jax.rundir.log import read_evaluations, read_metrics
 from tsopsd_jax.train.phase import Guard, GuardError, Phase, StopRule
 from tsopsd_jax.train.phase_step import PhaseStep, Shared
@@ -301,6 +304,35 @@ def test_killed_run_takes_the_lost_steps_again(trainer_in, tmp_path):
     second = trainer_in(run)
     assert int(second.state.step) == 0 < lost, "steps were logged and not saved"
     assert same(whole, finish(second))
+    assert facts(tmp_path / "whole") == facts(run)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # coroutines that Orbax leaves
+def test_a_full_disk_stops_the_run_at_the_save_and_it_goes_on_when_there_is_room(trainer_in, tmp_path):
+    phases = (rl_phase(stop=StopRule(steps=5)),)
+    whole = finish(trainer_in(tmp_path / "whole", phases=phases))
+    run = tmp_path / "full"
+    trainer = trainer_in(run, phases=phases, every=1)
+    save = trainer.checkpoints.save
+
+    def saves(state):
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if state.step == 3:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+        try:
+            save(state)
+            while trainer.checkpoints._manager.is_saving_in_progress():
+                time.sleep(0.01)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    trainer.checkpoints.save = saves
+    with pytest.raises(SaveError, match="step 3 could not be saved to .* File too large.* goes on from step 2$"):
+        trainer.run()
+    assert [line["step"] for line in read_metrics(run)] == [1, 2, 3], "no step was taken after it"
+    again = trainer_in(run, phases=phases)
+    assert int(again.state.step) == 2
+    assert same(whole, finish(again))
     assert facts(tmp_path / "whole") == facts(run)
 
 
