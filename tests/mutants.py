@@ -1004,8 +1004,8 @@ MUTANTS = [
     Mutant(
         "evaluation within a phase before it is saved",
         "train/trainer.py",
-        " or self.evaluations.stage(self.run_state):",
-        ":",
+        " or self.evaluations.stage(self.run_state) is not None)",
+        ")",
         "test_trainer.py -k within_phases",
     ),
     Mutant(

@@ -161,6 +161,18 @@ def test_what_cannot_be_written_is_one_line_and_exit_code_6(tmp_path, capsys, mo
         assert said.count("\n") == 1
 
 
+def test_a_finished_run_without_its_checkpoints_is_not_started_over(finished, tmp_path, capsys):
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    shutil.rmtree(run / "checkpoints")
+    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+    assert demo(run) == 2
+    assert (
+        f"checkpoints are gone, so that it cannot go on; to begin anew choose another --run-dir, or remove {run}"
+        in (capsys.readouterr().err)
+    )
+    assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
+
+
 def test_report_can_be_written_again(finished, capsys):
     assert main(["report", str(finished)]) == 0
     assert capsys.readouterr().out.strip() == str(finished / "report.html")

@@ -336,6 +336,25 @@ def test_a_full_disk_stops_the_run_at_the_save_and_it_goes_on_when_there_is_room
     assert facts(tmp_path / "whole") == facts(run)
 
 
+def test_a_phase_whose_rule_was_changed_below_what_it_took_is_over_at_once(trainer_in, tmp_path):
+    """Stopped after step 3 of 5; going on, the phase has at most 2 steps, and the one after it follows step 3."""
+    phases = (rl_phase(stop=StopRule(steps=5)), reheat_phase(stop=StopRule(steps=1)))
+    trainer = trainer_in(tmp_path, phases=phases, every=1)
+
+    def terminate(_):
+        if trainer.run_state.step == 3 and trainer.signals.number is None:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    trainer.table.sampling = terminate
+    with pytest.raises(Interrupted, match="left the rollout after step 3$"):
+        trainer.run()
+    again = trainer_in(tmp_path, phases=(rl_phase(stop=StopRule(steps=2)), phases[1]))
+    again.run()
+    lines = [(line["step"], line["phase"]) for line in read_metrics(tmp_path)]
+    assert lines == [(1, "rl"), (2, "rl"), (3, "rl"), (4, "reheat")]
+    assert (again.progress.phase, again.run_state.step) == (2, 4)
+
+
 def test_a_finished_run_stays_as_it_is(trainer_in, tmp_path):
     state = finish(trainer_in(tmp_path))
     before = (tmp_path / "metrics.jsonl").read_bytes()

@@ -13,7 +13,7 @@ import yaml
 from tsopsd_jax.config import Config, strict
 from tsopsd_jax.rundir import object_store
 from tsopsd_jax.rundir.checkpoints import read_progress
-from tsopsd_jax.rundir.log import EVALUATIONS_FILE, METRICS_FILE
+from tsopsd_jax.rundir.log import EVALUATIONS_FILE, METRICS_FILE, read_evaluations
 
 CONFIG_FILE, LOCK_FILE = "config.yaml", ".lock"
 UNFINISHED_FILE = "config.tmp"
@@ -49,7 +49,13 @@ def read_settings(file: Path) -> dict[str, Any]:
 
 
 def _check_ours(run_dir: Path) -> None:
-    """A run directory is absent, empty or a run's."""
+    """A run directory is absent, empty or a run's, and Orbax can read what it writes there: it takes the path for a pattern."""
+    where = object_store.checkpoints_of(run_dir)
+    if odd := sorted(set("*?[") & set(str(where))):
+        raise ValueError(
+            f"{where}: expected a path without {' '.join(odd)}, in which checkpoints could not be read again; choose another "
+            "--run-dir"
+        )
     if run_dir.exists() and not run_dir.is_dir():
         raise ValueError(f"{run_dir}: expected a run directory, got a file; choose another --run-dir")
     if not run_dir.exists() or (run_dir / CONFIG_FILE).is_file():
@@ -92,6 +98,22 @@ def _phase_reached(run_dir: Path) -> int | None:
     return 0 if metrics.is_file() and metrics.stat().st_size else None
 
 
+def _check_not_lost(run_dir: Path) -> None:
+    """A run whose checkpoints were removed would start over and drop its log."""
+    where, metrics = object_store.checkpoints_of(run_dir), run_dir / METRICS_FILE
+    if not (metrics.is_file() and metrics.stat().st_size):
+        return
+    removed = object_store.address(run_dir) is None and not where.exists()  # it is made before the first step
+    empty = not where.exists() or not any(each.name.isdigit() for each in where.iterdir())
+    if removed or (
+        empty and any(record["step"] for record in read_evaluations(run_dir))
+    ):  # they were of saved policies
+        raise ValueError(
+            f"{run_dir} holds the log of a run whose checkpoints are gone, so that it cannot go on; to begin anew choose another "
+            f"--run-dir, or remove {run_dir}"
+        )
+
+
 def _may_change(key: str, phase: int) -> bool:
     if match := re.fullmatch(CHANGEABLE_IN_PHASE, key):
         return int(match[1]) >= phase
@@ -119,6 +141,7 @@ def claim(run_dir: Path, config: Config) -> list[str]:
                 f"{run_dir} holds a run of another configuration ({refused[0].words('!=')}); choose another --run-dir, "
                 "or the old settings"
             )
+        _check_not_lost(run_dir)
         if refused:  # nothing was trained: the old configuration is replaced, and what was evaluated under it goes
             (run_dir / EVALUATIONS_FILE).unlink(missing_ok=True)
         changed = [d.words("->") for d in differences if reached is not None]

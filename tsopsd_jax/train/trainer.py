@@ -106,31 +106,39 @@ class Trainer:
                 self._evaluate()
 
     def _run_phase(self, phase: Phase) -> None:
-        """Take steps until the phase is over, then advance to the next and save."""
+        """Take what is left of a phase, then advance to the next and save."""
         self.table.phase(phase.name, phase.stop.words())
+        over = self._over(phase) or self._take_steps(
+            phase
+        )  # a run that goes on may have other rules: they hold at once
+        self.table.note(f"phase {phase.name!r} ends at step {self.run_state.step}: {over}")
+        self.run_state = RunState(self.state, self.progress.next_phase())
+        self._pause(save=True)
+
+    def _take_steps(self, phase: Phase) -> str:
+        """Take steps until the phase is over; returns why it is."""
         self._begin(phase)
-        at, over = self.progress.phase, None
+        at = self.progress.phase
         step = self.steps.of(at)
-        while over is None:
+        while True:
             if self._evaluate():  # also where a run goes on that was stopped while it evaluated
                 self._leave("took no step after")
             self.run_state, seen = step(self.run_state, self._between_segments)
             self.steps.compile_after(at)
             self._log(phase, seen)
             self.checkpoints.check()
-            over = self._over(phase)
-            if over is not None:
-                self.table.note(f"phase {phase.name!r} ends at step {self.run_state.step}: {over}")
-                self.run_state = RunState(self.state, self.progress.next_phase())
-            asked = self.signals.asked()
-            if (
-                over is not None
-                or asked
-                or self.run_state.step % self.every == 0
-                or self.evaluations.stage(self.run_state)
-            ):
-                self._save()
-            leave(asked, f"saved step {self.run_state.step}")
+            if over := self._over(phase):
+                return over
+            self._pause(
+                save=self.run_state.step % self.every == 0 or self.evaluations.stage(self.run_state) is not None
+            )
+
+    def _pause(self, *, save: bool) -> None:
+        """Save if that is due, or if a signal asks the run to stop, which it then does."""
+        asked = self.signals.asked()
+        if save or asked:
+            self._save()
+        leave(asked, f"saved step {self.run_state.step}")
 
     def _begin(self, phase: Phase) -> None:
         """Make ready what a phase begins with."""
