@@ -1095,8 +1095,8 @@ MUTANTS = [
     Mutant(
         "evaluation within a phase before it is saved",
         "train/trainer.py",
-        " or self.evaluations.stage(self.run_state) is not None)",
-        ")",
+        "save=evaluates or self",
+        "save=self",
         "test_trainer.py -k within_phases",
     ),
     Mutant(

@@ -108,9 +108,8 @@ class Trainer:
     def _run_phase(self, phase: Phase) -> None:
         """Take what is left of a phase, then advance to the next and save."""
         self.table.phase(phase.name, phase.stop.words())
-        over = self._over(phase) or self._take_steps(
-            phase
-        )  # a run that goes on may have other rules: they hold at once
+        # A run that goes on may have other rules: they hold before its first step.
+        over = self._over(phase) or self._take_steps(phase)
         self.table.note(f"phase {phase.name!r} ends at step {self.run_state.step}: {over}")
         self.run_state = RunState(self.state, self.progress.next_phase())
         self._pause(save=True)
@@ -129,9 +128,8 @@ class Trainer:
             self.checkpoints.check()
             if over := self._over(phase):
                 return over
-            self._pause(
-                save=self.run_state.step % self.every == 0 or self.evaluations.stage(self.run_state) is not None
-            )
+            evaluates = self.evaluations.stage(self.run_state) is not None
+            self._pause(save=evaluates or self.run_state.step % self.every == 0)
 
     def _pause(self, *, save: bool) -> None:
         """Save if that is due, or if a signal asks the run to stop, which it then does."""
