@@ -96,8 +96,8 @@ MUTANTS = [
     Mutant(
         "a failed save is noticed at the next one",
         "train/trainer.py",
-        "            self._log(phase, seen)\n            self.checkpoints.check()\n",
-        "            self._log(phase, seen)\n",
+        "            self.checkpoints.check()\n            self.run_state, seen",
+        "            self.run_state, seen",
         "test_trainer.py -k full_disk",
     ),
     Mutant(

@@ -308,8 +308,9 @@ def test_killed_run_takes_the_lost_steps_again(trainer_in, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # coroutines that Orbax leaves
-def test_a_full_disk_stops_the_run_at_the_save_and_it_goes_on_when_there_is_room(trainer_in, tmp_path):
-    phases = (rl_phase(stop=StopRule(steps=5)),)
+@pytest.mark.parametrize("of", [rl_phase, reheat_phase])
+def test_a_full_disk_stops_the_run_at_the_save_and_it_goes_on_when_there_is_room(of, trainer_in, tmp_path):
+    phases = (of(stop=StopRule(steps=5)),)
     whole = finish(trainer_in(tmp_path / "whole", phases=phases))
     run = tmp_path / "full"
     trainer = trainer_in(run, phases=phases, every=1)

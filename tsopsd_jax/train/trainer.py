@@ -122,10 +122,10 @@ class Trainer:
         while True:
             if self._evaluate():  # also where a run goes on that was stopped while it evaluated
                 self._leave("took no step after")
+            self.checkpoints.check()
             self.run_state, seen = step(self.run_state, self._between_segments)
             self.steps.compile_after(at)
             self._log(phase, seen)
-            self.checkpoints.check()
             if over := self._over(phase):
                 return over
             evaluates = self.evaluations.stage(self.run_state) is not None
