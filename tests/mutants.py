@@ -46,6 +46,97 @@ MUTANTS = [
         "test_fingerprint.py -k in_order",
     ),
     Mutant(
+        "what is restored is not compared with what was written",
+        "rundir/checkpoints.py",
+        'problem = _difference(digests.of_arrays(_fields(run.state), "state"), facts)',
+        "problem = None",
+        "test_checkpoints.py -k flipped",
+    ),
+    Mutant(
+        "a start policy is not compared",
+        "rundir/checkpoints.py",
+        'problem = _difference(digests.of_arrays(run.start, "start"), facts)',
+        "problem = None",
+        "test_checkpoints.py -k flipped",
+    ),
+    Mutant(
+        "a progress is not compared",
+        "rundir/checkpoints.py",
+        'if problem := _difference({"progress": digests.of_json(got["progress"])}, got["digests"]):',
+        "if problem := None:",
+        "test_checkpoints.py -k 'another and progress'",
+    ),
+    Mutant(
+        "a digest does not know positions",
+        "rundir/digests.py",
+        "jnp.uint32(multiplier)",
+        "jnp.uint32(0)",
+        "test_checkpoints.py -k digest",
+    ),
+    Mutant(
+        "a digest does not mix",
+        "rundir/digests.py",
+        "words = (words ^ (words >> jnp.uint32(15))) * jnp.uint32(_MIX)",
+        "words = words * jnp.uint32(_MIX)",
+        "test_checkpoints.py -k digest",
+    ),
+    Mutant(
+        "a save is not read back",
+        "rundir/checkpoints.py",
+        "                self._open(self._writing)\n",
+        "                pass\n",
+        "test_checkpoints.py -k cannot_be_read",
+    ),
+    Mutant(
+        "after a failed save Orbax's list of checkpoints is believed",
+        "rundir/checkpoints.py",
+        "self._manager.all_steps(read=True)",
+        "self._manager.all_steps()",
+        "test_checkpoints.py -k save_that_fails",
+    ),
+    Mutant(
+        "a store out of reach is damage",
+        "rundir/checkpoints.py",
+        "            if _passes(error):\n                raise\n",
+        "",
+        "test_checkpoints.py -k says_nothing",
+    ),
+    Mutant(
+        "a damaged checkpoint keeps its place",
+        "rundir/checkpoints.py",
+        "[s for s in self.steps() if s > after] if processes.is_first() else []",
+        "[]",
+        "test_checkpoints.py -k damaged",
+    ),
+    Mutant(
+        "a failed save is noticed at the next one",
+        "train/trainer.py",
+        "            self.checkpoints.check()\n            self.run_state, seen",
+        "            self.run_state, seen",
+        "test_trainer.py -k full_disk",
+    ),
+    Mutant(
+        "a full disk is our own fault",
+        "commands/exit_codes.py",
+        "isinstance(error, SaveError) or error.errno in _FULL",
+        "isinstance(error, SaveError)",
+        "test_cli.py -k exit_code_6",
+    ),
+    Mutant(
+        "a rule that holds already takes a step more",
+        "train/trainer.py",
+        "over = self._over(phase) or self._take_steps(phase)",
+        "over = self._take_steps(phase)",
+        "test_trainer.py -k rule_was_changed",
+    ),
+    Mutant(
+        "a run without its checkpoints starts over",
+        "config/claim.py",
+        "    if removed or (",
+        "    if (",
+        "test_claim.py -k were_removed",
+    ),
+    Mutant(
         "a rollout that is left waits for all its verifications",
         "judge/scoring.py",
         "threads.shutdown(cancel_futures=True)",
@@ -117,9 +208,9 @@ MUTANTS = [
     ),
     Mutant(
         "a signal stops only the process that got it",
-        "train/trainer.py",
-        "return max(processes.exchange(self.stop_signal or 0))",
-        "return self.stop_signal or 0",
+        "train/signals.py",
+        "return max(processes.exchange(self.number or 0))",
+        "return self.number or 0",
         "test_distributed.py -k everyones",
     ),
     Mutant(
@@ -132,8 +223,8 @@ MUTANTS = [
     Mutant(
         "what was saved when a rollout is left is not the last step",
         "train/trainer.py",
-        "        if (step := int(self.state.step)) == self.saved_step:\n            return\n",
-        "        if (step := int(self.state.step)) >= self.saved_step:\n            return\n",
+        "if (step := self.run_state.step) == self.saved_step:",
+        "if (step := self.run_state.step) >= self.saved_step:",
         "test_trainer.py -k leaves_the_rollout",
     ),
     Mutant(
@@ -174,8 +265,8 @@ MUTANTS = [
     Mutant(
         "the log in the store is behind the checkpoint",
         "train/trainer.py",
-        "        self._push()  # first: the log must not be behind the checkpoint\n",
-        "",
+        "            object_store.push(self.run_dir)  # first: the log must not be behind the checkpoint\n",
+        "            pass\n",
         "test_object_store.py -k pushed_before",
     ),
     Mutant(
@@ -1013,8 +1104,8 @@ MUTANTS = [
     Mutant(
         "the first phase's start kept for all",
         "train/trainer.py",
-        "phase_position=position))",
-        "phase_position=position), start=self.run_state.start)",
+        "self.progress.next_phase())",
+        "self.progress.next_phase(), start=self.run_state.start)",
         "test_trainer.py -k how_far",
     ),
     Mutant(
@@ -1132,8 +1223,8 @@ MUTANTS = [
     Mutant(
         "evaluation within a phase before it is saved",
         "train/trainer.py",
-        "due = int(self.state.step) % self.every == 0 or self._evaluation_due()",
-        "due = int(self.state.step) % self.every == 0",
+        "save=evaluates or self",
+        "save=self",
         "test_trainer.py -k within_phases",
     ),
     Mutant(
@@ -1405,8 +1496,8 @@ MUTANTS = [
     Mutant(
         "a platform without devices is a traceback",
         "cli.py",
-        "not (isinstance(error, ValueError) or exit_codes.no_backend(error))",
-        "not isinstance(error, ValueError)",
+        "isinstance(error, ValueError | OSError) or exit_codes.no_backend(error)",
+        "isinstance(error, ValueError | OSError)",
         "test_environment.py -k 'not_there and check and abacus'",
     ),
     Mutant(

@@ -2,13 +2,14 @@
 
 import fcntl
 import json
+from pathlib import Path
 
 import pytest
 import yaml
 
 from tsopsd_jax.config import Config, claim, strict
 from tsopsd_jax.data import Problem
-from tsopsd_jax.rundir.checkpoints import Progress
+from tsopsd_jax.rundir.run_state import Progress
 
 
 def config_of(*assignments: str) -> Config:
@@ -100,6 +101,35 @@ def test_a_broken_configuration_in_the_directory(content, words, run):
         claim.claim(run, config_of())
     assert "\n" not in str(error.value)
     assert (run / "config.yaml").read_text() == content
+
+
+@pytest.mark.parametrize("name", ["p[1]", "a*", "what?"])
+def test_a_path_in_which_checkpoints_could_not_be_read_again_is_refused(name, tmp_path, monkeypatch):
+    for run in (tmp_path / name, tmp_path / name / "below"):
+        with pytest.raises(ValueError, match=r"expected a path without [*?\[], in which checkpoints .* choose another"):
+            claim.held(run).__enter__()
+    (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / name)
+    with pytest.raises(ValueError, match="expected a path without"):
+        claim.held(Path("run")).__enter__()
+    assert list((tmp_path / name).iterdir()) == []
+
+
+# ------------------------------------------------------------------ a run that lost its checkpoints
+
+
+def test_a_run_whose_checkpoints_were_removed_is_not_started_over(run):
+    claim.claim(run, config_of())
+    (run / "metrics.jsonl").write_text('{"step": 1}\n')
+    with pytest.raises(ValueError, match=rf"the log of a run whose checkpoints are gone.* remove {run}$"):
+        claim.claim(run, config_of())
+    (run / "checkpoints").mkdir()
+    claim.claim(run, config_of())  # killed before its first checkpoint: it takes those steps again
+    (run / "evaluations.jsonl").write_text('{"stage": "base", "step": 0}\n{"stage": "after rl", "step": 3}\n')
+    with pytest.raises(ValueError, match="checkpoints are gone"):
+        claim.claim(run, config_of())  # only what the folder held was removed
+    (run / "checkpoints" / "3").mkdir()
+    claim.claim(run, config_of())
 
 
 # ------------------------------------------------------------------ another configuration

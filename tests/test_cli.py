@@ -1,7 +1,9 @@
 """The command line: every kind of bad input is one line and exit code 2, and nothing is overwritten; export round trip."""
 
+import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -19,7 +21,8 @@ from tsopsd_jax.commands.train import transitions
 from tsopsd_jax.config.build import divide_cpu
 from tsopsd_jax.config.places import DEMO_CONFIG, PACKAGED_MODEL
 from tsopsd_jax.model import load_pretrained
-from tsopsd_jax.rundir.log import read_evaluations
+from tsopsd_jax.rundir.checkpoints import SaveError
+from tsopsd_jax.rundir.log import read_evaluations, read_metrics
 from tsopsd_jax.train.trainer import Trainer
 
 ASSETS = DEMO_CONFIG.parent / PACKAGED_MODEL
@@ -104,6 +107,70 @@ def test_convert_exports_the_policy(finished, tmp_path, capsys):
     assert main(["convert", str(finished), "--out", str(out)]) == 0  # what was exported may be exported again
     assert main(["convert", str(finished), "--out", str(tmp_path / "x"), "--step", "77"]) == 2
     assert "no checkpoint of step 77" in capsys.readouterr().err
+
+
+def test_every_reader_of_a_damaged_checkpoint_names_it(finished, tmp_path, capsys):
+    """Flipped bytes in the newest of two: exports and the run itself take the one before it, an evaluation is refused."""
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    data = max((run / "checkpoints" / "3" / "state").rglob("*"), key=lambda f: f.stat().st_size)
+    content = bytearray(data.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 64] = bytes(b ^ 0xFF for b in content[middle : middle + 64])
+    data.write_bytes(content)
+    damaged = r"checkpoint 3 is damaged: digest of state/\S+ is \S+ \w+, \S+ \w+ was written"
+    export = ["convert", str(run), "--out", str(tmp_path / "hf")]
+    assert main(export) == 0
+    assert re.fullmatch(rf"{damaged}; step 2 is read instead\n", capsys.readouterr().err)
+    assert "after 2 steps" in (tmp_path / "hf" / "README.md").read_text()
+    benchmark = ["--benchmarks", "countdown", "--first", "2", "--samples", "1", "--max-tokens", "19"]
+    for arguments in (
+        [*export, "--step", "3"],
+        ["eval", "--run", str(run), *benchmark, "--out", str(tmp_path / "eval")],
+    ):
+        assert main(arguments) == 2
+        assert re.search(rf"{damaged}; other checkpoints of {run}: 2\n$", capsys.readouterr().err)
+    before = read_metrics(run)
+    assert demo(run) == 0
+    assert re.search(
+        rf"{damaged}; it is kept aside, and the run goes on from step 2$", capsys.readouterr().out, flags=re.MULTILINE
+    )
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["2", "3", "3.damaged"]
+    for line, again in zip(before, read_metrics(run), strict=True):
+        assert again["policy/entropy_nats"] == line["policy/entropy_nats"]
+    for step in ("2", "3"):
+        shutil.rmtree(run / "checkpoints" / step / "state")
+    for arguments in (["demo", "--run-dir", str(run), *(x for a in QUICK for x in ("--set", a))], export):
+        assert main(arguments) == 2
+        error = capsys.readouterr().err
+        assert "has no checkpoint that can be read: checkpoint 3 is damaged: " in error
+        assert "; checkpoint 2 is damaged: " in error
+        assert error.count("\n") == 1
+    assert read_metrics(run) == [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_what_cannot_be_written_is_one_line_and_exit_code_6(tmp_path, capsys, monkeypatch):
+    for error in (SaveError("step 2 could not be saved"), OSError(errno.ENOSPC, "No space left on device")):
+
+        def evaluate(_, error=error):
+            raise error
+
+        monkeypatch.setattr(Trainer, "_evaluate", evaluate)
+        assert demo(tmp_path / "run") == 6
+        said = capsys.readouterr().err
+        assert str(error) in said
+        assert said.count("\n") == 1
+
+
+def test_a_finished_run_without_its_checkpoints_is_not_started_over(finished, tmp_path, capsys):
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    shutil.rmtree(run / "checkpoints")
+    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+    assert demo(run) == 2
+    assert (
+        f"checkpoints are gone, so that it cannot go on; to begin anew choose another --run-dir, or remove {run}"
+        in (capsys.readouterr().err)
+    )
+    assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
 
 
 def test_report_can_be_written_again(finished, capsys):
@@ -260,7 +327,7 @@ def test_a_second_signal_is_one_line_and_exit_code_4(tmp_path, capsys, monkeypat
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(Trainer, "_evaluate_stage", evaluate)
+    monkeypatch.setattr(Trainer, "_evaluate", evaluate)
     assert demo(tmp_path / "run") == 4
     error = capsys.readouterr().err
     assert "interrupted; the same command goes on" in error

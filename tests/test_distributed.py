@@ -15,7 +15,7 @@ import pytest
 from tsopsd_jax.distributed import processes
 from tsopsd_jax.distributed.sharding import make_mesh, put, replicated, row_sharding
 from tsopsd_jax.learn.micro_batches import device_bytes
-from tsopsd_jax.train.trainer import Trainer
+from tsopsd_jax.train.signals import StopRequest
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -119,7 +119,7 @@ def test_rows_are_divided_and_come_back_in_order(monkeypatch):
 
 def test_what_one_process_sees_is_everyones(monkeypatch):
     monkeypatch.setattr(processes, "exchange", lambda mine: [mine, signal.SIGTERM])
-    assert Trainer._asked(SimpleNamespace(stop_signal=None)) == signal.SIGTERM
+    assert StopRequest().asked() == signal.SIGTERM
     monkeypatch.setattr(processes, "exchange", lambda mine: [mine, 1000])
     mesh = SimpleNamespace(local_devices=[SimpleNamespace(memory_stats=lambda: {"bytes_limit": 2000})])
     assert device_bytes(mesh) == 970  # the least, less 3 %

@@ -10,6 +10,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from tsopsd_jax.config import claim
 from tsopsd_jax.rundir import object_store
+from tsopsd_jax.rundir.run_state import Progress, RunState
 from tsopsd_jax.train.trainer import Trainer
 
 
@@ -99,17 +100,16 @@ def test_reading_takes_a_copy(buckets, tmp_path):
         assert folder == tmp_path
 
 
-def test_the_log_is_pushed_before_the_checkpoint():
+def test_the_log_is_pushed_before_the_checkpoint(monkeypatch):
     done = []
+    monkeypatch.setattr(object_store, "push", lambda _: done.append("log"))
     checkpoints = SimpleNamespace(save=lambda *_: done.append("checkpoint"))
     run = SimpleNamespace(
-        state=SimpleNamespace(step=3),
-        run_state=None,
+        run_state=RunState(SimpleNamespace(step=3), Progress()),
+        run_dir=None,
         saved_step=2,
         began=0.0,
         checkpoints=checkpoints,
-        _now=lambda **_: None,
-        _push=lambda: done.append("log"),
     )
     Trainer._save(run)
     assert done == ["log", "checkpoint"]

@@ -24,6 +24,7 @@ from tsopsd_jax.distributed.sharding import make_mesh
 from tsopsd_jax.learn.update import abstract_state
 from tsopsd_jax.model import Qwen3, load_pretrained
 from tsopsd_jax.model.hf_config import read_config
+from tsopsd_jax.rundir import digests
 from tsopsd_jax.rundir.checkpoints import Checkpoints
 from tsopsd_jax.rundir.log import read_evaluations, read_metrics
 
@@ -261,3 +262,62 @@ def test_each_process_reads_its_part_writes_one_export_and_an_exception_ends_bot
         assert facts["rows"] == [[0, 0], [1, 1], [2, 0], [3, 1], [4, 0]]
         assert facts["read"] == matrices // 2 + norms
         assert facts["largest"] == c.intermediate_size * c.hidden_size * 4 // 8, "a device's part of a layer's matrix"
+
+
+SAVER = """
+import json, sys, traceback
+from pathlib import Path
+import jax, jax.numpy as jnp, numpy as np
+from tsopsd_jax.distributed import processes
+from tsopsd_jax.distributed.sharding import make_mesh
+from tsopsd_jax.rundir import digests
+from tsopsd_jax.rundir.checkpoints import Checkpoints
+from tsopsd_jax.rundir.run_state import Progress, RunState
+from tsopsd_jax.types import TrainState
+
+def explain(error):
+    traceback.print_exception(error)
+    return 1
+
+def state(step, **mesh):
+    place = jax.NamedSharding(make_mesh(**mesh), jax.sharding.PartitionSpec("fsdp", "tensor"))
+    params = {"embed": jax.jit(lambda: jax.random.normal(jax.random.key(step), (512, 256)), out_shardings=place)()}
+    everywhere = jax.NamedSharding(place.mesh, jax.sharding.PartitionSpec())
+    return TrainState(jax.jit(lambda: jnp.int32(step), out_shardings=everywhere)(), params, ())
+
+out, flags = Path(sys.argv[1]), sys.argv[2:]
+with processes.joined(coordinator=flags[1], processes=2, process=int(flags[5]), heartbeat_s=60, explain=explain):
+    checkpoints = Checkpoints(out / "c", keep=9)
+    for step in (1, 2, 3):
+        checkpoints.save(RunState(state(step, data=2, fsdp=4), Progress(position=step)))
+    checkpoints.close()
+    mine = digests.of_arrays(vars(state(1, data=2, fsdp=4)), "state")
+    if processes.is_first():
+        for step, harm in ((2, "flip"), (3, "truncate")):
+            data = max((out / "c" / str(step) / "state" / "ocdbt.process_1").rglob("*"), key=lambda f: f.stat().st_size)
+            content = bytearray(data.read_bytes())
+            if harm == "flip":
+                content[len(content) // 2] ^= 1
+            data.write_bytes(content if harm == "flip" else content[: len(content) // 2])
+    processes.exchange(None)
+    checkpoints = Checkpoints(out / "c", keep=9)
+    run, lines = checkpoints.restore_newest(state(0, data=1, fsdp=8))
+    same = digests.of_arrays(vars(run.state), "state") == mine
+    checkpoints.set_aside(int(run.state.step))
+    facts = {"digests": mine, "lines": lines, "step": int(run.state.step), "same": same, "left": checkpoints.steps()}
+    (out / f"{jax.process_index()}.json").write_text(json.dumps(facts))
+    checkpoints.close()
+"""
+
+
+def test_processes_agree_on_digests_and_on_a_checkpoint_of_which_one_cannot_read_its_part(tmp_path):
+    ends(*(spawn("-c", SAVER, str(tmp_path), *each, devices=4) for each in flags()), codes=(0, 0))
+    one, other = (json.loads((tmp_path / f"{i}.json").read_text()) for i in range(2))
+    assert one == other
+    embed = {"embed": jax.random.normal(jax.random.key(1), (512, 256))}
+    assert one.pop("digests")["state/params/embed"] == digests.of_arrays(embed, "state/params")["state/params/embed"]
+    newest, middle = one.pop("lines")
+    assert re.match("checkpoint 3 is damaged: it cannot be read", newest)
+    assert re.match(r"checkpoint 2 is damaged: digest of state/params/embed is float32\[512,256\]", middle)
+    assert one == {"step": 1, "same": True, "left": [1]}
+    assert sorted(p.name for p in (tmp_path / "c").iterdir()) == ["1", "2.damaged", "3.damaged"]

@@ -5,8 +5,10 @@ import functools
 import io
 import json
 import os
+import resource
 import signal
 import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -26,11 +28,13 @@ from tsopsd_jax.model import Qwen3, Qwen3Config
 from tsopsd_jax.objectives import dapo, ts_opsd
 from tsopsd_jax.rewards.math import WORKERS
 from tsopsd_jax.rollout import Sampling
+from tsopsd_jax.rundir.checkpoints import SaveError
 from tsopsd_jax.rundir.log import read_evaluations, read_metrics
 from tsopsd_jax.train.phase import Guard, GuardError, Phase, StopRule
-from tsopsd_jax.train.phase_step import Steps
+from tsopsd_jax.train.phase_step import PhaseStep, Shared
+from tsopsd_jax.train.signals import Interrupted
 from tsopsd_jax.train.task import EvaluationPlan, Task
-from tsopsd_jax.train.trainer import Interrupted, Trainer
+from tsopsd_jax.train.trainer import Trainer
 from tsopsd_jax.types import Rollout
 
 MODEL = Qwen3(
@@ -105,6 +109,7 @@ def trainer_in(tokenizer):
     def make(run_dir, *, phases=SCHEDULE, verify=even, evaluate=False, evaluate_every=None, every=100, data=1, width=6):
         mesh = make_mesh(data=data, devices=jax.devices()[:data])
         layout = tree_shardings(MODEL.param_axes(), MODEL.param_shapes(), mesh)
+        task = Task(problems=PROBLEMS, tokenizer=tokenizer, verify=verify, max_prompt_tokens=width, seed=0)
         plan = None
         if evaluate:
             plan = EvaluationPlan(
@@ -117,13 +122,10 @@ def trainer_in(tokenizer):
                 every_steps=evaluate_every,
             )
         return Trainer(
-            model=MODEL,
+            Shared.of(MODEL, mesh, task, seed=0),
+            phases,
             load_params=lambda: MODEL.init(jax.random.key(3), shardings=layout),
-            phases=phases,
-            task=Task(problems=PROBLEMS, tokenizer=tokenizer, verify=verify, max_prompt_tokens=width, seed=0),
             evaluation=plan,
-            mesh=mesh,
-            seed=0,
             run_dir=run_dir,
             checkpoint_every_steps=every,
             keep_checkpoints=2,
@@ -198,7 +200,7 @@ def test_a_signal_leaves_the_rollout_and_no_step_is_lost(at, trainer_in, tmp_pat
     trainer = trainer_in(run, phases=phases)
 
     def terminate(_):
-        if int(trainer.state.step) == at and trainer.stop_signal is None:
+        if int(trainer.state.step) == at and trainer.signals.number is None:
             os.kill(os.getpid(), signal.SIGTERM)
 
     trainer.table.sampling = terminate
@@ -220,7 +222,7 @@ def test_a_signal_during_an_evaluation_takes_no_step(phase, when, trainer_in, tm
     run, stepping, scored = tmp_path / "broken", [], []
 
     def terminate(during: str) -> None:
-        if during == when and trainer.progress.phase == phase and not stepping and trainer.stop_signal is None:
+        if during == when and trainer.progress.phase == phase and not stepping and trainer.signals.number is None:
             os.kill(os.getpid(), signal.SIGTERM)
 
     def verify(response, gold):
@@ -267,7 +269,7 @@ def test_evaluation_within_phases_changes_nothing_and_is_not_repeated(trainer_in
     trainer = trainer_in(run, evaluate=True, evaluate_every=2)
 
     def terminate(_):
-        if int(trainer.state.step) == 4 and len(read_evaluations(run)) == 3 and trainer.stop_signal is None:
+        if int(trainer.state.step) == 4 and len(read_evaluations(run)) == 3 and trainer.signals.number is None:
             os.kill(os.getpid(), signal.SIGTERM)
 
     trainer.table.sampling = terminate
@@ -303,6 +305,55 @@ def test_killed_run_takes_the_lost_steps_again(trainer_in, tmp_path):
     assert int(second.state.step) == 0 < lost, "steps were logged and not saved"
     assert same(whole, finish(second))
     assert facts(tmp_path / "whole") == facts(run)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # coroutines that Orbax leaves
+@pytest.mark.parametrize("of", [rl_phase, reheat_phase])
+def test_a_full_disk_stops_the_run_at_the_save_and_it_goes_on_when_there_is_room(of, trainer_in, tmp_path):
+    phases = (of(stop=StopRule(steps=5)),)
+    whole = finish(trainer_in(tmp_path / "whole", phases=phases))
+    run = tmp_path / "full"
+    trainer = trainer_in(run, phases=phases, every=1)
+    save = trainer.checkpoints.save
+
+    def saves(state):
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if state.step == 3:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+        try:
+            save(state)
+            while trainer.checkpoints._manager.is_saving_in_progress():
+                time.sleep(0.01)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    trainer.checkpoints.save = saves
+    with pytest.raises(SaveError, match="step 3 could not be saved to .* File too large.* goes on from step 2$"):
+        trainer.run()
+    assert [line["step"] for line in read_metrics(run)] == [1, 2, 3], "no step was taken after it"
+    again = trainer_in(run, phases=phases)
+    assert int(again.state.step) == 2
+    assert same(whole, finish(again))
+    assert facts(tmp_path / "whole") == facts(run)
+
+
+def test_a_phase_whose_rule_was_changed_below_what_it_took_is_over_at_once(trainer_in, tmp_path):
+    """Stopped after step 3 of 5; going on, the phase has at most 2 steps, and the one after it follows step 3."""
+    phases = (rl_phase(stop=StopRule(steps=5)), reheat_phase(stop=StopRule(steps=1)))
+    trainer = trainer_in(tmp_path, phases=phases, every=1)
+
+    def terminate(_):
+        if trainer.run_state.step == 3 and trainer.signals.number is None:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    trainer.table.sampling = terminate
+    with pytest.raises(Interrupted, match="left the rollout after step 3$"):
+        trainer.run()
+    again = trainer_in(tmp_path, phases=(rl_phase(stop=StopRule(steps=2)), phases[1]))
+    again.run()
+    lines = [(line["step"], line["phase"]) for line in read_metrics(tmp_path)]
+    assert lines == [(1, "rl"), (2, "rl"), (3, "rl"), (4, "reheat")]
+    assert (again.progress.phase, again.run_state.step) == (2, 4)
 
 
 def test_a_finished_run_stays_as_it_is(trainer_in, tmp_path):
@@ -456,12 +507,12 @@ def test_updates_that_are_not_finite_are_skipped_and_end_the_run(trainer_in, tmp
 
 def test_no_step_is_compiled_twice(trainer_in, tmp_path):
     trainer = trainer_in(tmp_path, phases=(rl_phase(stop=StopRule(steps=5)), reheat_phase(stop=StopRule(steps=4))))
-    taken: list[Steps] = []
-    original = trainer._steps
-    trainer._steps = lambda: taken.append(original()) or taken[-1]
+    taken: list[PhaseStep] = []
+    original = trainer.steps.of
+    trainer.steps.of = lambda at: taken.append(original(at)) or taken[-1]
     trainer.run()
     rl, reheat = taken
-    assert (rl.update.programs, reheat._step._cache_size()) == (1, 1)
+    assert (rl.update.programs, reheat.program._cache_size()) == (1, 1)
     assert reheat.engine.programs == reheat.update.programs == 0, "the reheater's step is one program"
     programs = [line["rollout/programs"] for line in read_metrics(tmp_path) if line["phase"] == "rl"]
     assert programs[1:] == programs[1:2] * 4, "the sampler compiled after the first step"
@@ -475,20 +526,20 @@ def test_later_phases_are_compiled_while_the_first_runs(data, trainer_in, tmp_pa
     """When such a phase begins, none of its large programs is lowered or compiled: in stages, as one program, and RL."""
     later = (reheat_phase(rows_at_once=4), reheat_phase(), rl_phase("again", max_response_tokens=4, micro_batches=2))
     trainer = trainer_in(tmp_path, phases=(rl_phase(), *later), data=data)
-    original, begun, compiled = trainer._steps, [], []
+    original, begun, compiled = trainer.steps.of, [], []
 
-    def begins():
-        if trainer.progress.phase:
-            trainer._ahead[trainer.progress.phase].result(timeout=60)  # the phase before was as long as that
-        begun.append(trainer.progress.phase)
-        return original()
+    def begins(at):
+        if at:
+            trainer.steps._ahead[at].result(timeout=600)  # the phase before was as long as that
+        begun.append(at)
+        return original(at)
 
     def seen(event, _seconds, **facts):
         here = threading.current_thread() is threading.main_thread()
         if here and begun and begun[-1] and event.endswith(LOWERED):
             compiled.append((begun[-1], facts["fun_name"]))
 
-    trainer._steps = begins
+    trainer.steps.of = begins
     jax.monitoring.register_event_duration_secs_listener(seen)
     try:
         trainer.run()
@@ -508,7 +559,7 @@ def test_a_phase_that_could_not_be_compiled_ahead_is_compiled_when_it_begins(tra
     def fails(_):
         raise RuntimeError("the compiler's server went away")
 
-    monkeypatch.setattr(Steps, "compile", fails)
+    monkeypatch.setattr(PhaseStep, "compile", fails)
     assert same(whole, finish(trainer_in(tmp_path / "again")))
 
 

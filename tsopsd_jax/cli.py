@@ -49,11 +49,12 @@ def main(argv: list[str] | None = None) -> int:
         _check_environment()
         _expand_paths(args)
         return _module(args.command).run(args)
-    except Exception as error:
-        if os.environ.get("TSOPSD_TRACEBACK") or not (isinstance(error, ValueError) or exit_codes.no_backend(error)):
-            raise
-        return exit_codes.explain(args.command, error)
     except KeyboardInterrupt as error:
+        return exit_codes.explain(args.command, error)
+    except Exception as error:
+        known = isinstance(error, ValueError | OSError) or exit_codes.no_backend(error)
+        if os.environ.get("TSOPSD_TRACEBACK") or not known:
+            raise
         return exit_codes.explain(args.command, error)
 
 

@@ -3,14 +3,17 @@
 0: done. 1: our own fault. 2: bad input; one line says what. 3: a guard stopped the run to protect the policy.
 4: a signal stopped the run. It was saved, unless the signal came twice, and the same command resumes it.
 5: another process of the run died or failed (`distributed.heartbeat`); the same command in all of them resumes
-from the last checkpoint.
+from the last checkpoint. 6: a checkpoint or the log could not be written (a full disk); the same command goes on after room
+was made.
 """
 
+import errno
 import os
 import sys
 import traceback
 
-DONE, OUR_FAULT, BAD_INPUT, GUARD, INTERRUPTED = 0, 1, 2, 3, 4
+DONE, OUR_FAULT, BAD_INPUT, GUARD, INTERRUPTED, COULD_NOT_WRITE = 0, 1, 2, 3, 4, 6
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def no_backend(error: BaseException) -> bool:
@@ -37,5 +40,11 @@ def explain(command: str, error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):  # a second signal, or one before the first step
         print(f"tsopsd {command}: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return INTERRUPTED
+    if isinstance(error, OSError):
+        from tsopsd_jax.rundir.checkpoints import SaveError  # here: `--help` is quick
+
+        if isinstance(error, SaveError) or error.errno in _FULL:
+            print(f"tsopsd {command}: {' '.join(str(error).split())}", file=sys.stderr)
+            return COULD_NOT_WRITE
     traceback.print_exception(error)
     return OUR_FAULT

@@ -21,7 +21,9 @@ from tsopsd_jax.distributed import processes
 from tsopsd_jax.rundir import object_store
 from tsopsd_jax.rundir.log import read_evaluations, read_metrics
 from tsopsd_jax.train.phase import GuardError
-from tsopsd_jax.train.trainer import Interrupted, Trainer
+from tsopsd_jax.train.phase_step import Shared
+from tsopsd_jax.train.signals import Interrupted
+from tsopsd_jax.train.trainer import Trainer
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -126,13 +128,10 @@ def open_trainer(config: Config, run_dir: Path, table: LiveTable, *, accept_chan
     _check_same(inputs, "input")
     with _claimed(config, run_dir, inputs, accept_changed) as changed:
         trainer = Trainer(
-            model=parts.model,
+            Shared.of(parts.model, parts.mesh, parts.task, seed=config.seed),
+            parts.phases,
             load_params=parts.load_params,
-            phases=parts.phases,
-            task=parts.task,
             evaluation=parts.evaluation,
-            mesh=parts.mesh,
-            seed=config.seed,
             run_dir=run_dir,
             checkpoint_every_steps=config.checkpoint_every_steps,
             keep_checkpoints=config.keep_checkpoints,

@@ -16,7 +16,7 @@ from tsopsd_jax.config import Config, strict
 from tsopsd_jax.data import Problem
 from tsopsd_jax.rundir import object_store
 from tsopsd_jax.rundir.checkpoints import read_progress
-from tsopsd_jax.rundir.log import EVALUATIONS_FILE, METRICS_FILE
+from tsopsd_jax.rundir.log import EVALUATIONS_FILE, METRICS_FILE, read_evaluations
 
 CONFIG_FILE, LOCK_FILE = "config.yaml", ".lock"
 INPUTS_FILE = "inputs.json"
@@ -56,7 +56,13 @@ def read_settings(file: Path) -> dict[str, Any]:
 
 
 def _check_ours(run_dir: Path) -> None:
-    """Check that a run directory is absent, empty or a run's."""
+    """Check that a run directory is absent, empty or a run's, and that Orbax, which takes a path for a pattern, can read it."""
+    where = object_store.checkpoints_of(run_dir)
+    if odd := sorted(set("*?[") & set(str(where))):
+        raise ValueError(
+            f"{where}: expected a path without {' '.join(odd)}, in which checkpoints could not be read again; choose another "
+            "--run-dir"
+        )
     if run_dir.exists() and not run_dir.is_dir():
         raise ValueError(f"{run_dir}: expected a run directory, got a file; choose another --run-dir")
     if not run_dir.exists() or (run_dir / CONFIG_FILE).is_file():
@@ -97,6 +103,22 @@ def _phase_reached(run_dir: Path) -> int | None:
         return progress.phase
     metrics = run_dir / METRICS_FILE
     return 0 if metrics.is_file() and metrics.stat().st_size else None
+
+
+def _check_not_lost(run_dir: Path) -> None:
+    """A run whose checkpoints were removed would start over and drop its log."""
+    where, metrics = object_store.checkpoints_of(run_dir), run_dir / METRICS_FILE
+    if not (metrics.is_file() and metrics.stat().st_size):
+        return
+    removed = object_store.address(run_dir) is None and not where.exists()  # it is made before the first step
+    empty = not where.exists() or not any(each.name.isdigit() for each in where.iterdir())
+    if removed or (
+        empty and any(record["step"] for record in read_evaluations(run_dir))
+    ):  # they were of saved policies
+        raise ValueError(
+            f"{run_dir} holds the log of a run whose checkpoints are gone, so that it cannot go on; to begin anew choose another "
+            f"--run-dir, or remove {run_dir}"
+        )
 
 
 def _may_change(key: str, phase: int) -> bool:
@@ -214,6 +236,7 @@ def claim(
                 f"{run_dir} holds a run of another configuration ({refused[0].words('!=')}); choose another --run-dir, "
                 "or the old settings"
             )
+        _check_not_lost(run_dir)
         others = _changed_inputs(run_dir, inputs or {})
         if others and reached is not None and not accept_changed:
             raise ValueError(

@@ -1,6 +1,7 @@
 """Readers of a run directory: its configuration, its checkpoints, the policy of one."""
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from tsopsd_jax.learn.update import abstract_state
 from tsopsd_jax.model import Qwen3
 from tsopsd_jax.model.hf_config import read_config
 from tsopsd_jax.rundir import object_store
-from tsopsd_jax.rundir.checkpoints import Checkpoints
+from tsopsd_jax.rundir.checkpoints import Checkpoints, DamagedError
 from tsopsd_jax.types import TrainState
 
 
@@ -33,16 +34,27 @@ def resolved_config(run_dir: Path) -> Config:
 def restore_run(
     run_dir: Path, *, step: int | None, mesh: jax.sharding.Mesh, compute_dtype: str
 ) -> tuple[Qwen3, TrainState]:
-    """Restore the model and train state of a checkpoint (default: the latest).
+    """Restore the model and train state of a checkpoint (default: the newest undamaged; newer ones are named on stderr).
 
     Raises:
-        ValueError: no run, or no such checkpoint.
+        ValueError: no run, no such checkpoint, or it is damaged.
     """
     config = resolved_config(run_dir)
     model = Qwen3(read_config(model_folder(config) / "config.json"), compute_dtype=DTYPES[compute_dtype])
     like = abstract_state(model, make_phase(config.phases[0]).optimizer, mesh)
     with checkpoints_of(run_dir) as checkpoints:
-        return model, checkpoints.restore(like, step).state
+        if step is None:
+            run, damaged = checkpoints.restore_newest(like)
+            if run is None:
+                raise ValueError(f"{run_dir} has no checkpoints")
+            for line in damaged:
+                print(f"{line}; step {run.step} is read instead", file=sys.stderr)
+            return model, run.state
+        try:
+            return model, checkpoints.restore(like, step).state
+        except DamagedError as error:
+            others = ", ".join(str(s) for s in checkpoints.steps() if s != step) or "none"
+            raise ValueError(f"{error}; other checkpoints of {run_dir}: {others}") from error
 
 
 @contextlib.contextmanager

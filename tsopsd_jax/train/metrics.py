@@ -1,44 +1,97 @@
-"""A step's line of the log: what sampling and judging say of themselves. The update's own metrics come from the learner."""
+"""A step's line of the log: what sampling, judging and the update say of themselves."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from tsopsd_jax.judge.dynamic_sampling import Collected
 from tsopsd_jax.judge.groups import Groups
+from tsopsd_jax.judge.scoring import Scored
+from tsopsd_jax.learn.update import ENTROPY
 from tsopsd_jax.rollout import Engine
-from tsopsd_jax.types import Rollout
+from tsopsd_jax.rundir.run_state import RunState
 
 
-def rollout_metrics(rollouts: Sequence[Rollout], seconds: float) -> dict[str, Any]:
-    """Facts of everything sampled in a step, kept or not."""
-    lengths = np.concatenate([r.response_length for r in rollouts])
-    stopped = np.concatenate([r.stopped for r in rollouts])
-    return {
+class Drawn(NamedTuple):
+    """What a step sampled, how it was judged, and what its update took."""
+
+    scored: Sequence[Scored]
+    """Every generation batch, kept or not."""
+    judged: Sequence[Groups]
+    """The same batches with their rewards; empty where the phase has no reward, and the accuracy stands for it."""
+    collected: Collected | None
+    """By dynamic sampling; None: every group is used."""
+    engine: Engine | None
+    """After its last rollout; None: one program samples and updates, and all its time is the update's."""
+    useful_fraction: float | None
+    """Share of the positions that the update computed that hold a token; None: not known."""
+    update_s: float
+
+
+class StepFacts(NamedTuple):
+    """What was seen in a step."""
+
+    drawn: Drawn
+    update: dict[str, float]
+    """The update's own metrics."""
+    start_kl_nats: float | None
+    verifier_killed: int
+    step_s: float
+
+    @property
+    def entropy_nats(self) -> float:
+        """The policy's entropy where it was sampled; NaN if the objective does not report it."""
+        return self.update.get(ENTROPY, float("nan"))
+
+
+def step_line(phase: str, run: RunState, seen: StepFacts, *, time_s: float) -> dict[str, Any]:
+    """The line of metrics.jsonl of the step that led to `run` in the phase of that name.
+
+    Args:
+        phase: its name.
+        run: after the step.
+        seen: in the step.
+        time_s: since the run began, interruptions left out.
+    """
+    drawn, got = seen.drawn, seen.drawn.collected
+    lengths = np.concatenate([s.rollout.response_length for s in drawn.scored])
+    stopped = np.concatenate([s.rollout.stopped for s in drawn.scored])
+    # Over everything sampled: over the kept groups alone a mean would be near one half always.
+    accuracy = np.concatenate([s.accuracy for s in drawn.scored])
+    reward = np.concatenate([g.reward for g in drawn.judged]) if drawn.judged else accuracy
+    rollout_s = sum(s.rollout_s for s in drawn.scored) if drawn.engine is not None else None
+    line = {"step": run.step, "phase": phase, "phase_step": run.progress.phase_step, "time_s": time_s}
+    line |= seen.update
+    line |= {
         "rollout/length_mean_tokens": float(lengths.mean()),
         "rollout/truncated_fraction": float(1.0 - stopped.mean()),
         "rollout/tokens": int(lengths.sum()),
-        "rollout/tokens_per_s": float(lengths.sum() / max(seconds, 1e-9)),
+        # One program samples and updates: these are tokens/s of the whole step.
+        "rollout/tokens_per_s": float(lengths.sum() / max(drawn.update_s if rollout_s is None else rollout_s, 1e-9)),
+        "reward/mean": float(reward.mean()),
+        "reward/accuracy_fraction": float(accuracy.mean()),
+        "rollout/groups_kept_fraction": got.informative_groups / got.sampled_groups if got is not None else 1.0,
     }
-
-
-def engine_metrics(engine: Engine) -> dict[str, Any]:
-    """How well the last rollout used its slots and memory, and what was compiled so far."""
-    return {
-        "rollout/slot_use_fraction": engine.progress.slot_use,
-        "rollout/cache_peak_bytes": engine.progress.peak_cache_bytes,
-        "rollout/programs": engine.programs,
-    }
-
-
-def reward_metrics(got: Collected, judged: Sequence[Groups]) -> dict[str, Any]:
-    """Rewards over everything sampled in a step (a mean over the kept groups alone would be near one half always)."""
-    return {
-        "reward/mean": float(np.concatenate([g.reward for g in judged]).mean()),
-        "reward/accuracy_fraction": float(np.concatenate([g.accuracy for g in judged]).mean()),
-        "rollout/groups_kept_fraction": got.informative_groups / got.sampled_groups,
-        "rollout/generation_batches": got.generation_batches,
-        "rollout/groups_filled": got.filled_groups,
-        "rollout/groups_left_over": 0 if got.leftover is None else len(got.leftover),
+    if got is not None:
+        line |= {
+            "rollout/generation_batches": got.generation_batches,
+            "rollout/groups_filled": got.filled_groups,
+            "rollout/groups_left_over": 0 if got.leftover is None else len(got.leftover),
+        }
+    if drawn.engine is not None:
+        line |= {
+            "rollout/slot_use_fraction": drawn.engine.progress.slot_use,
+            "rollout/cache_peak_bytes": drawn.engine.progress.peak_cache_bytes,
+            "rollout/programs": drawn.engine.programs,
+            "learner/useful_fraction": drawn.useful_fraction,
+        }
+    if seen.start_kl_nats is not None:
+        line["policy/start_kl_nats"] = seen.start_kl_nats
+    return line | {
+        "time/rollout_s": rollout_s,
+        "time/judge_s": sum(s.waited_s for s in drawn.scored),
+        "time/update_s": drawn.update_s,
+        "time/step_s": seen.step_s,
+        "judge/verifier_killed": seen.verifier_killed,
     }

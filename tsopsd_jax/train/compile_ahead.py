@@ -1,0 +1,47 @@
+"""The steps of a schedule's phases; those of phases to come are compiled in a thread while one runs."""
+
+import contextlib
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from tsopsd_jax.train.phase import Phase
+from tsopsd_jax.train.phase_step import PhaseStep, Shared
+
+
+class PhaseSteps:
+    """The step of each phase, made when it is asked for or ahead of that.
+
+    Args:
+        phases: the schedule.
+        shared: see `PhaseStep`.
+    """
+
+    def __init__(self, phases: Sequence[Phase], shared: Shared):
+        self.phases, self.shared = phases, shared
+        self._ahead: dict[int, Future[PhaseStep]] = {}
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="compile")
+
+    def of(self, at: int) -> PhaseStep:
+        """The step of the phase at that index: compiled already, or to be compiled when first called."""
+        if at in self._ahead:
+            with contextlib.suppress(Exception):  # whatever it was, it happens again below if it matters
+                return self._ahead.pop(at).result()
+        return PhaseStep(self.phases[at], self.shared)
+
+    def compile_after(self, at: int) -> None:
+        """Begin to compile the phases after that index. Not on a GPU, whose compiler measures kernels on the device, in the
+        memory that the run needs."""
+        if self.shared.mesh.devices.flat[0].platform == "gpu":
+            return
+
+        def compiled(phase: Phase) -> PhaseStep:
+            step = PhaseStep(phase, self.shared)
+            step.compile()
+            return step
+
+        for later in range(max(self._ahead, default=at) + 1, len(self.phases)):
+            self._ahead[later] = self._thread.submit(compiled, self.phases[later])
+
+    def close(self) -> None:
+        """Begin to compile nothing more."""
+        self._thread.shutdown(wait=False, cancel_futures=True)

@@ -1,0 +1,78 @@
+"""The evaluations of a run: between its phases, and within them at steps that the plan's `every_steps` divides."""
+
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tsopsd_jax.data.encode import encode_prompts
+from tsopsd_jax.distributed import processes
+from tsopsd_jax.evaluation.evaluate import evaluate, evaluation_key
+from tsopsd_jax.rollout import Engine
+from tsopsd_jax.rundir import object_store
+from tsopsd_jax.rundir.log import append_evaluation, read_evaluations
+from tsopsd_jax.rundir.run_state import RunState
+from tsopsd_jax.train.phase import Phase
+from tsopsd_jax.train.phase_step import Shared
+from tsopsd_jax.train.task import EvaluationPlan
+
+
+class Evaluations:
+    """Evaluates the policy of a run, and records it in the run directory.
+
+    Args:
+        plan: what is evaluated; None: nothing is.
+        shared: by which model, on what.
+        phases: the schedule; a phase's outcome names the stage after it.
+        run_dir: where records go.
+    """
+
+    def __init__(self, plan: EvaluationPlan | None, shared: Shared, phases: Sequence[Phase], run_dir: Path):
+        self.plan, self.shared, self.phases, self.run_dir = plan, shared, phases, run_dir
+
+    def stage(self, run: RunState) -> str | None:
+        """The name of the stage at which the policy is to be evaluated now; None: at none."""
+        at = run.progress.phase
+        if self.plan is None:
+            return None
+        if not run.progress.phase_step:
+            return "base" if at == 0 else self.phases[at - 1].outcome
+        every = self.plan.every_steps
+        return f"during {self.phases[at].name}" if every and run.step % every == 0 else None
+
+    def evaluate(self, run: RunState, stage: str, on_progress: Callable[[Any], None]) -> str | None:
+        """Evaluate the policy and record it, unless that stands in the log already; returns its scores in words.
+
+        Args:
+            run: whose policy; it is saved.
+            stage: the name in the record.
+            on_progress: called after every segment; what it raises leaves the evaluation, which has no record then.
+        """
+        plan, task, done = self.plan, self.shared.task, read_evaluations(self.run_dir)
+        assert plan is not None
+        if processes.from_first(any(r["stage"] == stage and r["step"] == run.step for r in done)):
+            return None
+        record = evaluate(
+            self._engine,
+            self._engine.view(run.state.params),
+            evaluation_key(self.shared.key),
+            prompts=encode_prompts(plan.problems, task.tokenizer, max_prompt_tokens=task.max_prompt_tokens),
+            answers=[p.answer for p in plan.problems],
+            samples=plan.samples,
+            decode=task.tokenizer.decode,
+            verify=task.verify,
+            on_progress=on_progress,
+        )
+        where = {"stage": stage, "step": run.step, "phase_step": run.progress.phase_step, **plan.facts()}
+        if processes.is_first():
+            append_evaluation(self.run_dir, where | record)
+            object_store.push(self.run_dir)
+        scores = (f"{name}@{plan.samples} {100 * record[f'{name}_at_k']:.1f} %" for name in ("avg", "pass"))
+        return f"{stage}: {', '.join(scores)}"
+
+    @functools.cached_property
+    def _engine(self) -> Engine:
+        """Compiled once: every stage is evaluated by the same programs."""
+        plan = self.plan
+        assert plan is not None
+        return self.shared.engine(plan.sampling, plan.max_response_tokens, plan.rows_at_once, entropy=True)
