@@ -68,7 +68,7 @@ def test_another_process_is_kept_out_until_the_first_is_done(run):
         pass
 
 
-@pytest.mark.parametrize("name", [".lock", "config.tmp"])
+@pytest.mark.parametrize("name", [".lock", "config.yaml.partial"])
 def test_what_a_dying_process_leaves_is_no_foreign_directory(name, tmp_path):
     (tmp_path / name).touch()
     with claim.held(tmp_path):

@@ -18,6 +18,7 @@ from tsopsd_jax.config.places import cache_folder, use_compilation_cache
 from tsopsd_jax.display.live_table import LiveTable, results_table
 from tsopsd_jax.display.page import write_report
 from tsopsd_jax.distributed import processes
+from tsopsd_jax.metric_names import ENTROPY
 from tsopsd_jax.rundir import object_store
 from tsopsd_jax.rundir.log import read_evaluations, read_metrics
 from tsopsd_jax.train.phase import GuardError
@@ -138,7 +139,7 @@ def transitions(evaluations: Sequence[dict[str, Any]], metrics: Sequence[dict[st
     lines = []
     for before, after in itertools.pairwise(e for e in evaluations if not e.get("phase_step")):
         steps = [m for m in metrics if before["step"] < m["step"] <= after["step"]]
-        nats = [m["policy/entropy_nats"] for m in steps if m.get("policy/entropy_nats") is not None]
+        nats = [m[ENTROPY] for m in steps if m.get(ENTROPY) is not None]
         entropy = f", entropy {nats[0]:.3f} -> {nats[-1]:.3f} nats" if nats else ""
         gains = (100 * (after[key] - before[key]) for key in ("avg_at_k", "pass_at_k"))
         points = ", ".join(f"{name}@k {gain:+.1f}" for name, gain in zip(("avg", "pass"), gains, strict=True))

@@ -11,14 +11,11 @@ from typing import Any
 import yaml
 
 from tsopsd_jax.config import Config, strict
-from tsopsd_jax.rundir import object_store
+from tsopsd_jax.rundir import files, object_store
 from tsopsd_jax.rundir.checkpoints import read_progress
 from tsopsd_jax.rundir.log import EVALUATIONS_FILE, METRICS_FILE
 
 CONFIG_FILE, LOCK_FILE = "config.yaml", ".lock"
-UNFINISHED_FILE = "config.tmp"
-"""config.yaml as it is written; a process that died there leaves it."""
-
 RUNTIME = r"(checkpoint_every_steps|keep_checkpoints|wandb_project|cache_dir)"
 """Settings that may change between two starts of the same run, without a word."""
 CHANGEABLE = r"evaluation\.(rows_at_once|every_steps)|mesh\.(data|fsdp|tensor|cpu_devices)"
@@ -54,7 +51,8 @@ def _check_ours(run_dir: Path) -> None:
         raise ValueError(f"{run_dir}: expected a run directory, got a file; choose another --run-dir")
     if not run_dir.exists() or (run_dir / CONFIG_FILE).is_file():
         return
-    if {each.name for each in run_dir.iterdir()} - {LOCK_FILE, UNFINISHED_FILE, object_store.ADDRESS_FILE}:
+    ours = {LOCK_FILE, files.partial(run_dir / CONFIG_FILE).name, object_store.ADDRESS_FILE}
+    if {each.name for each in run_dir.iterdir()} - ours:
         raise ValueError(f"{run_dir} is not empty and holds no run; choose another --run-dir")
 
 
@@ -122,7 +120,5 @@ def claim(run_dir: Path, config: Config) -> list[str]:
         if refused:  # nothing was trained: the old configuration is replaced, and what was evaluated under it goes
             (run_dir / EVALUATIONS_FILE).unlink(missing_ok=True)
         changed = [d.words("->") for d in differences if reached is not None]
-    temporary = run_dir / UNFINISHED_FILE
-    temporary.write_text(yaml.safe_dump(resolved, sort_keys=False), encoding="utf-8")
-    temporary.replace(file)
+    files.replace(file, [yaml.safe_dump(resolved, sort_keys=False).encode()])
     return changed

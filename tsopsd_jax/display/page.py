@@ -2,11 +2,10 @@
 
 import html
 import itertools
-import json
 import math
 import re
 import string
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,15 +13,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import yaml
 
+from tsopsd_jax.display.numbers import DASH, count, duration, finite, fixed
 from tsopsd_jax.display.plots import Panel, Segment, Series, draw
+from tsopsd_jax.metric_names import ACCURACY, ENTROPY, GRAD_NORM, LENGTH, REWARD, ROLLOUT_S, TOKENS, TOKENS_PER_S
+from tsopsd_jax.rundir import files
+from tsopsd_jax.rundir.log import read_evaluations, read_metrics
 
-ENTROPY = "policy/entropy_nats"
-REWARD = "reward/mean"
-ACCURACY = "reward/accuracy_fraction"
-GRAD_NORM = "optim/grad_norm"
-LENGTH = "rollout/length_mean_tokens"
-TOKENS = "rollout/tokens"
-KEYS = (ENTROPY, REWARD, ACCURACY, GRAD_NORM, LENGTH, TOKENS, "rollout/tokens_per_s", "time/rollout_s", "time_s")
+KEYS = (ENTROPY, REWARD, ACCURACY, GRAD_NORM, LENGTH, TOKENS, TOKENS_PER_S, ROLLOUT_S, "time_s")
 
 MAX_ROWS = 200
 MAX_STAGES = 12
@@ -46,11 +43,11 @@ def write_report(run_dir: str | Path) -> Path:
     """
     run_dir = Path(run_dir)
     metrics = _read_metrics(run_dir)
-    config_path, evaluations_path = run_dir / "config.yaml", run_dir / "evaluations.jsonl"
+    config_path = run_dir / "config.yaml"
     config_text = config_path.read_text("utf-8", errors="replace") if config_path.is_file() else ""
     config = _parse_config(config_text)
     plan = {str(phase.get("name")): phase for phase in config["phases"]}
-    evaluations = list(_objects(evaluations_path)) if evaluations_path.is_file() else []
+    evaluations = read_evaluations(run_dir)
     colours = _phase_colours(metrics.segments, plan)
     phases = ", ".join(dict.fromkeys(segment.phase for segment in metrics.segments))
     template = resources.files("tsopsd_jax").joinpath("assets", "page.html").read_text("utf-8")
@@ -68,45 +65,23 @@ def write_report(run_dir: str | Path) -> Path:
         else '<p class="muted">No config.yaml in this run directory.</p>',
     )
     path = run_dir / "report.html"
-    partial = run_dir / "report.html.partial"
-    partial.write_bytes(page.encode("utf-8", "replace"))
-    partial.replace(path)
+    files.replace(path, [page.encode("utf-8", "replace")])
     return path
 
 
 # ---- reading
 
 
-def _objects(path: Path) -> Iterator[dict[str, Any]]:
-    """The JSON objects of a file, one a line; a last line torn by a crash is left out."""
-    broken = 0
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if broken:
-                raise ValueError(f"expected one JSON object per line, got something else at {path}:{broken}")
-            try:
-                record = json.loads(line)
-            except ValueError:
-                record = None
-            if isinstance(record, dict):
-                yield record
-            else:
-                broken = number
-
-
 def _read_metrics(run_dir: Path) -> Metrics:
-    path = run_dir / "metrics.jsonl"
-    if not path.is_file():
-        raise ValueError(f"expected a run directory with metrics.jsonl, got {run_dir}: no such file in it")
     steps: list[float] = []
     columns: dict[str, list[float]] = {key: [] for key in KEYS}
     segments: list[Segment] = []
     phase_step = math.inf
-    for record in _objects(path):
-        if math.isnan(step := _number(record.get("step"))):
+    for record in read_metrics(run_dir):
+        if (step := finite(record.get("step"))) is None:
             continue
         index, phase = len(steps), str(record.get("phase", "run"))
-        before, phase_step = phase_step, _number(record.get("phase_step"))
+        before, phase_step = phase_step, _column(record.get("phase_step"))
         # A cyclic schedule may come back to the same phase at once: then only its own count starts again.
         if segments and segments[-1].phase == phase and not phase_step < before:
             segments[-1] = segments[-1]._replace(end=index + 1)
@@ -114,14 +89,15 @@ def _read_metrics(run_dir: Path) -> Metrics:
             segments.append(Segment(phase, index, index + 1))
         steps.append(step)
         for key, values in columns.items():
-            values.append(_number(record.get(key)))
+            values.append(_column(record.get(key)))
     if not steps:
-        raise ValueError(f"expected at least one step, got none in {path}: report a run after its first step")
+        raise ValueError(f"expected at least one step, got none in {run_dir}: report a run after its first step")
     return Metrics(np.asarray(steps), {key: np.asarray(each) for key, each in columns.items()}, segments)
 
 
-def _number(value: Any) -> float:
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+def _column(value: Any) -> float:
+    number = finite(value)
+    return math.nan if number is None else number
 
 
 def _parse_config(text: str) -> dict[str, Any]:
@@ -147,7 +123,7 @@ def _thresholds(plan: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
     for phase in plan.values():
         stop = _section(phase, "stop")
         for key, words in (("collapsed_below_nats", "collapsed <"), ("recovered_above_nats", "recovered ≥")):
-            if math.isfinite(value := _number(stop.get(key))):
+            if (value := finite(stop.get(key))) is not None:
                 found[f"{words} {value:g}"] = value
     return found
 
@@ -215,19 +191,6 @@ def _headline(config: Mapping[str, Any]) -> str:
     return " &middot; ".join(_escape(part) for part in parts)
 
 
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
-def _quantity(value: float) -> str:
-    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= size:
-            return f"{value / size:.3g} {letter}"
-    return f"{value:.0f}"
-
-
 def _ends(values: np.ndarray, form: str, scale: float = 1.0) -> str:
     """`first → last` of the finite values, each a mean of up to five; a dash if there is none."""
     values = values[np.isfinite(values)] * scale
@@ -247,13 +210,13 @@ def _wall_time_s(time_s: np.ndarray) -> float:
 
 def _facts(metrics: Metrics) -> str:
     columns = metrics.columns
-    derived = columns["rollout/tokens_per_s"] * columns["time/rollout_s"]
+    derived = columns[TOKENS_PER_S] * columns[ROLLOUT_S]
     tokens = np.nansum(np.where(np.isfinite(columns[TOKENS]), columns[TOKENS], derived))
     wall_s = _wall_time_s(columns["time_s"])
     facts = [
         ("Steps", f"{metrics.step[-1]:,.0f}"),
-        ("Wall time", _duration(wall_s) if wall_s > 0 else ""),
-        ("Tokens sampled", _quantity(tokens) if tokens > 0 else ""),
+        ("Wall time", duration(wall_s) if wall_s > 0 else ""),
+        ("Tokens sampled", count(tokens) if tokens > 0 else ""),
         ("Entropy, nats", _ends(columns[ENTROPY], ".3f")),
         ("Training accuracy, %", _ends(columns[ACCURACY], ".1f", 100)),
     ]
@@ -311,27 +274,23 @@ def _evaluation_table(evaluations: Sequence[Mapping[str, Any]]) -> str:
     if not evaluations:
         return '<p class="muted">This run has no evaluations.</p>'
 
-    def cell(value: Any, form: str, scale: float = 1.0) -> str:
-        number = _number(value) * scale
-        return format(number, form) if math.isfinite(number) else "&ndash;"
-
     rows = []
     for record in evaluations[:MAX_ROWS]:
-        error = cell(record.get("avg_at_k_stderr"), ".1f", 100)
+        error = fixed(record.get("avg_at_k_stderr"), ".1f", 100)
         sampling = _section(record, "sampling")
         rows.append(
             [
                 _escape(record.get("stage", "–")),
-                cell(record.get("step"), ".0f"),
+                fixed(record.get("step"), ".0f"),
                 _escape(record.get("benchmark", "–")),
-                cell(record.get("problems"), ",.0f"),
-                cell(record.get("samples"), ".0f"),
-                cell(record.get("avg_at_k"), ".1f", 100)
-                + ("" if error == "&ndash;" else f' <span class="muted">± {error}</span>'),
-                cell(record.get("pass_at_k"), ".1f", 100),
-                cell(record.get("length_mean_tokens"), ",.0f"),
-                cell(record.get("truncated_fraction"), ".1f", 100),
-                cell(record.get("entropy_nats"), ".3f"),
+                fixed(record.get("problems"), ",.0f"),
+                fixed(record.get("samples"), ".0f"),
+                fixed(record.get("avg_at_k"), ".1f", 100)
+                + ("" if error == DASH else f' <span class="muted">± {error}</span>'),
+                fixed(record.get("pass_at_k"), ".1f", 100),
+                fixed(record.get("length_mean_tokens"), ",.0f"),
+                fixed(record.get("truncated_fraction"), ".1f", 100),
+                fixed(record.get("entropy_nats"), ".3f"),
                 _escape(", ".join(f"{name} {value}" for name, value in sampling.items()) or "–"),
             ]
         )

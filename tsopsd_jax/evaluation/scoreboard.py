@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tsopsd_jax.evaluation.evaluate import Difference, Response, paired_bootstrap, pass_per_problem, summarise
-from tsopsd_jax.rundir import resumable_jsonl
+from tsopsd_jax.rundir import files, resumable_jsonl
 
 
 class Evaluated(NamedTuple):
@@ -138,9 +138,7 @@ def write_tables(out: Path, *, k: int | None) -> str:
     text = markdown(table, evaluated, k)
     summaries = "".join(json.dumps(e.summary(k)) + "\n" for e in finished)
     for name, content in (("table.md", text), ("table.csv", as_csv(table)), ("results.jsonl", summaries)):
-        partial = out / f".{name}.partial"
-        partial.write_text(content, encoding="utf-8")
-        partial.replace(out / name)
+        files.replace(out / name, [content.encode()])
     return text
 
 

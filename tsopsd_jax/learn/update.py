@@ -11,13 +11,10 @@ from jaxtyping import Array, Float
 
 from tsopsd_jax.distributed.sharding import AnyMesh, replicated, tree_shardings
 from tsopsd_jax.head import CHUNK_TOKENS, add, batch_loss, batch_stats
+from tsopsd_jax.metric_names import ENTROPY, GRAD_NORM, LOSS, SKIPPED
 from tsopsd_jax.model.qwen3 import Qwen3
 from tsopsd_jax.objectives import Objective
 from tsopsd_jax.types import Batch, Prompts, PyTree, Rollout, TrainState
-
-ENTROPY = "policy/entropy_nats"
-"""The metric that stop rules and guards look at."""
-
 
 MICRO_BATCHES = "micro_batches"
 """Name of the loop over the pieces of a batch in profiles and compiled programs."""
@@ -195,9 +192,9 @@ def make_update(
         )
         metrics = {name: mean.value for name, mean in out.metrics.items()}
         metrics |= {
-            "loss/total": out.loss.value,
-            "optim/grad_norm": norm,
-            "optim/skipped": 1.0 - finite.astype(jnp.float32),
+            LOSS: out.loss.value,
+            GRAD_NORM: norm,
+            SKIPPED: 1.0 - finite.astype(jnp.float32),
             "optim/held": held.astype(jnp.float32),
             "rollout/logp_gap_max_nats": gap,
             "loss/tokens": out.loss.count,

@@ -8,16 +8,17 @@ import contextlib
 import importlib
 import json
 import math
-import os
 import sys
 import uuid
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import numpy as np
+
+from tsopsd_jax.rundir import files
 
 METRICS_FILE = "metrics.jsonl"
 EVALUATIONS_FILE = "evaluations.jsonl"
@@ -56,7 +57,7 @@ class RunLog:
         run_dir = Path(run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
         for name in (METRICS_FILE, EVALUATIONS_FILE):
-            _drop_lines_after(run_dir / name, last_step)
+            files.mend(run_dir / name, lambda record: record.get("step", 0) <= last_step)
         self._step = last_step
         self._wandb = None
         if wandb_project is not None:
@@ -123,7 +124,7 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
     path = Path(run_dir) / METRICS_FILE
     if not path.is_file():
         raise ValueError(f"expected a run directory with {METRICS_FILE}, got {run_dir}: no such file in it")
-    return [record for _, record in _lines(path)]
+    return files.read(path)
 
 
 def append_evaluation(run_dir: str | Path, record: Mapping[str, Any]) -> None:
@@ -139,7 +140,7 @@ def append_evaluation(run_dir: str | Path, record: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     new = _plain(record)
     kept = [old for old in read_evaluations(run_dir) if _identity(old) != _identity(new)]
-    _replace(path, (_encode(each) for each in [*kept, new]))
+    files.replace(path, (_encode(each) for each in [*kept, new]))
 
 
 def read_evaluations(run_dir: str | Path) -> list[dict[str, Any]]:
@@ -148,8 +149,7 @@ def read_evaluations(run_dir: str | Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: if a line before the last is not JSON.
     """
-    path = Path(run_dir) / EVALUATIONS_FILE
-    return [record for _, record in _lines(path)] if path.is_file() else []
+    return files.read(Path(run_dir) / EVALUATIONS_FILE)
 
 
 def _identity(evaluation: Mapping[str, Any]) -> str:
@@ -176,51 +176,6 @@ def _plain(value: Any) -> Any:
 def _encode(record: Mapping[str, Any]) -> bytes:
     # ASCII: text may hold lone surrogates or U+2028, and a line must stay one line for every reader.
     return json.dumps(record, allow_nan=False, ensure_ascii=True).encode("ascii") + b"\n"
-
-
-def _lines(path: Path) -> Iterable[tuple[bytes, dict[str, Any]]]:
-    """The file's lines and what they say. Only the last may be broken (a crash tore it): it is skipped."""
-    with path.open("rb") as file:
-        broken = 0
-        for number, line in enumerate(file, start=1):
-            if broken:
-                raise ValueError(
-                    f"expected one JSON object per line, got something else at {path}:{broken}: "
-                    "remove that line to go on"
-                )
-            try:
-                record = json.loads(line)
-            except ValueError:  # JSONDecodeError and UnicodeDecodeError
-                record = None
-            if isinstance(record, dict):
-                yield line, record
-            else:
-                broken = number
-
-
-def _drop_lines_after(path: Path, last_step: int) -> None:
-    """Rewrite the file without the lines whose step is above `last_step`, and without a torn last line."""
-    if not path.is_file():
-        return
-    # A line without its newline that still parses is whole: only the newline was lost.
-    _replace(
-        path,
-        (
-            line if line.endswith(b"\n") else line + b"\n"
-            for line, record in _lines(path)
-            if record.get("step", 0) <= last_step
-        ),
-    )
-
-
-def _replace(path: Path, lines: Iterable[bytes]) -> None:
-    """Write `lines` to a file beside `path`, then rename: a crash leaves the old file or the new one."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        file.writelines(lines)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def _open_tensorboard(folder: Path, *, purge_step: int) -> Any:

@@ -1,11 +1,12 @@
 """Files of JSON lines that the same command, after an interruption, goes on with: whose they are, what they hold."""
 
 import json
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
+
+from tsopsd_jax.rundir import files
 
 BEGUN = "begun"
 """When a file was begun, among its settings; no setting itself."""
@@ -50,12 +51,7 @@ def check_ours(out: Path, settings: Mapping[str, Any]) -> None:
 
 def lines(out: Path) -> list[dict[str, Any]]:
     """The lines that `out` holds, without a half-written last one; none if it is absent."""
-    return [json.loads(line) for line in _whole(out).splitlines()] if out.exists() else []
-
-
-def _whole(out: Path) -> bytes:
-    raw = out.read_bytes()
-    return raw[: raw.rfind(b"\n") + 1]
+    return files.read(out)
 
 
 def claim(out: Path, settings: Mapping[str, Any]) -> None:
@@ -68,10 +64,10 @@ def claim(out: Path, settings: Mapping[str, Any]) -> None:
     if not out.exists():
         out.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps({**settings, BEGUN: time.time()}, indent=1) + "\n"
-        settings_file(out).write_text(text, encoding="utf-8")
+        files.replace(settings_file(out), [text.encode()])
         out.touch()
-    elif len(whole := _whole(out)) < out.stat().st_size:
-        os.truncate(out, len(whole))
+    elif sum(len(line) for line, _ in files.json_lines(out)) != out.stat().st_size:
+        files.mend(out)
 
 
 def append(file: TextIO, line: Mapping[str, Any]) -> None:

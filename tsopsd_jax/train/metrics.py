@@ -7,6 +7,7 @@ import numpy as np
 
 from tsopsd_jax.judge.dynamic_sampling import Collected
 from tsopsd_jax.judge.groups import Groups
+from tsopsd_jax.metric_names import ACCURACY, GROUPS_KEPT, LENGTH, REWARD, TOKENS, TOKENS_PER_S, TRUNCATED
 from tsopsd_jax.rollout import Engine
 from tsopsd_jax.types import Rollout
 
@@ -16,10 +17,10 @@ def rollout_metrics(rollouts: Sequence[Rollout], seconds: float) -> dict[str, An
     lengths = np.concatenate([r.response_length for r in rollouts])
     stopped = np.concatenate([r.stopped for r in rollouts])
     return {
-        "rollout/length_mean_tokens": float(lengths.mean()),
-        "rollout/truncated_fraction": float(1.0 - stopped.mean()),
-        "rollout/tokens": int(lengths.sum()),
-        "rollout/tokens_per_s": float(lengths.sum() / max(seconds, 1e-9)),
+        LENGTH: float(lengths.mean()),
+        TRUNCATED: float(1.0 - stopped.mean()),
+        TOKENS: int(lengths.sum()),
+        TOKENS_PER_S: float(lengths.sum() / max(seconds, 1e-9)),
     }
 
 
@@ -35,9 +36,9 @@ def engine_metrics(engine: Engine) -> dict[str, Any]:
 def reward_metrics(got: Collected, judged: Sequence[Groups]) -> dict[str, Any]:
     """Rewards over everything sampled in a step (a mean over the kept groups alone would be near one half always)."""
     return {
-        "reward/mean": float(np.concatenate([g.reward for g in judged]).mean()),
-        "reward/accuracy_fraction": float(np.concatenate([g.accuracy for g in judged]).mean()),
-        "rollout/groups_kept_fraction": got.informative_groups / got.sampled_groups,
+        REWARD: float(np.concatenate([g.reward for g in judged]).mean()),
+        ACCURACY: float(np.concatenate([g.accuracy for g in judged]).mean()),
+        GROUPS_KEPT: got.informative_groups / got.sampled_groups,
         "rollout/generation_batches": got.generation_batches,
         "rollout/groups_filled": got.filled_groups,
         "rollout/groups_left_over": 0 if got.leftover is None else len(got.leftover),

@@ -20,7 +20,8 @@ from tsopsd_jax.judge.dynamic_sampling import ShortageError, collect
 from tsopsd_jax.judge.groups import Groups, judge, to_batch
 from tsopsd_jax.judge.scoring import Scored, accuracies, score_while
 from tsopsd_jax.learn.start_kl import StartKL
-from tsopsd_jax.learn.update import ENTROPY, UpdateOut, distillation_batch
+from tsopsd_jax.learn.update import UpdateOut, distillation_batch
+from tsopsd_jax.metric_names import ACCURACY, ENTROPY, GROUPS_KEPT, REWARD, ROLLOUT_S, STEP_S
 from tsopsd_jax.model import Qwen3
 from tsopsd_jax.rollout import Engine, Progress, Sampling, ahead
 from tsopsd_jax.rundir.checkpoints import Saved
@@ -141,10 +142,10 @@ class Steps:
         score = accuracies(host, answers, self.task.tokenizer.decode, self.task.verify)
         judged = time.monotonic()
         line = rollout_metrics([host], stepped - began)
-        line |= {"reward/accuracy_fraction": float(score.mean()), "reward/mean": float(score.mean())}
+        line |= {ACCURACY: float(score.mean()), REWARD: float(score.mean())}
         # Every group is used. One program samples and updates: its time is the update's, and tokens/s are of the whole step.
-        line |= {"rollout/groups_kept_fraction": 1.0}
-        line |= {"time/rollout_s": None, "time/update_s": stepped - began, "time/judge_s": judged - stepped}
+        line |= {GROUPS_KEPT: 1.0}
+        line |= {ROLLOUT_S: None, "time/update_s": stepped - began, "time/judge_s": judged - stepped}
         return self._taken(after._replace(state=state), host, out, line, began)
 
     def _reheat_in_stages(self, saved: Saved, on_progress: OnProgress) -> Taken:
@@ -159,8 +160,8 @@ class Steps:
         state, out, useful = self.update(saved.state, batch, scored.rollout.length, self._hold(saved))
         score = float(scored.accuracy.mean())
         line = rollout_metrics([scored.rollout], scored.rollout_s) | engine_metrics(self.engine)
-        line |= {"reward/accuracy_fraction": score, "reward/mean": score, "rollout/groups_kept_fraction": 1.0}
-        line |= {"learner/useful_fraction": useful, "time/rollout_s": scored.rollout_s, "time/judge_s": scored.waited_s}
+        line |= {ACCURACY: score, REWARD: score, GROUPS_KEPT: 1.0}
+        line |= {"learner/useful_fraction": useful, ROLLOUT_S: scored.rollout_s, "time/judge_s": scored.waited_s}
         line |= {"time/update_s": time.monotonic() - updating}
         return self._taken(after._replace(state=state), scored.rollout, out, line, began)
 
@@ -195,7 +196,7 @@ class Steps:
         line |= reward_metrics(got, judged) | engine_metrics(self.engine)
         line |= {
             "learner/useful_fraction": useful,
-            "time/rollout_s": seconds,
+            ROLLOUT_S: seconds,
             "time/judge_s": sum(scored.waited_s for scored in every),
             "time/update_s": time.monotonic() - updating,
         }
@@ -238,5 +239,5 @@ class Steps:
             line |= {"policy/start_kl_nats": self.start_kl.nats(after.start, rollout)}
         metrics = {name: float(value) for name, value in jax.device_get(out.metrics).items()}
         metrics = processes.from_first(metrics)
-        line = metrics | line | {"time/step_s": time.monotonic() - began}
+        line = metrics | line | {STEP_S: time.monotonic() - began}
         return Taken(after, line, metrics.get(ENTROPY, float("nan")))

@@ -23,7 +23,8 @@ from tsopsd_jax.distributed.sharding import put, replicated
 from tsopsd_jax.evaluation.evaluate import evaluate, evaluation_key
 from tsopsd_jax.learn.micro_batches import device_bytes
 from tsopsd_jax.learn.start_kl import start_policy
-from tsopsd_jax.learn.update import ENTROPY, abstract_state, fresh_optimizer_state
+from tsopsd_jax.learn.update import abstract_state, fresh_optimizer_state
+from tsopsd_jax.metric_names import ENTROPY, SKIPPED, STEP_S
 from tsopsd_jax.model import Qwen3
 from tsopsd_jax.rewards import answers_cut_off
 from tsopsd_jax.rollout import Engine
@@ -241,7 +242,7 @@ class Trainer:
 
     def _after_step(self, phase: Phase, line: dict[str, Any], entropy: float) -> str | None:
         """Book-keeping of one step: progress, log, guards. Returns why the phase is over, or None."""
-        skipped = self.progress.skipped_in_row + 1 if line["optim/skipped"] else 0
+        skipped = self.progress.skipped_in_row + 1 if line[SKIPPED] else 0
         window = (*self.progress.entropies_nats, entropy)[-phase.stop.window_steps :]
         self._now(phase_step=self.progress.phase_step + 1, entropies_nats=window, skipped_in_row=skipped)
         step = self.progress.phase_step
@@ -256,7 +257,7 @@ class Trainer:
             self.log.write(head | line)
         left = None
         if phase.stop.steps is not None:
-            left = (phase.stop.steps - step) * (line["time/step_s"])
+            left = (phase.stop.steps - step) * (line[STEP_S])
         self.table.step(head | line, left)
         phase.guard.check(phase=phase.name, phase_step=step, entropy_nats=entropy, skipped_in_row=skipped)
         epochs = (self.progress.position - self.progress.phase_position) / len(self.task.problems)
