@@ -31,6 +31,48 @@ class Mutant(NamedTuple):
 
 MUTANTS = [
     Mutant(
+        "a tracker shows the last step of a killed run twice",
+        "rundir/trackers.py",
+        "step <= self._sent[file]",
+        "step < self._sent[file]",
+        "test_log.py -k shows_no_step_twice",
+    ),
+    Mutant(
+        "a tracker forgets what was sent before the last start",
+        "rundir/trackers.py",
+        'max(step, known["sent"][name])',
+        "step",
+        "test_log.py -k shows_no_step_twice",
+    ),
+    Mutant(
+        "an interrupted evaluation goes into a row that is closed",
+        "rundir/trackers.py",
+        "row = max(step, 1 + max(self._sent.values()))",
+        "row = step",
+        "test_log.py -k interrupted",
+    ),
+    Mutant(
+        "events are pushed before they are written",
+        "train/trainer.py",
+        "            self.log.flush()\n",
+        "",
+        "test_object_store.py -k hold_back",
+    ),
+    Mutant(
+        "the rate of the next update is logged",
+        "learn/update.py",
+        "all_with_path(state.opt_state,",
+        "all_with_path(opt_state,",
+        "test_update.py -k rate_is_reported",
+    ),
+    Mutant(
+        "a half line is read as a broken one",
+        "rundir/files.py",
+        "            if broken:",
+        "            if broken and False:",
+        "test_log.py -k broken_line",
+    ),
+    Mutant(
         "a rollout that is left waits for all its verifications",
         "judge/scoring.py",
         "threads.shutdown(cancel_futures=True)",

@@ -115,3 +115,12 @@ def test_the_log_is_pushed_before_the_checkpoint():
     assert done == ["log", "checkpoint"]
     Trainer._save(run)
     assert done == ["log", "checkpoint"], "a step is saved once"
+
+
+@pytest.mark.usefixtures("buckets")
+def test_what_the_mirrors_hold_back_is_flushed_before_it_is_pushed(tmp_path):
+    folder = object_store.folder_of("gs://five/x", tmp_path)
+    (folder / "events").mkdir()
+    log = SimpleNamespace(flush=lambda: (folder / "events" / "a.1").write_bytes(b"event"))
+    Trainer._push(SimpleNamespace(log=log, run_dir=folder))
+    assert epath.Path("gs://five/x/events/a.1").read_bytes() == b"event"

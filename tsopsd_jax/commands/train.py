@@ -123,7 +123,7 @@ def open_trainer(config: Config, run_dir: Path, table: LiveTable) -> Iterator[Tr
             run_dir=run_dir,
             checkpoint_every_steps=config.checkpoint_every_steps,
             keep_checkpoints=config.keep_checkpoints,
-            wandb_project=config.wandb_project,
+            tracker=config.tracker,
             table=table,
         )
         with table:

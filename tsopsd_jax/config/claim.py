@@ -16,7 +16,7 @@ from tsopsd_jax.rundir.checkpoints import read_progress
 from tsopsd_jax.rundir.log import EVALUATIONS_FILE, METRICS_FILE
 
 CONFIG_FILE, LOCK_FILE = "config.yaml", ".lock"
-RUNTIME = r"(checkpoint_every_steps|keep_checkpoints|wandb_project|cache_dir)"
+RUNTIME = r"checkpoint_every_steps|keep_checkpoints|tracker(\..+)?|cache_dir"
 """Settings that may change between two starts of the same run, without a word."""
 CHANGEABLE = r"evaluation\.(rows_at_once|every_steps)|mesh\.(data|fsdp|tensor|cpu_devices)"
 """Settings that may change too, and are told: memory, machine, and when to look."""

@@ -30,7 +30,8 @@ from tsopsd_jax.rewards import answers_cut_off
 from tsopsd_jax.rollout import Engine
 from tsopsd_jax.rundir import object_store
 from tsopsd_jax.rundir.checkpoints import Checkpoints, Progress, Saved
-from tsopsd_jax.rundir.log import RunLog, append_evaluation, read_evaluations
+from tsopsd_jax.rundir.log import RunLog, read_evaluations
+from tsopsd_jax.rundir.trackers import Tracker
 from tsopsd_jax.train.phase import Phase
 from tsopsd_jax.train.phase_step import Steps, Where
 from tsopsd_jax.train.task import EvaluationPlan, Task
@@ -66,7 +67,7 @@ class Trainer:
         seed: of sampling; data order uses `task.seed`.
         run_dir: see DESIGN of a run directory in docs/architecture.md.
         checkpoint_every_steps, keep_checkpoints: periodic saves and how many stay.
-        wandb_project: optional mirror of the log.
+        tracker: where the log is mirrored.
         table: where progress is shown.
     """
 
@@ -83,7 +84,7 @@ class Trainer:
         run_dir: Path,
         checkpoint_every_steps: int,
         keep_checkpoints: int,
-        wandb_project: str | None,
+        tracker: Tracker,
         table: Screen,
     ):
         self.model, self.phases, self.task, self.evaluation = model, phases, task, evaluation
@@ -97,7 +98,7 @@ class Trainer:
         self.began = time.monotonic() - self.progress.elapsed_s
         self.log = None
         if processes.is_first():
-            self.log = RunLog(run_dir, last_step=int(self.state.step), wandb_project=wandb_project)
+            self.log = RunLog(run_dir, last_step=int(self.state.step), tracker=tracker)
         self.stop_signal: int | None = None
         self._ahead: dict[int, Future[Steps]] = {}
         self._compiler = ThreadPoolExecutor(1, thread_name_prefix="compile")
@@ -139,7 +140,8 @@ class Trainer:
         self.saved_step = step
 
     def _push(self) -> None:
-        if processes.is_first():
+        if self.log is not None:
+            self.log.flush()
             object_store.push(self.run_dir)
 
     # ------------------------------------------------------------------- loop
@@ -299,8 +301,8 @@ class Trainer:
             on_progress=watch,
         )
         where = {"stage": stage, "step": step, "phase_step": self.progress.phase_step, **plan.facts()}
-        if processes.is_first():
-            append_evaluation(self.run_dir, where | record)
+        if self.log is not None:
+            self.log.write_evaluation(where | record)
         self._push()
         self.table.note(
             f"{stage}: avg@{plan.samples} {100 * record['avg_at_k']:.1f} %, "
