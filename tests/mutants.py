@@ -31,6 +31,27 @@ class Mutant(NamedTuple):
 
 MUTANTS = [
     Mutant(
+        "a resumed run's status keeps ends of phases that it takes again",
+        "rundir/status.py",
+        'if end["step"] <= last_step]',
+        "]",
+        "test_status.py -k taken_again",
+    ),
+    Mutant(
+        "a phase that a guard refused has its outcome on the page",
+        "display/run_status.py",
+        "not at its end</div>', False",
+        "not at its end</div>', True",
+        "test_status.py -k refused_phase",
+    ),
+    Mutant(
+        "a failure reads as a guard",
+        "train/trainer.py",
+        "status.GUARD if isinstance(error, GuardError) else status.FAILED",
+        "status.GUARD",
+        "test_status.py -k failure",
+    ),
+    Mutant(
         "a tracker shows the last step of a killed run twice",
         "rundir/trackers.py",
         "step <= self._sent[file]",

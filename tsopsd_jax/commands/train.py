@@ -126,7 +126,7 @@ def open_trainer(config: Config, run_dir: Path, table: LiveTable) -> Iterator[Tr
             tracker=config.tracker,
             table=table,
         )
-        with table:
+        with table, trainer.told():
             for note in parts.notes:
                 table.note(note)
             if changed:

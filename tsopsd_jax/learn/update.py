@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from tsopsd_jax.distributed.sharding import AnyMesh, replicated, tree_shardings
 from tsopsd_jax.head import CHUNK_TOKENS, add, batch_loss, batch_stats
-from tsopsd_jax.metric_names import ENTROPY, GRAD_NORM, LOSS, SKIPPED
+from tsopsd_jax.metric_names import ENTROPY, GRAD_NORM, HELD, LOSS, SKIPPED
 from tsopsd_jax.model.qwen3 import Qwen3
 from tsopsd_jax.objectives import Objective
 from tsopsd_jax.types import Batch, Prompts, PyTree, Rollout, TrainState
@@ -203,7 +203,7 @@ def make_update(
             LOSS: out.loss.value,
             GRAD_NORM: norm,
             SKIPPED: 1.0 - finite.astype(jnp.float32),
-            "optim/held": held.astype(jnp.float32),
+            HELD: held.astype(jnp.float32),
             "rollout/logp_gap_max_nats": gap,
             "loss/tokens": out.loss.count,
         }

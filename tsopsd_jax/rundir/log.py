@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from tsopsd_jax.rundir import files
+from tsopsd_jax.rundir.status import Status
 from tsopsd_jax.rundir.trackers import Tracker, open_mirrors
 
 METRICS_FILE = "metrics.jsonl"
@@ -47,6 +48,7 @@ class RunLog:
             records = files.read(self._run_dir / name)
             logged[name] = max((record.get("step", 0) for record in records), default=-1)
             files.mend(self._run_dir / name, lambda record: record.get("step", 0) <= last_step)
+        self.status = Status(self._run_dir, last_step=last_step, lines=files.read(self._run_dir / METRICS_FILE))
         self._mirrors = open_mirrors(self._run_dir, tracker, last_step=last_step, logged=logged)
         self._file = (self._run_dir / METRICS_FILE).open("ab")
 
@@ -69,6 +71,7 @@ class RunLog:
         self._file.write(_encode(record))
         self._file.flush()
         self._step = step
+        self.status.count(record)
         self._show(METRICS_FILE, step, record)
 
     def write_evaluation(self, record: Mapping[str, Any]) -> None:
@@ -83,7 +86,8 @@ class RunLog:
             mirror.show(file, step, values)
 
     def flush(self) -> None:
-        """Put on disk what the mirrors hold back."""
+        """Put on disk what the mirrors hold back, and the status."""
+        self.status.write()
         for mirror in self._mirrors:
             mirror.flush()
 

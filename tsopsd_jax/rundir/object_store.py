@@ -14,7 +14,7 @@ from pathlib import Path
 
 from etils import epath
 
-FILES = ("config.yaml", "metrics.jsonl", "evaluations.jsonl", "tracker.json", "report.html", "events/*")
+FILES = ("config.yaml", "metrics.jsonl", "evaluations.jsonl", "status.json", "tracker.json", "report.html", "events/*")
 """What is copied."""
 ADDRESS_FILE = ".store"
 """In the local folder: the address of the run."""

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,11 +28,11 @@ from tsopsd_jax.metric_names import ENTROPY, SKIPPED, STEP_S
 from tsopsd_jax.model import Qwen3
 from tsopsd_jax.rewards import answers_cut_off
 from tsopsd_jax.rollout import Engine
-from tsopsd_jax.rundir import object_store
+from tsopsd_jax.rundir import object_store, status
 from tsopsd_jax.rundir.checkpoints import Checkpoints, Progress, Saved
 from tsopsd_jax.rundir.log import RunLog, read_evaluations
 from tsopsd_jax.rundir.trackers import Tracker
-from tsopsd_jax.train.phase import Phase
+from tsopsd_jax.train.phase import GuardError, Phase
 from tsopsd_jax.train.phase_step import Steps, Where
 from tsopsd_jax.train.task import EvaluationPlan, Task
 from tsopsd_jax.types import PyTree, TrainState
@@ -168,6 +168,26 @@ class Trainer:
             if self.log is not None:
                 self.log.close()
 
+    @contextlib.contextmanager
+    def told(self) -> Iterator[None]:
+        """Write into the run directory how what is done inside ends: the state and its reason."""
+        state, reason = status.ENDED, None
+        try:
+            yield
+        except BaseException as error:
+            state = status.GUARD if isinstance(error, GuardError) else status.FAILED
+            state = status.STOPPED if isinstance(error, Interrupted | KeyboardInterrupt) else state
+            kind = f"{type(error).__name__}: " if state == status.FAILED or not str(error) else ""
+            reason = " ".join(f"{kind}{error}".split())
+            raise
+        finally:
+            if self.log is not None:
+                with contextlib.suppress(OSError):  # a full disk: the error that it caused is the one to be told
+                    self.log.status.state(state, reason)
+            if state == status.FAILED:  # nobody else will
+                with contextlib.suppress(Exception):
+                    self._push()
+
     def _on_signal(self, number: int, _frame: Any) -> None:
         if self.stop_signal is not None:
             raise KeyboardInterrupt  # asked twice: do not wait for the step
@@ -210,6 +230,8 @@ class Trainer:
             reason = self._after_step(phase, line, entropy)
             if reason is not None:
                 self.table.note(f"phase {phase.name!r} ends at step {int(self.state.step)}: {reason}")
+                if self.log is not None:
+                    self.log.status.phase_ended(phase.name, int(self.state.step), reason)
                 at, position = self.progress.phase + 1, self.progress.position
                 self.run_state = Saved(self.state, Progress(phase=at, position=position, phase_position=position))
             due = int(self.state.step) % self.every == 0 or self._evaluation_due()
