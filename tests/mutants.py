@@ -31,6 +31,34 @@ class Mutant(NamedTuple):
 
 MUTANTS = [
     Mutant(
+        "a viewer that goes away ends what it watched",
+        "display/screen.py",
+        "if not (self._keep_going or isinstance(error, BrokenPipeError)):",
+        "if not self._keep_going:",
+        "test_screen.py -k went_away",
+    ),
+    Mutant(
+        "a full screen ends a run",
+        "display/screen.py",
+        "if not (self._keep_going or isinstance(error, BrokenPipeError)):",
+        "if not isinstance(error, BrokenPipeError):",
+        "test_screen.py -k full_disk",
+    ),
+    Mutant(
+        "a closed descriptor is left to the next file",
+        "display/screen.py",
+        "os.set_inheritable(os.open(os.devnull, flags), True)",
+        "pass",
+        "test_screen.py -k taken_by_a_log",
+    ),
+    Mutant(
+        "the commands that take long give up with their screen",
+        "cli.py",
+        "secure(keep_going=next(iter(argv), None) in LONG)",
+        "secure(keep_going=False)",
+        "test_screen.py -k 'need_its_screen and full'",
+    ),
+    Mutant(
         "a resumed run's status keeps ends of phases that it takes again",
         "rundir/status.py",
         'if end["step"] <= last_step]',

@@ -108,8 +108,8 @@ def test_a_log_that_is_not_unicode_does_not_end_the_run():
     raw = io.BytesIO()
     stream = io.TextIOWrapper(raw, encoding="ascii")
     with LiveTable(stream=stream) as table:
-        table.note("43.1 ± 0.5")
-    assert raw.getvalue() == b"43.1 ? 0.5\n"
+        table.note("43.1 ± 0.5 漢")
+    assert raw.getvalue() == b"43.1 +- 0.5 ?\n"
 
 
 def test_a_terminal_shows_the_latest_rows_under_the_phase(terminal):

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tsopsd_jax.display.numbers import DASH, count, duration, finite, fixed
+from tsopsd_jax.display.screen import plain
 from tsopsd_jax.metric_names import ACCURACY, ENTROPY, GRAD_NORM, LENGTH, REWARD, TOKENS_PER_S
 from tsopsd_jax.rollout import Progress
 
@@ -246,10 +247,8 @@ class _Lines:
         self._held = None
 
     def _print(self, text: str) -> None:
-        # A log that is not Unicode must not end a run: what it cannot write becomes "?".
         self._said = time.monotonic()
-        encoding = self._stream.encoding or "utf-8"
-        self._stream.write(text.encode(encoding, "replace").decode(encoding) + "\n")
+        self._stream.write(plain(text, self._stream.encoding or "utf-8") + "\n")
         self._stream.flush()
 
 

@@ -57,7 +57,7 @@ class Tracker:
 class Mirror(Protocol):
     """What a log is copied to."""
 
-    def show(self, file: str, step: int, values: Mapping[str, Any]) -> None:
+    def show(self, file: str, step: int, values: Mapping[str, Any], /) -> None:
         """Copy a step's numbers and texts; `file` is the one of the log that holds them."""
         ...
 
@@ -101,18 +101,19 @@ class _TensorBoard:
             # Its protobuf stubs warn about things that we cannot change.
             warnings.simplefilter("ignore")
             from tensorboardX.event_file_writer import EventsWriter
-            from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+            proto: Any = importlib.import_module("tensorboardX.proto.event_pb2")
             from tensorboardX.summary import scalar
 
         folder.mkdir(parents=True, exist_ok=True)
-        self._event, self._scalar = Event, scalar
+        self._event, self._scalar = proto.Event, scalar
         # Its file names count whole seconds; a process that restarts within one would overwrite a file.
         self._writer = EventsWriter(str(folder / "events"), f".{uuid.uuid4().hex[:8]}")
-        purge = Event(wall_time=time.time(), step=purge_step, session_log=SessionLog(status=SessionLog.START))
-        self._writer.write_event(purge)
+        start = proto.SessionLog(status=proto.SessionLog.START)
+        self._writer.write_event(proto.Event(wall_time=time.time(), step=purge_step, session_log=start))
         self._flushed = time.monotonic()
 
-    def show(self, _file: str, step: int, values: Mapping[str, Any]) -> None:
+    def show(self, _file: str, step: int, values: Mapping[str, Any], /) -> None:
         for name, value in values.items():
             if not isinstance(value, str):
                 event = self._event(wall_time=time.time(), step=step, summary=self._scalar(name, float(value)))
@@ -164,7 +165,7 @@ class _TrackedRun:
             ) from error
         files.replace(file, [json.dumps(known | {"sent": self._sent}).encode()])
 
-    def show(self, file: str, step: int, values: Mapping[str, Any]) -> None:
+    def show(self, file: str, step: int, values: Mapping[str, Any], /) -> None:
         if self._run is None or step <= self._sent[file]:
             return
         # Rows that were sent are closed. An evaluation that was interrupted, and belongs to one, goes into the next.
