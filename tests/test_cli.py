@@ -145,7 +145,7 @@ def test_settings_of_the_machine_may_change_between_starts(finished):
         ("wandb_project=reheat", "wandb_project: expected under its new name tracker.wandb.project"),
         ("tracker.wandb={}", "tracker.wandb.project: expected a value, got none"),
         (
-            "tracker.wandb={project: p, mode: off-line}",
+            "tracker.wandb.project=p tracker.wandb.mode=off-line",
             "tracker.wandb: mode: expected online, offline, disabled or null",
         ),
         ("phases.0.optimizer.learning_rate=fast", "expected float, got 'fast'"),

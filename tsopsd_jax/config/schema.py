@@ -313,7 +313,7 @@ def load_config(path: str | Path, overrides: list[str]) -> Config:
         )  # what YAML's anchors and merges share becomes separate: an override changes one place
         for assignment in overrides:
             strict.override(data, assignment)
-        for old in RENAMED.keys() & data:
+        for old in RENAMED.keys() & (data if isinstance(data, dict) else {}):
             raise ValueError(f"{old}: expected under its new name {RENAMED[old]}")
         return strict.build(Config, data)
     except ValueError as error:
