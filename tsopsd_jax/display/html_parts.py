@@ -1,4 +1,4 @@
-"""Pieces of a page as HTML: text that stays text, what folds, tables."""
+"""Parts of a page as HTML: escaped text, folded sections, tables."""
 
 import html
 import re
@@ -12,7 +12,7 @@ def escape(value: Any) -> str:
 
 
 def shorten(text: str, limit: int) -> str:
-    """Escaped text of at most about `limit` characters: three quarters from its start, the rest from its end."""
+    """Escape `text` and cut it to at most about `limit` characters: three quarters from its start, the rest from its end."""
     if len(text) <= limit:
         return escape(text)
     head, tail = text[: limit * 3 // 4], text[-limit // 4 :]
@@ -25,7 +25,7 @@ def details(summary: str, body: str) -> str:
 
 
 def table(titles: Sequence[str], rows: Sequence[Sequence[str]], numeric: set[int]) -> str:
-    """Cells are HTML already."""
+    """Make a table from cells that are HTML already; the columns in `numeric` stand to the right."""
 
     def row(tag: str, cells: Sequence[str]) -> str:
         classes = ["n" if at in numeric else "name" if at == 0 else "" for at in range(len(cells))]

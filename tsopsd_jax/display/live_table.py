@@ -1,4 +1,4 @@
-"""What a person sees of a run as it goes: a live table on a terminal, aligned lines in a log; the results."""
+"""The progress of a run as text: a live table on a terminal, aligned lines in a log; and the table of its results."""
 
 import math
 import sys
@@ -22,7 +22,7 @@ ROWS = 12
 """Steps shown at once on a terminal."""
 
 PHASE_STYLES = ("cyan", "yellow", "green", "magenta", "blue")
-"""Given to phases in the order of their appearance; a phase that comes again keeps its colour."""
+"""Colours of phases in the order of their appearance; a phase that comes again keeps its colour."""
 
 BARS = "▁▂▃▄▅▆▇█"
 TREND_BUCKETS = 64
@@ -257,7 +257,7 @@ def _cut(text: str, width: int) -> str:
 
 
 def results_table(records: Sequence[Mapping[str, Any]]) -> str:
-    """Evaluations as aligned text: avg@k ± standard error and pass@k in percent, mean length in tokens."""
+    """Write evaluations as aligned text: avg@k ± standard error and pass@k in percent, mean length in tokens."""
     if not records:
         return "no evaluations"
     samples = {record.get("samples") for record in records}

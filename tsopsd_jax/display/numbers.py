@@ -7,19 +7,19 @@ DASH = "-"
 
 
 def finite(value: Any) -> float | None:
-    """`value` if it is a finite number, else None."""
+    """Return `value` if it is a finite number, else None."""
     if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
         return value
     return None
 
 
 def fixed(value: Any, form: str = ".0f", scale: float = 1.0) -> str:
-    """`value` times `scale` in the format `form`."""
+    """Format `value` times `scale` as `form` says."""
     return DASH if (number := finite(value)) is None else format(number * scale, form)
 
 
 def count(value: Any) -> str:
-    """`9999`, `12.3k`, `1.5M`, `2.0G`."""
+    """Write a count in at most six characters: `9999`, `12.3k`, `1.5M`, `2.0G`."""
     if (number := finite(value)) is None:
         return DASH
     for least, unit, letter in ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
@@ -29,7 +29,7 @@ def count(value: Any) -> str:
 
 
 def duration(seconds: Any) -> str:
-    """`47s`, `3m 05s`, `2h 07m`, `3d 04h`."""
+    """Write a duration by its two largest units: `47s`, `3m 05s`, `2h 07m`, `3d 04h`."""
     if (seconds := finite(seconds)) is None:
         return DASH
     whole = max(0, round(seconds))

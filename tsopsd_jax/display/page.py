@@ -39,7 +39,7 @@ MAX_CONFIG_CHARACTERS = 60_000
 
 
 class Metrics(NamedTuple):
-    """What the page reads of metrics.jsonl, by columns; NaN where a step has no value."""
+    """Columns of metrics.jsonl that the page shows; NaN where a step has no value."""
 
     step: np.ndarray
     columns: Mapping[str, np.ndarray]

@@ -19,7 +19,7 @@ MAX_STARTS = 50
 
 
 def banner(status: Mapping[str, Any], *, skipped: int, steps: int) -> str:
-    """How the run stands, and a warning where updates were skipped."""
+    """Say how the run stands, and warn where updates were skipped."""
     state, lines = status.get("state"), []
     if state in WORDS:
         words = WORDS[state].format(step=status.get("step"), time=_date(status.get("time")))
@@ -33,8 +33,10 @@ def banner(status: Mapping[str, Any], *, skipped: int, steps: int) -> str:
 
 
 def end_of_phase(status: Mapping[str, Any], phase: str, step: int) -> tuple[str, bool]:
-    """How the stretch of `phase` ended whose last step is `step`, as HTML, and whether it reached its end. A run without a
-    status says nothing, and counts as having reached it."""
+    """Say how the stretch of `phase` whose last step is `step` ended, as HTML; and tell whether it reached its end.
+
+    A run without a status says nothing, and counts as having reached it.
+    """
     if not status:
         return "", True
     for end in status.get("phases", []):
@@ -48,7 +50,7 @@ def end_of_phase(status: Mapping[str, Any], phase: str, step: int) -> tuple[str,
 
 
 def machines(status: Mapping[str, Any]) -> str:
-    """Each start of the run: when, on which machine, with which versions."""
+    """List the starts of the run: when, on which machine, with which versions."""
     starts = status.get("starts", [])
     rows = [
         [

@@ -19,7 +19,7 @@ codecs.register_error("tsopsd.plain", _plain)
 
 
 def plain(text: str, encoding: str) -> str:
-    """`text` in the characters of `encoding`."""
+    """Write `text` in the characters that `encoding` has."""
     return text.encode(encoding, "tsopsd.plain").decode(encoding)
 
 
@@ -49,7 +49,10 @@ class _Raw(io.FileIO):
 
 
 def secure(*, keep_going: bool) -> None:
-    """Let nothing that this process prints from here on end it, where `keep_going`; else a viewer that goes away does not.
+    """Keep this process from ending because what it prints cannot be shown.
+
+    Args:
+        keep_going: for whatever reason; else only if the viewer went away, and other errors are raised as usual.
 
     Descriptors 0 to 2 that were closed (`>&-`) become the null device: the next file opened, such as a log, would take their
     place, and what libraries print would be written into it. Streams that somebody replaced are left alone.
@@ -66,7 +69,7 @@ def secure(*, keep_going: bool) -> None:
 
 
 def _secured(stream: TextIO | None, keep_going: bool) -> TextIO:
-    """A stream to the descriptor of `stream`; for None, with which a process begins where it was closed, to the null device."""
+    """Make a stream to the descriptor of `stream`, or to the null device for None (it was closed when the process began)."""
     if not isinstance(stream, io.TextIOWrapper):
         nowhere = io.BufferedWriter(_Raw(os.open(os.devnull, os.O_WRONLY), keep_going))
         return io.TextIOWrapper(nowhere, encoding="utf-8", errors="replace")

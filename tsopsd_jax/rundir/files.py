@@ -8,7 +8,7 @@ from typing import Any
 
 
 def partial(path: Path) -> Path:
-    """Where `replace` writes what becomes `path`; a process that died there leaves it."""
+    """Name the file that `replace` writes before it becomes `path`; a process that died there leaves it."""
     return path.with_name(path.name + ".partial")
 
 
@@ -22,8 +22,9 @@ def replace(path: Path, content: Iterable[bytes]) -> None:
 
 
 def json_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """Each line of a file, with its newline, and the JSON object in it. A last line that a crash tore is left out; one that
-    lost only its newline is not.
+    """Read a file's lines, each with its newline, and the JSON object in each.
+
+    A last line that a crash tore is left out; one that lost only its newline is not.
 
     Raises:
         ValueError: a line before the last is no JSON object; names the file and the line.
@@ -47,12 +48,14 @@ def json_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file of JSON lines; none if it is absent. Raises as `json_lines` does."""
+    """Read the objects of a file of JSON lines; none if it is absent. Raises as `json_lines` does."""
     return [record for _, record in json_lines(path)] if path.is_file() else []
 
 
 def mend(path: Path, keep: Callable[[dict[str, Any]], bool] = lambda _: True) -> None:
-    """Rewrite a file of JSON lines, if there is one, without a torn end and without the objects that `keep` rejects. The other
-    lines stay as they are, byte for byte. Raises as `json_lines` does."""
+    """Rewrite a file of JSON lines, if it exists, without a torn end and without the objects that `keep` rejects.
+
+    The other lines stay as they are, byte for byte. Raises as `json_lines` does.
+    """
     if path.is_file():
         replace(path, (line for line, record in json_lines(path) if keep(record)))

@@ -20,7 +20,7 @@ from tsopsd_jax.rundir.trackers import Tracker, open_mirrors
 METRICS_FILE = "metrics.jsonl"
 EVALUATIONS_FILE = "evaluations.jsonl"
 MEASURED = ("avg_at_k", "pass_at_k", "length_mean_tokens", "truncated_fraction", "entropy_nats")
-"""What mirrors show of an evaluation."""
+"""Measurements of an evaluation that mirrors show."""
 NOT_MIRRORED = ("step", "time_s", "phase_step")
 TENSORBOARD = Tracker()
 
@@ -28,12 +28,12 @@ TENSORBOARD = Tracker()
 class RunLog:
     """Appends to a run directory's log; one process of a run may hold it at a time.
 
-    Opening it for a run that goes on at `last_step` (0: from the start) drops what was logged after it, since
+    Opening it for a run that resumes at `last_step` (0: from the start) drops what was logged after it, since
     those steps will be taken again; the lines before stay as they are, byte for byte.
 
     Args:
         run_dir: the run directory; made if absent.
-        last_step: the step of the state that the run goes on with, 0 for a new run.
+        last_step: the step of the state that the run resumes with, 0 for a new run.
         tracker: where the log is mirrored.
 
     Raises:
@@ -109,7 +109,7 @@ class RunLog:
 
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
-    """The lines of `metrics.jsonl`, oldest first; a last line torn by a crash is left out.
+    """Read the lines of `metrics.jsonl`, oldest first; a last line torn by a crash is left out.
 
     Raises:
         ValueError: if the file is absent or a line before the last is not JSON.
@@ -137,7 +137,7 @@ def append_evaluation(run_dir: str | Path, record: Mapping[str, Any]) -> None:
 
 
 def read_evaluations(run_dir: str | Path) -> list[dict[str, Any]]:
-    """The records of `evaluations.jsonl` in the order of their making; none if the file is absent.
+    """Read the records of `evaluations.jsonl` in the order of their making; none if the file is absent.
 
     Raises:
         ValueError: if a line before the last is not JSON.
@@ -151,7 +151,7 @@ def _identity(evaluation: Mapping[str, Any]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """`value` as strict JSON: NumPy and JAX scalars become Python's, non-finite numbers become None."""
+    """Turn `value` into strict JSON: NumPy and JAX scalars become Python's, non-finite numbers become None."""
     if isinstance(value, Mapping):
         return {str(key): _plain(each) for key, each in value.items()}
     if isinstance(value, list | tuple):

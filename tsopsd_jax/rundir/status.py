@@ -1,6 +1,6 @@
-"""How a run stands and what it ran on, in `status.json`: one small file, written aside and renamed.
+"""The status of a run and the machines that it ran on, in `status.json`: one small file, written aside and renamed.
 
-What is in it is right after a resume too: ends of phases and counts of updates go back to the step that the run goes on with.
+It is right after a resume too: ends of phases and counts of updates go back to the step that the run resumes with.
 """
 
 import functools
@@ -27,7 +27,7 @@ PACKAGES = ("tsopsd-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
 
 
 class Status:
-    """The status of a run that goes on after `last_step`.
+    """The status of a run that begins or resumes after `last_step`.
 
     Args:
         run_dir: the run directory.
@@ -53,7 +53,7 @@ class Status:
         self.write()
 
     def count(self, line: Mapping[str, Any]) -> None:
-        """Take note of a step's metrics; they are written with the next `write`."""
+        """Count a step's metrics; they are in the file after the next `write`."""
         self._said["step"], self._said["phase"] = line["step"], line.get("phase")
         self._said["skipped_updates"] += bool(line.get(SKIPPED))
         self._said["held_updates"] += bool(line.get(HELD))
@@ -75,7 +75,7 @@ class Status:
 
 
 def read_status(run_dir: Path) -> dict[str, Any]:
-    """What `status.json` says; empty if it is absent or not to be read."""
+    """Read `status.json`; an empty dict if it is absent or broken."""
     try:
         found = json.loads((run_dir / STATUS_FILE).read_bytes())
     except (OSError, ValueError):
@@ -85,7 +85,7 @@ def read_status(run_dir: Path) -> dict[str, Any]:
 
 @functools.cache
 def machine() -> dict[str, Any]:
-    """What this process runs on: host, devices, versions, and the package's commit where it lies in a git repository."""
+    """Describe what this process runs on: host, devices, versions, and the package's commit where it lies in a git repository."""
     device = jax.devices()[0]
     return {
         "host": socket.gethostname(),

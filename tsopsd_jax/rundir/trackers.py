@@ -1,6 +1,6 @@
 """Mirrors of a run's log: TensorBoard's event files, and Weights & Biases or a module with its interface.
 
-W&B's history can only grow, and its run goes on under the same id when the run resumes. So a step that an earlier process has
+W&B's history can only grow, and a run that resumes keeps its id there. So a step that an earlier process has
 sent is not sent again: it stands there as it was first taken, once.
 """
 
@@ -31,7 +31,7 @@ FLUSH_S = 10.0
 
 @dataclass(frozen=True, kw_only=True)
 class Wandb:
-    """A run on Weights & Biases. What is None, W&B's own environment variables decide."""
+    """A run on Weights & Biases. For a field that is None W&B's own environment variables decide."""
 
     project: str
     entity: str | None = None
@@ -47,7 +47,7 @@ class Wandb:
 
 @dataclass(frozen=True, kw_only=True)
 class Tracker:
-    """Where else the log is shown. `module`: the name of what is imported for `wandb`, such as trackio."""
+    """Programs that show the log. `module` is imported for the section `wandb`: W&B, or another with its interface (trackio)."""
 
     tensorboard: bool = True
     wandb: Wandb | None = None
@@ -55,7 +55,7 @@ class Tracker:
 
 
 class Mirror(Protocol):
-    """What a log is copied to."""
+    """A place to which a log is copied."""
 
     def show(self, file: str, step: int, values: Mapping[str, Any], /) -> None:
         """Copy a step's numbers and texts; `file` is the one of the log that holds them."""
@@ -71,7 +71,7 @@ class Mirror(Protocol):
 
 
 def open_mirrors(run_dir: Path, tracker: Tracker, *, last_step: int, logged: Mapping[str, int]) -> list[Mirror]:
-    """The mirrors of a run that goes on after `last_step`.
+    """Open the mirrors of a run that begins or resumes after `last_step`.
 
     Args:
         run_dir: a run directory, whose config.yaml is sent too if it is there.
@@ -90,7 +90,7 @@ def open_mirrors(run_dir: Path, tracker: Tracker, *, last_step: int, logged: Map
 
 
 class _TensorBoard:
-    """An event file. Events of earlier processes from `purge_step` on are not shown any more.
+    """An event file of TensorBoard. Events of earlier processes from `purge_step` on are not shown any more.
 
     tensorboardX's own SummaryWriter hands events to a thread: its flush leaves out what still waits there, and a full disk
     ends the thread and then blocks the run. Here they are written in turn.
@@ -131,8 +131,10 @@ class _TensorBoard:
 
 @contextlib.contextmanager
 def _without(package: str) -> Iterator[None]:
-    """The package as if it were not installed, unless it is imported already. (tensorboardX imports torch where it can, which
-    takes seconds at every start, to draw graphs of torch models.)"""
+    """Hide a package as if it were not installed, unless it is imported already.
+
+    tensorboardX imports torch where it can, to draw graphs of torch models; that takes seconds at every start.
+    """
     if package in sys.modules:
         yield
         return
@@ -194,7 +196,7 @@ def _module(name: str) -> Any:
 
 
 def _arguments(module: Any, wandb: Wandb, run_dir: Path, run_id: str) -> dict[str, Any]:
-    """What `module.init` is called with. It must know what was asked for; the rest is left out where it does not."""
+    """Choose the arguments of `module.init`: it must know those that were asked for; of the others it gets those that it knows."""
     parameters = inspect.signature(module.init).parameters
     asked = {name: vars(wandb)[name] for name in ("entity", "name", "mode", "group", "tags") if vars(wandb)[name]}
     for name in asked:
@@ -211,6 +213,6 @@ def _arguments(module: Any, wandb: Wandb, run_dir: Path, run_id: str) -> dict[st
 
 
 def _settings(run_dir: Path) -> dict[str, Any]:
-    """The resolved settings that the run directory holds; none if it holds none."""
+    """Read the resolved settings in the run directory; none if it holds none."""
     file = run_dir / "config.yaml"
     return yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
