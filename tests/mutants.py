@@ -31,6 +31,13 @@ class Mutant(NamedTuple):
 
 MUTANTS = [
     Mutant(
+        "a failure stays on the machine that failed",
+        "train/trainer.py",
+        "if state == status.FAILED:  # nobody else will",
+        "if False:",
+        "test_object_store.py -k failure_reaches",
+    ),
+    Mutant(
         "a viewer that goes away ends what it watched",
         "display/screen.py",
         "if not (self._keep_going or isinstance(error, BrokenPipeError)):",

@@ -184,9 +184,9 @@ class Trainer:
             if self.log is not None:
                 with contextlib.suppress(OSError):  # a full disk: the error that it caused is the one to be told
                     self.log.status.state(state, reason)
-            if state == status.FAILED:  # nobody else will
-                with contextlib.suppress(Exception):
-                    self._push()
+                if state == status.FAILED:  # nobody else will
+                    with contextlib.suppress(Exception):
+                        object_store.push(self.run_dir)
 
     def _on_signal(self, number: int, _frame: Any) -> None:
         if self.stop_signal is not None:
