@@ -140,3 +140,7 @@ def test_a_failure_reaches_the_store(tmp_path):
     with object_store.opened("gs://six/x") as copy:
         found = read_status(copy)
     assert (found["state"], found["reason"]) == ("failed", "RuntimeError: broken")
+    with pytest.raises(KeyboardInterrupt), Trainer.told(SimpleNamespace(log=log, run_dir=folder)):
+        raise KeyboardInterrupt
+    found = read_status(folder)
+    assert (found["state"], found["reason"]) == ("stopped", "a second signal, which does not wait for the step")

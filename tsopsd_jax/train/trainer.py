@@ -177,8 +177,8 @@ class Trainer:
         except BaseException as error:
             state = status.GUARD if isinstance(error, GuardError) else status.FAILED
             state = status.STOPPED if isinstance(error, Interrupted | KeyboardInterrupt) else state
-            kind = f"{type(error).__name__}: " if state == status.FAILED or not str(error) else ""
-            reason = " ".join(f"{kind}{error}".split())
+            kind = f"{type(error).__name__}: " if state == status.FAILED else ""
+            reason = " ".join(f"{kind}{error}".split()) or "a second signal, which does not wait for the step"
             raise
         finally:
             if self.log is not None:
