@@ -70,7 +70,7 @@ def test_another_process_is_kept_out_until_the_first_is_done(run):
         pass
 
 
-@pytest.mark.parametrize("name", [".lock", "config.tmp"])
+@pytest.mark.parametrize("name", [".lock", "config.yaml.partial"])
 def test_what_a_dying_process_leaves_is_no_foreign_directory(name, tmp_path):
     (tmp_path / name).touch()
     with claim.held(tmp_path):
@@ -189,7 +189,10 @@ def test_what_makes_another_run_may_not_change(setting, run, reached):
 
 def test_the_machines_settings_change_without_a_word(run, reached):
     reached(2)
-    assert claim.claim(run, config_of("checkpoint_every_steps=3", "keep_checkpoints=5")) == []
+    assert (
+        claim.claim(run, config_of("checkpoint_every_steps=3", "keep_checkpoints=5", "tracker.wandb={project: p}"))
+        == []
+    )
     assert claim.claim(run, config_of("checkpoint_every_steps=3", "evaluation.rows_at_once=3")) == [
         "evaluation.rows_at_once: 512 -> 3"
     ]

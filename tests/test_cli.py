@@ -82,6 +82,7 @@ def test_the_demos_schedule_runs_and_leaves_what_the_contract_names(finished):
     }
     lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     assert [line["phase"] for line in lines] == ["rl", "reheat", "rl-again"]
+    assert [line["optim/learning_rate"] for line in lines] == pytest.approx([5e-5, 2e-5, 5e-5])  # two warm up over 10
     assert "<svg" in (finished / "report.html").read_text()
 
 
@@ -208,6 +209,12 @@ def test_settings_of_the_machine_may_change_between_starts(finished):
     ("assignment", "says"),
     [
         ("phases.0.optimizer.learning_rat=1", "did you mean 'learning_rate'?"),
+        ("wandb_project=reheat", "wandb_project: expected under its new name tracker.wandb.project"),
+        ("tracker.wandb={}", "tracker.wandb.project: expected a value, got none"),
+        (
+            "tracker.wandb.project=p tracker.wandb.mode=off-line",
+            "tracker.wandb: mode: expected online, offline, disabled or null",
+        ),
         ("phases.0.optimizer.learning_rate=fast", "expected float, got 'fast'"),
         ("seed=1.5", "seed: expected int, got 1.5"),
         ("phases.0.micro_batches=3", "micro_batches 3 does not divide the step's 8 rows"),

@@ -91,8 +91,14 @@ def built(place):
                 strict.override(data, assignment.replace("PLACE", str(place)))
             screen = io.StringIO()
             made: dict[str, typing.Any] = {"caches": []}
+
+            def trainer(shared, phases, **arguments):
+                made.update(arguments, phases=phases, task=shared.task, mesh=shared.mesh, model=shared.model)
+                made["key"] = jax.random.key_data(shared.key).tolist()
+                return types.SimpleNamespace(told=contextlib.nullcontext)
+
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(train, "Trainer", lambda **arguments: made.update(arguments))
+                patch.setattr(train, "Trainer", trainer)
                 patch.setattr(train, "use_compilation_cache", made["caches"].append)
                 run_dir = place / f"run{len(known)}"
                 try:
@@ -171,7 +177,7 @@ EFFECTS: dict[str, tuple] = {
     "data.first": ("3", prompts),
     "data.sample": ("3", prompts),
     "data.max_prompt_tokens": ("200", lambda run: run.task.encoded[0].shape, "evaluation.data=null"),
-    "seed": ("1", lambda run: (run.seed, run.task.seed, weights(run))),
+    "seed": ("1", lambda run: (run.key, run.task.seed, weights(run))),
     "mesh.data": ("2", lambda run: dict(run.mesh.shape)),
     "mesh.fsdp": ("3", refused),  # of eight devices
     "mesh.tensor": ("2", lambda run: dict(run.mesh.shape), "model.path=PLACE/other"),
@@ -240,7 +246,14 @@ EFFECTS: dict[str, tuple] = {
     "phases[].guard.max_skipped_in_row": ("5", rule("guard", "max_skipped_in_row")),
     "checkpoint_every_steps": ("7", lambda run: run.checkpoint_every_steps),
     "keep_checkpoints": ("7", lambda run: run.keep_checkpoints),
-    "wandb_project": ("mine", lambda run: run.wandb_project),
+    "tracker.tensorboard": ("false", lambda run: run.tracker),
+    "tracker.module": ("trackio", lambda run: run.tracker),
+    "tracker.wandb.project": ("other", lambda run: run.tracker, "tracker.wandb.project=mine"),
+    "tracker.wandb.entity": ("team", lambda run: run.tracker, "tracker.wandb.project=mine"),
+    "tracker.wandb.name": ("mine", lambda run: run.tracker, "tracker.wandb.project=mine"),
+    "tracker.wandb.mode": ("offline", lambda run: run.tracker, "tracker.wandb.project=mine"),
+    "tracker.wandb.group": ("mine", lambda run: run.tracker, "tracker.wandb.project=mine"),
+    "tracker.wandb.tags": ("[a]", lambda run: run.tracker, "tracker.wandb.project=mine"),
     "cache_dir": ("PLACE/elsewhere", lambda run: run.caches),
 }
 """Key -> (another value than the default or the base's, what to look at, settings that stand on both sides)."""

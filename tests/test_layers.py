@@ -15,6 +15,7 @@ PACKAGE = ROOT / "tsopsd_jax"
 
 ORDER = [
     "types",
+    "metric_names",
     "huggingface",
     "distributed",
     "losses",
@@ -44,6 +45,7 @@ WALLS = {"config": {"config", "plan", "commands", "cli"}, "commands": {"commands
 """Room -> the only rooms that may import it. (Other walls are the order: a run directory does not know how it is shown.)"""
 
 MAX_LINES = 400
+METRIC = r"(policy|reward|rollout|loss|optim|learner|judge|time|perf|control|evaluation)/[a-z_]+"
 
 
 def name_of(file: Path) -> str:
@@ -192,6 +194,16 @@ def test_heavy_libraries_are_imported_where_they_are_used():
             found = {n.split(".")[0] for n in names} & heavy
             # The dataset builders are classes of TFDS; that module as a whole is imported lazily.
             assert not found or module == "data.builders", f"{module} imports {found} at the top: do so in the function"
+
+
+def test_a_metric_that_two_modules_know_has_its_name_in_one_place():
+    where: dict[str, set[str]] = {}
+    for module, file in FILES.items():
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Constant) and re.fullmatch(METRIC, str(node.value)):
+                where.setdefault(str(node.value), set()).add(module)
+    assert where["policy/entropy_nats"] == {"metric_names"}
+    assert {name: found for name, found in where.items() if len(found) > 1} == {}
 
 
 def test_files_stay_short():

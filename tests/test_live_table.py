@@ -5,7 +5,8 @@ import re
 
 import pytest
 
-from tsopsd_jax.display.live_table import LiveTable, Trend, format_duration, results_table
+from tsopsd_jax.display.live_table import LiveTable, Trend, results_table
+from tsopsd_jax.display.numbers import duration
 
 
 class Terminal(io.StringIO):
@@ -59,8 +60,8 @@ def last_frame(terminal):
         (273600, "3d 04h"),  # 273600 = 3 * 86400 + 4 * 3600
     ],
 )
-def test_format_duration(seconds, text):
-    assert format_duration(seconds) == text
+def test_durations(seconds, text):
+    assert duration(seconds) == text
 
 
 def test_a_log_gets_every_tenth_step_and_the_first_and_last_of_a_phase(log):
@@ -107,8 +108,8 @@ def test_a_log_that_is_not_unicode_does_not_end_the_run():
     raw = io.BytesIO()
     stream = io.TextIOWrapper(raw, encoding="ascii")
     with LiveTable(stream=stream) as table:
-        table.note("43.1 ± 0.5")
-    assert raw.getvalue() == b"43.1 ? 0.5\n"
+        table.note("43.1 ± 0.5 漢")
+    assert raw.getvalue() == b"43.1 +- 0.5 ?\n"
 
 
 def test_a_terminal_shows_the_latest_rows_under_the_phase(terminal):

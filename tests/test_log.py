@@ -7,20 +7,22 @@ import subprocess
 import sys
 import types
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tsopsd_jax.rundir.log import RunLog, append_evaluation, read_evaluations, read_metrics
+from tsopsd_jax.rundir.log import TENSORBOARD, RunLog, append_evaluation, read_evaluations, read_metrics
+from tsopsd_jax.rundir.trackers import Tracker, Wandb
 
 
 def line(step, **values):
     return {"step": step, "phase": "dapo", "phase_step": 1, "time_s": 1.5, **values}
 
 
-def write_steps(run_dir, steps, *, last_step=0):
-    with RunLog(run_dir, last_step=last_step) as log:
+def write_steps(run_dir, steps, *, last_step=0, tracker=TENSORBOARD):
+    with RunLog(run_dir, last_step=last_step, tracker=tracker) as log:
         for step in steps:
             log.write(line(step, **{"policy/entropy_nats": 0.5 / step}))
 
@@ -154,54 +156,188 @@ def test_tensorboard_mirrors_the_numbers_and_purges_on_resume(tmp_path):
     assert purges == [1, 3]
 
 
+def test_tensorboard_shows_evaluations_and_a_flush_leaves_nothing_behind(tmp_path):
+    log = RunLog(tmp_path, last_step=0)
+    log.write_evaluation(evaluation("base", 0, 0.5, pass_at_k=0.75, avg_at_k_stderr=None, truncated_fraction=None))
+    for step in range(1, 30):
+        log.write(line(step, **{"optim/learning_rate": 1e-3}))
+    log.flush()
+    scalars, _ = tensorboard_events(tmp_path)  # the process may be killed here
+    assert scalars[:2] == [(0, "evaluation/avg_at_k", 0.5), (0, "evaluation/pass_at_k", 0.75)]
+    assert [each[:2] for each in scalars[2:]] == [(step, "optim/learning_rate") for step in range(1, 30)]
+    log.close()
+    assert read_evaluations(tmp_path)[0]["stage"] == "base"
+
+
+def test_without_tensorboard_there_are_no_events(tmp_path):
+    write_steps(tmp_path, [1], tracker=Tracker(tensorboard=False))
+    assert not (tmp_path / "events").exists()
+
+
 def test_close_twice(tmp_path):
     log = RunLog(tmp_path, last_step=0)
     log.close()
     log.close()
 
 
-class FakeWandbRun:
+class FakeRun:
+    """A run of a tracker: what was logged, by its row. Rows only go up, as W&B's do; `die`: the service goes away."""
+
     def __init__(self):
-        self.logged, self.defined, self.finished = [], [], False
+        self.rows, self.finished, self.die = [], 0, False
 
-    def define_metric(self, name, *, step_metric):
-        self.defined.append((name, step_metric))
-
-    def log(self, values):
-        self.logged.append(values)
+    def log(self, values, step=None):
+        if self.die:
+            raise OSError("the service is gone")
+        if self.rows and step < self.rows[-1][0]:
+            raise AssertionError(f"W&B refuses step {step} after {self.rows[-1][0]}")
+        self.rows.append((step, values))
 
     def finish(self):
-        self.finished = True
+        self.finished += 1
 
 
-def test_wandb_gets_the_numbers_and_the_same_id_on_resume(tmp_path, monkeypatch):
-    inits, run = [], FakeWandbRun()
+@pytest.fixture
+def wandb(monkeypatch):
+    """A module with W&B's interface: `.inits`, the arguments of each start, and `.run`, which all starts share."""
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    fake: Any = types.ModuleType("wandb")
+    fake.inits, fake.run = [], FakeRun()
 
-    def init(*, project, entity, name, mode, dir, id, resume):
-        inits.append((project, entity, name, mode, dir, id, resume))
-        return run
+    def init(*, entity=None, project=None, dir=None, id=None, name=None, tags=None, config=None, allow_val_change=None,
+             group=None, mode=None, resume=None):  # fmt: skip
+        fake.inits.append({key: value for key, value in locals().items() if value is not None})
+        fake.inits[-1].pop("fake")
+        return fake.run
 
-    fake = types.ModuleType("wandb")
-    monkeypatch.setattr(fake, "init", init, raising=False)
+    fake.init = init
     monkeypatch.setitem(sys.modules, "wandb", fake)
+    return fake
+
+
+REHEAT = Tracker(wandb=Wandb(project="reheat"))
+
+
+def test_wandb_gets_the_numbers_the_settings_and_the_same_id_on_resume(tmp_path, wandb):
     run_dir = tmp_path / "first"
+    run_dir.mkdir()
+    (run_dir / "config.yaml").write_text("seed: 3\nphases: [{name: rl}]\n")
     for last_step in (0, 1):
-        with RunLog(run_dir, last_step=last_step, wandb_project="reheat", wandb_mode="offline") as log:
+        with RunLog(run_dir, last_step=last_step, tracker=REHEAT) as log:
             log.write(line(last_step + 1, **{"loss/total": 0.5, "reward/mean": None}))
-    assert len(inits) == 2
-    assert inits[0] == inits[1]
-    assert inits[0][:5] == ("reheat", None, "first", "offline", str(run_dir))
-    assert inits[0][5] == (run_dir / "wandb_id.txt").read_text().strip() != ""
-    assert inits[0][6] == "allow"
-    assert run.defined[0] == ("*", "step")
-    assert run.logged[0] == {"step": 1, "phase": "dapo", "loss/total": 0.5}
-    assert run.finished
+    assert len(wandb.inits) == 2
+    assert wandb.inits[0] == wandb.inits[1]
+    known = json.loads((run_dir / "tracker.json").read_text())
+    assert wandb.inits[0] == {
+        "project": "reheat",
+        "name": "first",
+        "dir": str(run_dir),
+        "id": known["id"],
+        "resume": "allow",
+        "allow_val_change": True,
+        "config": {"seed": 3, "phases": [{"name": "rl"}]},
+    }
+    assert len(known["id"]) == 12
+    assert wandb.run.rows[0] == (1, {"phase": "dapo", "loss/total": 0.5})
+    assert wandb.run.finished == 2
+
+
+def test_wandbs_environment_decides_what_the_settings_leave_open(tmp_path, wandb, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")  # read by W&B itself, unless it is told another
+    monkeypatch.setenv("WANDB_NAME", "mine")
+    monkeypatch.setenv("WANDB_DIR", "/elsewhere")
+    monkeypatch.setenv("WANDB_RUN_ID", "abc")
+    RunLog(tmp_path / "a", last_step=0, tracker=REHEAT).close()
+    assert not wandb.inits[0].keys() & {"mode", "name", "dir", "entity", "tags", "group"}
+    assert wandb.inits[0]["id"] == "abc"
+    asked = Wandb(project="p", entity="team", name="n", mode="disabled", group="g", tags=("x", "y"))
+    RunLog(tmp_path / "b", last_step=0, tracker=Tracker(wandb=asked)).close()
+    expected = {"project": "p", "entity": "team", "name": "n", "mode": "disabled", "group": "g", "tags": ("x", "y")}
+    assert {key: wandb.inits[1].get(key) for key in expected} == expected
+    with pytest.raises(ValueError, match="mode: expected online, offline, disabled or null, got 'off'"):
+        Wandb(project="p", mode="off")
+
+
+def test_a_killed_run_shows_no_step_twice(tmp_path, wandb):
+    """Killed after step 4, and after step 3 of a second start, with a checkpoint of step 2; evaluated at step 2."""
+    for upto in (4, 3, 5):
+        log = RunLog(tmp_path, last_step=2 if upto != 4 else 0, tracker=REHEAT)
+        for step in range(1 if upto == 4 else 3, upto + 1):
+            log.write(line(step, **{"loss/total": 0.25 * step}))
+            if step == 4 and upto == 4:
+                log.write_evaluation(evaluation("during", 4, 0.5))
+        log.close()
+    assert [(row, values.get("loss/total")) for row, values in wandb.run.rows] == [
+        *((1, 0.25), (2, 0.5), (3, 0.75), (4, 1.0), (4, None)),  # the row of an evaluation is its step's
+        (5, 1.25),
+    ]
+    assert [each["step"] for each in read_metrics(tmp_path)] == [1, 2, 3, 4, 5]
+
+
+def test_an_evaluation_that_was_interrupted_is_sent_when_it_is_made(tmp_path, wandb):
+    write_steps(tmp_path, [1, 2], tracker=REHEAT)
+    with RunLog(tmp_path, last_step=2, tracker=REHEAT) as log:
+        log.write_evaluation(evaluation("collapsed", 2, 0.5))  # the row of step 2 is closed
+        log.write(line(3))
+    sent = [(row, values.get("evaluation/step"), values.get("evaluation/avg_at_k")) for row, values in wandb.run.rows]
+    assert sent == [(1, None, None), (2, None, None), (3, 2, 0.5), (3, None, None)]
+    with RunLog(tmp_path, last_step=2, tracker=REHEAT) as log:
+        log.write_evaluation(evaluation("collapsed", 2, 0.5))
+    assert len(wandb.run.rows) == 4, "an evaluation that was sent is not sent again"
+
+
+def test_a_tracker_that_is_new_to_a_run_gets_all_that_it_takes(tmp_path, wandb):
+    write_steps(tmp_path, [1, 2, 3])
+    write_steps(tmp_path, [2, 3], last_step=1, tracker=REHEAT)
+    assert [row for row, _ in wandb.run.rows] == [2, 3]
+
+
+def test_a_tracker_that_fails_does_not_end_the_run(tmp_path, wandb, capsys):
+    with RunLog(tmp_path, last_step=0, tracker=REHEAT) as log:
+        wandb.run.die = True
+        log.write(line(1))
+        log.write(line(2))
+    warning = capsys.readouterr().err
+    assert warning == "warning: wandb: the service is gone; the run goes on without it\n"
+    assert len(read_metrics(tmp_path)) == 2
+
+
+def test_a_tracker_that_does_not_start_is_one_line(tmp_path, wandb):
+    def init(*, project, config, resume):
+        raise RuntimeError(f"no API key\nfor {project}, {config}, {resume}")
+
+    wandb.init = init
+    with pytest.raises(
+        ValueError, match="tracker: wandb did not start .RuntimeError: no API key for reheat, {}, allow.; "
+    ) as error:
+        RunLog(tmp_path, last_step=0, tracker=REHEAT)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "tracker.json").exists()
+
+
+def test_any_module_with_wandbs_interface_may_track(tmp_path, monkeypatch):
+    """One that continues a run by its name, and knows neither entity nor id, as trackio does."""
+    fake, inits = types.ModuleType("trackio"), []
+    monkeypatch.setattr(fake, "init", lambda project, name=None, config=None, resume="never": (
+        inits.append((project, name, config, resume)) or FakeRun()), raising=False)  # fmt: skip
+    monkeypatch.setitem(sys.modules, "trackio", fake)
+    for last_step in (0, 1):
+        write_steps(
+            tmp_path / "r", [last_step + 1], last_step=last_step, tracker=Tracker(module="trackio", wandb=REHEAT.wandb)
+        )
+    run_id = json.loads((tmp_path / "r" / "tracker.json").read_text())["id"]
+    assert inits == [("reheat", f"r-{run_id}", {}, "allow")] * 2
+    with pytest.raises(ValueError, match=r"tracker.wandb.entity: trackio.init takes no entity; leave it out"):
+        RunLog(tmp_path, last_step=0, tracker=Tracker(module="trackio", wandb=Wandb(project="p", entity="team")))
 
 
 def test_without_wandb_the_error_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ValueError, match=r'pip install "tsopsd-jax\[wandb\]"'):
-        RunLog(tmp_path, last_step=0, wandb_project="reheat")
+        RunLog(tmp_path, last_step=0, tracker=REHEAT)
+    with pytest.raises(ValueError, match="expected the package no_such_tracker, got none"):
+        RunLog(tmp_path, last_step=0, tracker=Tracker(module="no_such_tracker", wandb=REHEAT.wandb))
     RunLog(tmp_path, last_step=0).close()
 
 

@@ -10,7 +10,9 @@ from fsspec.implementations.local import LocalFileSystem
 
 from tsopsd_jax.config import claim
 from tsopsd_jax.rundir import object_store
+from tsopsd_jax.rundir.log import RunLog
 from tsopsd_jax.rundir.run_state import Progress, RunState
+from tsopsd_jax.rundir.status import read_status
 from tsopsd_jax.train.trainer import Trainer
 
 
@@ -46,6 +48,7 @@ def test_what_one_machine_pushed_another_fetches(buckets, tmp_path):
     here = object_store.folder_of("gs://one/runs/x", tmp_path / "here")
     (here / "events").mkdir()
     contents = {"config.yaml": b"seed: 0\n", "metrics.jsonl": b'{"step": 1}\n', "events/a.1": b"\0\xff"}
+    contents |= {"status.json": b'{"state": "ended"}', "tracker.json": b"{}"}
     for name, content in contents.items():
         (here / name).write_bytes(content)
     (here / ".lock").touch()
@@ -115,3 +118,29 @@ def test_the_log_is_pushed_before_the_checkpoint(monkeypatch):
     assert done == ["log", "checkpoint"]
     Trainer._save(run)
     assert done == ["log", "checkpoint"], "a step is saved once"
+
+
+@pytest.mark.usefixtures("buckets")
+def test_what_the_mirrors_hold_back_is_flushed_before_it_is_pushed(tmp_path):
+    folder = object_store.folder_of("gs://five/x", tmp_path)
+    (folder / "events").mkdir()
+    log = SimpleNamespace(flush=lambda: (folder / "events" / "a.1").write_bytes(b"event"))
+    Trainer._push(SimpleNamespace(log=log, run_dir=folder))
+    assert epath.Path("gs://five/x/events/a.1").read_bytes() == b"event"
+
+
+@pytest.mark.usefixtures("buckets")
+def test_a_failure_reaches_the_store(tmp_path):
+    folder = object_store.folder_of("gs://six/x", tmp_path)
+    (folder / "config.yaml").write_text("seed: 0")
+    with RunLog(folder, last_step=0) as log:
+        pass  # the loop closes it when it is left
+    with pytest.raises(RuntimeError), Trainer.told(SimpleNamespace(log=log, run_dir=folder)):
+        raise RuntimeError("broken")
+    with object_store.opened("gs://six/x") as copy:
+        found = read_status(copy)
+    assert (found["state"], found["reason"]) == ("failed", "RuntimeError: broken")
+    with pytest.raises(KeyboardInterrupt), Trainer.told(SimpleNamespace(log=log, run_dir=folder)):
+        raise KeyboardInterrupt
+    found = read_status(folder)
+    assert (found["state"], found["reason"]) == ("stopped", "a second signal, which does not wait for the step")

@@ -30,6 +30,7 @@ from tsopsd_jax.rewards.math import WORKERS
 from tsopsd_jax.rollout import Sampling
 from tsopsd_jax.rundir.checkpoints import SaveError
 from tsopsd_jax.rundir.log import read_evaluations, read_metrics
+from tsopsd_jax.rundir.trackers import Tracker
 from tsopsd_jax.train.phase import Guard, GuardError, Phase, StopRule
 from tsopsd_jax.train.phase_step import PhaseStep, Shared
 from tsopsd_jax.train.signals import Interrupted
@@ -129,7 +130,7 @@ def trainer_in(tokenizer):
             run_dir=run_dir,
             checkpoint_every_steps=every,
             keep_checkpoints=2,
-            wandb_project=None,
+            tracker=Tracker(),
             table=LiveTable(stream=io.StringIO()),
         )
 

@@ -19,6 +19,7 @@ from tsopsd_jax.learn.update import (
     make_reheat_step,
     make_update,
     per_token_stats,
+    warm_up,
 )
 from tsopsd_jax.model import Qwen3
 from tsopsd_jax.objectives import OBJECTIVES
@@ -148,6 +149,16 @@ def update(tiny, optimizer):
 
 
 INF = jnp.float32(jnp.inf)
+
+
+def test_the_rate_is_reported_and_waits_where_an_update_is_held(tiny, rollout, fresh, optimizer):
+    rate = warm_up(learning_rate=0.3, warmup_steps=3)
+    update = jax.jit(make_update(tiny[0], OBJECTIVES["dapo"](), optimizer, learning_rate=rate))
+    state, got = fresh(), []
+    for limit in (INF, jnp.float32(0.0), INF, INF, INF):  # the second measures and changes nothing
+        state, out = update(state, with_advantage(rollout), limit)
+        got.append(float(out.metrics["optim/learning_rate"]))
+    np.testing.assert_allclose(got, [0.1, 0.2, 0.2, 0.3, 0.3], rtol=1e-6)
 
 
 def test_one_division_over_all_tokens(tiny, rollout, update, fresh):

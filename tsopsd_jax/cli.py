@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from tsopsd_jax.commands import exit_codes
+from tsopsd_jax.display.screen import secure
 
 COMMANDS = {
     "demo": "collapse a tiny Qwen3 by RL, reheat it, train on: minutes on a CPU",
@@ -23,6 +24,8 @@ COMMANDS = {
     "data": "prepare published data sets once, to be found by name",
 }
 """Name -> what it does."""
+LONG = ("demo", "train", "generate", "eval")
+"""What they make is in files: that it cannot be shown is no reason to end them."""
 
 
 def _parser(argv: list[str]) -> argparse.ArgumentParser:
@@ -44,6 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's chatter about machine features
     argv = sys.argv[1:] if argv is None else argv
+    secure(keep_going=next(iter(argv), None) in LONG)
     args = _parser(argv).parse_args(argv)
     try:
         _check_environment()

@@ -11,16 +11,17 @@ import yaml
 
 from tsopsd_jax.config import Config, DataSettings, PhaseSettings
 from tsopsd_jax.display.live_table import results_table
+from tsopsd_jax.metric_names import ACCURACY, ENTROPY, GRAD_NORM, LENGTH, LOSS, REWARD, TRUNCATED
 from tsopsd_jax.model.hf import CARD
 
 LAST_METRICS = (
-    "policy/entropy_nats",
-    "reward/mean",
-    "reward/accuracy_fraction",
-    "rollout/length_mean_tokens",
-    "rollout/truncated_fraction",
-    "loss/total",
-    "optim/grad_norm",
+    ENTROPY,
+    REWARD,
+    ACCURACY,
+    LENGTH,
+    TRUNCATED,
+    LOSS,
+    GRAD_NORM,
 )
 _LICENCE = ("license", "license_name", "license_link")
 

@@ -14,10 +14,12 @@ import jax
 from tsopsd_jax.commands import exit_codes, options
 from tsopsd_jax.config import Config, claim, load_config, strict
 from tsopsd_jax.config.build import Parts, divide_cpu, prepare
-from tsopsd_jax.config.places import cache_folder, use_compilation_cache
+from tsopsd_jax.config.places import cache_folder, digests_file, model_folder, use_compilation_cache
 from tsopsd_jax.display.live_table import LiveTable, results_table
 from tsopsd_jax.display.page import write_report
 from tsopsd_jax.distributed import processes
+from tsopsd_jax.metric_names import ENTROPY
+from tsopsd_jax.model.fingerprint import fingerprint
 from tsopsd_jax.rundir import object_store
 from tsopsd_jax.rundir.log import read_evaluations, read_metrics
 from tsopsd_jax.train.phase import GuardError
@@ -93,11 +95,14 @@ def _check_same(mine: Any, what: str) -> None:
 
 
 def _inputs(config: Config, parts: Parts) -> dict[str, str]:
-    """Digests of what the run learns from and is measured on, beside its settings."""
+    """Digests of what the run begins with, learns from and is measured on, beside its settings."""
     problems = {"training problems": parts.task.problems}
     if parts.evaluation is not None:
         problems["evaluation problems"] = parts.evaluation.problems
-    return claim.inputs_of(config, problems)
+    found = claim.inputs_of(config, problems)
+    _check_same(found, "input")
+    model = fingerprint(model_folder(config), cache=digests_file(config.cache_dir)) if processes.is_first() else {}
+    return found | {f"model's {part}": sha for part, sha in processes.from_first(model).items() if sha}
 
 
 @contextlib.contextmanager
@@ -125,7 +130,6 @@ def open_trainer(config: Config, run_dir: Path, table: LiveTable, *, accept_chan
     _check_same(strict.plain(config), "configuration")
     parts = prepare(config)
     inputs = _inputs(config, parts)
-    _check_same(inputs, "input")
     with _claimed(config, run_dir, inputs, accept_changed) as changed:
         trainer = Trainer(
             Shared.of(parts.model, parts.mesh, parts.task, seed=config.seed),
@@ -135,10 +139,10 @@ def open_trainer(config: Config, run_dir: Path, table: LiveTable, *, accept_chan
             run_dir=run_dir,
             checkpoint_every_steps=config.checkpoint_every_steps,
             keep_checkpoints=config.keep_checkpoints,
-            wandb_project=config.wandb_project,
+            tracker=config.tracker,
             table=table,
         )
-        with table:
+        with table, trainer.told():
             for note in parts.notes:
                 table.note(note)
             for warning in parts.warnings:
@@ -153,7 +157,7 @@ def transitions(evaluations: Sequence[dict[str, Any]], metrics: Sequence[dict[st
     lines = []
     for before, after in itertools.pairwise(e for e in evaluations if not e.get("phase_step")):
         steps = [m for m in metrics if before["step"] < m["step"] <= after["step"]]
-        nats = [m["policy/entropy_nats"] for m in steps if m.get("policy/entropy_nats") is not None]
+        nats = [m[ENTROPY] for m in steps if m.get(ENTROPY) is not None]
         entropy = f", entropy {nats[0]:.3f} -> {nats[-1]:.3f} nats" if nats else ""
         gains = (100 * (after[key] - before[key]) for key in ("avg_at_k", "pass_at_k"))
         points = ", ".join(f"{name}@k {gain:+.1f}" for name, gain in zip(("avg", "pass"), gains, strict=True))

@@ -15,7 +15,7 @@ from tsopsd_jax.distributed import processes
 from tsopsd_jax.distributed.sharding import AnyMesh, make_mesh, row_multiple, tree_shardings
 from tsopsd_jax.huggingface import read_json
 from tsopsd_jax.judge.groups import RewardRule
-from tsopsd_jax.learn.update import make_optimizer
+from tsopsd_jax.learn.update import make_optimizer, warm_up
 from tsopsd_jax.model import Qwen3, load_pretrained
 from tsopsd_jax.model.hf import INDEX, WEIGHTS
 from tsopsd_jax.model.hf_config import read_config
@@ -35,7 +35,7 @@ def make_phase(phase: PhaseSettings) -> Phase:
 
 
 def _phase(phase: PhaseSettings) -> Phase:
-    reward = None
+    reward, rate = None, phase.optimizer
     if phase.reward is not None:
         reward = RewardRule(max_response_tokens=phase.max_response_tokens, **_fields(phase.reward))
     return Phase(
@@ -56,6 +56,7 @@ def _phase(phase: PhaseSettings) -> Phase:
         reward=reward,
         stop=phase.stop,
         guard=phase.guard,
+        learning_rate=warm_up(learning_rate=rate.learning_rate, warmup_steps=rate.warmup_steps),
     )
 
 

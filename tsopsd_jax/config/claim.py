@@ -1,8 +1,6 @@
 """Ownership of a run directory: who runs there, what it was made with, and what may change when the run resumes."""
 
 import contextlib
-import errno
-import fcntl
 import hashlib
 import itertools
 import json
@@ -14,8 +12,9 @@ from typing import Any
 
 from tsopsd_jax.config import Config, strict
 from tsopsd_jax.data import Problem
-from tsopsd_jax.rundir import object_store
+from tsopsd_jax.rundir import files, object_store
 from tsopsd_jax.rundir.checkpoints import read_progress
+from tsopsd_jax.rundir.lock import locked
 from tsopsd_jax.rundir.log import EVALUATIONS_FILE, METRICS_FILE, read_evaluations
 
 CONFIG_FILE, LOCK_FILE = "config.yaml", ".lock"
@@ -23,10 +22,8 @@ INPUTS_FILE = "inputs.json"
 """Digests of what settings name and do not hold: problems, files of functions."""
 FUNCTIONS_FOLDER = "functions"
 """Copies of the Python files that settings name as `path/to/file.py:function`."""
-UNFINISHED_FILE = "config.tmp"
-"""config.yaml as it is written; a process that died there leaves it."""
 
-RUNTIME = r"(checkpoint_every_steps|keep_checkpoints|wandb_project|cache_dir)"
+RUNTIME = r"checkpoint_every_steps|keep_checkpoints|tracker(\..+)?|cache_dir"
 """Settings that may change between two starts of the same run, without a word."""
 CHANGEABLE = r"evaluation\.(rows_at_once|every_steps)|mesh\.(data|fsdp|tensor|cpu_devices)"
 """Settings that may change too, and are told: memory, machine, and when to look."""
@@ -67,7 +64,8 @@ def _check_ours(run_dir: Path) -> None:
         raise ValueError(f"{run_dir}: expected a run directory, got a file; choose another --run-dir")
     if not run_dir.exists() or (run_dir / CONFIG_FILE).is_file():
         return
-    if {each.name for each in run_dir.iterdir()} - {LOCK_FILE, UNFINISHED_FILE, object_store.ADDRESS_FILE}:
+    ours = {LOCK_FILE, files.partial(run_dir / CONFIG_FILE).name, object_store.ADDRESS_FILE}
+    if {each.name for each in run_dir.iterdir()} - ours:
         raise ValueError(f"{run_dir} is not empty and holds no run; choose another --run-dir")
 
 
@@ -79,21 +77,11 @@ def held(run_dir: Path) -> Iterator[None]:
         ValueError: it holds something else, cannot be made, or another process runs in it.
     """
     _check_ours(run_dir)
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        file = (run_dir / LOCK_FILE).open("a")
-    except OSError as error:
-        raise ValueError(
-            f"{run_dir}: expected a directory to write to, got {error.strerror}; choose another --run-dir"
-        ) from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another process runs in {run_dir}; wait for it or choose another --run-dir") from None
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):  # a file system without locks
-                raise
+    with locked(
+        run_dir / LOCK_FILE,
+        taken=f"another process runs in {run_dir}; wait for it or choose another --run-dir",
+        unwritable=f"{run_dir}: expected a directory to write to, got {{reason}}; choose another --run-dir",
+    ):
         yield
 
 
@@ -198,13 +186,7 @@ def _keep_inputs(run_dir: Path, inputs: Mapping[str, str]) -> None:
             copy = _copy_of(run_dir, name)
             copy.parent.mkdir(exist_ok=True)
             copy.write_bytes(Path(name).read_bytes())
-    _write_whole(run_dir / INPUTS_FILE, json.dumps(dict(inputs), indent=1) + "\n")
-
-
-def _write_whole(file: Path, text: str) -> None:
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(file)
+    files.replace(run_dir / INPUTS_FILE, [json.dumps(dict(inputs), indent=1).encode() + b"\n"])
 
 
 def claim(
@@ -247,7 +229,7 @@ def claim(
             # Nothing was trained: the old run is replaced, and what was evaluated under it goes.
             (run_dir / EVALUATIONS_FILE).unlink(missing_ok=True)
         changed = [*(d.words("->") for d in differences), *others] if reached is not None else []
-    _write_whole(file, strict.dump(resolved))
+    files.replace(file, [strict.dump(resolved).encode()])
     if inputs is not None:
         _keep_inputs(run_dir, inputs)
     return changed

@@ -18,8 +18,10 @@ from tsopsd_jax.head import CHUNK_TOKENS
 from tsopsd_jax.model.qwen3 import REMAT
 from tsopsd_jax.rewards import VERIFIERS
 from tsopsd_jax.rollout import Sampling
+from tsopsd_jax.rundir.trackers import Tracker
 from tsopsd_jax.train.phase import Guard, StopRule
 
+RENAMED = {"wandb_project": "tracker.wandb.project"}
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -268,8 +270,7 @@ class Config:
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     checkpoint_every_steps: int = 20
     keep_checkpoints: int = 2
-    wandb_project: str | None = None
-    """Mirror the log to this Weights & Biases project."""
+    tracker: Tracker = field(default_factory=Tracker)
     cache_dir: str | None = None
     """Prepared data sets and compiled programs; null: $TSOPSD_CACHE_DIR, else ~/.cache/tsopsd_jax."""
 
@@ -327,6 +328,8 @@ def load_config(path: str | Path, overrides: list[str]) -> Config:
     try:
         for assignment in overrides:
             strict.override(data, assignment)
+        for old in RENAMED.keys() & (data if isinstance(data, dict) else {}):
+            raise ValueError(f"{old}: expected under its new name {RENAMED[old]}")
         return strict.build(Config, data)
     except ValueError as error:
         raise ValueError(f"configuration {path}: {error}") from error

@@ -1,4 +1,4 @@
-"""What a person sees of a run as it goes: a live table on a terminal, aligned lines in a log; the results."""
+"""The progress of a run as text: a live table on a terminal, aligned lines in a log; and the table of its results."""
 
 import math
 import sys
@@ -13,54 +13,19 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from tsopsd_jax.display.numbers import DASH, count, duration, finite, fixed
+from tsopsd_jax.display.screen import plain
+from tsopsd_jax.metric_names import ACCURACY, ENTROPY, GRAD_NORM, LENGTH, REWARD, TOKENS_PER_S
 from tsopsd_jax.rollout import Progress
 
 ROWS = 12
 """Steps shown at once on a terminal."""
 
 PHASE_STYLES = ("cyan", "yellow", "green", "magenta", "blue")
-"""Given to phases in the order of their appearance; a phase that comes again keeps its colour."""
+"""Colours of phases in the order of their appearance; a phase that comes again keeps its colour."""
 
 BARS = "▁▂▃▄▅▆▇█"
 TREND_BUCKETS = 64
-
-
-def _number(value: Any) -> float | None:
-    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-        return value
-    return None
-
-
-def format_duration(seconds: float | None) -> str:
-    """`47s`, `3m 05s`, `2h 07m`, `3d 04h`; `-` for None."""
-    if (seconds := _number(seconds)) is None:
-        return "-"
-    whole = max(0, round(seconds))
-    minutes, hours = whole // 60, whole // 3600
-    if whole < 60:
-        return f"{whole}s"
-    if minutes < 60:
-        return f"{minutes}m {whole % 60:02d}s"
-    if hours < 24:
-        return f"{hours}h {minutes % 60:02d}m"
-    return f"{hours // 24}d {hours % 24:02d}h"
-
-
-def _fixed(decimals: int) -> Callable[[Any], str]:
-    return lambda value: "-" if (number := _number(value)) is None else f"{number:.{decimals}f}"
-
-
-def _percent(value: Any) -> str:
-    return "-" if (number := _number(value)) is None else f"{100 * number:.1f}%"
-
-
-def _count(value: Any) -> str:
-    if (number := _number(value)) is None:
-        return "-"
-    for least, unit, letter in ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
-        if abs(number) >= least:
-            return f"{number / unit:.1f}{letter}"
-    return f"{number:.0f}"
 
 
 class Column(NamedTuple):
@@ -73,13 +38,13 @@ class Column(NamedTuple):
 
 
 COLUMNS = (
-    Column("step", 7, "step", _fixed(0)),
-    Column("entropy (nats)", 14, "policy/entropy_nats", _fixed(4)),
-    Column("reward", 8, "reward/mean", _fixed(3)),
-    Column("accuracy", 8, "reward/accuracy_fraction", _percent),
-    Column("length", 7, "rollout/length_mean_tokens", _count),
-    Column("grad norm", 9, "optim/grad_norm", lambda v: "-" if _number(v) is None else f"{v:.3g}"),
-    Column("tokens/s", 8, "rollout/tokens_per_s", _count),
+    Column("step", 7, "step", fixed),
+    Column("entropy (nats)", 14, ENTROPY, lambda v: fixed(v, ".4f")),
+    Column("reward", 8, REWARD, lambda v: fixed(v, ".3f")),
+    Column("accuracy", 8, ACCURACY, lambda v: fixed(v, ".1%")),
+    Column("length", 7, LENGTH, count),
+    Column("grad norm", 9, GRAD_NORM, lambda v: fixed(v, ".3g")),
+    Column("tokens/s", 8, TOKENS_PER_S, count),
 )
 
 
@@ -141,7 +106,7 @@ class LiveTable:
     def sampling(self, progress: Progress) -> None:
         """Show how far a rollout is; on a log, a line a minute."""
         text = f"sampling: {progress.finished} of {progress.rows} responses, {progress.tokens:,} tokens"
-        self._view.status(f"{text}, {format_duration(progress.left_s)} left")
+        self._view.status(f"{text}, {duration(progress.left_s)} left")
 
     def note(self, text: str) -> None:
         """Write a message that stays: above the live table, or as a line of its own."""
@@ -181,7 +146,7 @@ class _Screen:
         phase = str(line.get("phase") or (self._now[0] if self._now else "-"))
         self._rows.append((phase, line, time_left_s))
         self._status = ""
-        if (entropy := _number(line.get("policy/entropy_nats"))) is not None:
+        if (entropy := finite(line.get(ENTROPY))) is not None:
             self._trend.add(entropy, self._style(phase))
         self._live.refresh()
 
@@ -215,7 +180,7 @@ class _Screen:
             table.add_row(
                 Text(phase, style=self._style(phase)),
                 *(column.write(line.get(column.key)) for column in COLUMNS),
-                format_duration(time_left_s) if last else "",
+                duration(time_left_s) if last else "",
                 style="bold" if last else "",
             )
         trend = Text.assemble(("entropy  ", "dim"), self._trend.text(), no_wrap=True, overflow="ellipsis")
@@ -250,7 +215,7 @@ class _Lines:
             self._flush_held()
             self._phase, self._seen = phase, 0
         cells = [column.write(line.get(column.key)).rjust(column.width) for column in COLUMNS]
-        self._held = "  ".join([_cut(phase, 12), *cells, format_duration(time_left_s).rjust(9)])
+        self._held = "  ".join([_cut(phase, 12), *cells, duration(time_left_s).rjust(9)])
         if self._seen % self._every == 0:
             self._flush_held()
         self._seen += 1
@@ -282,10 +247,8 @@ class _Lines:
         self._held = None
 
     def _print(self, text: str) -> None:
-        # A log that is not Unicode must not end a run: what it cannot write becomes "?".
         self._said = time.monotonic()
-        encoding = self._stream.encoding or "utf-8"
-        self._stream.write(text.encode(encoding, "replace").decode(encoding) + "\n")
+        self._stream.write(plain(text, self._stream.encoding or "utf-8") + "\n")
         self._stream.flush()
 
 
@@ -294,7 +257,7 @@ def _cut(text: str, width: int) -> str:
 
 
 def results_table(records: Sequence[Mapping[str, Any]]) -> str:
-    """Evaluations as aligned text: avg@k ± standard error and pass@k in percent, mean length in tokens."""
+    """Write evaluations as aligned text: avg@k ± standard error and pass@k in percent, mean length in tokens."""
     if not records:
         return "no evaluations"
     samples = {record.get("samples") for record in records}
@@ -302,23 +265,19 @@ def results_table(records: Sequence[Mapping[str, Any]]) -> str:
     shown_k = "k" if k is None else str(k)
     rows = [["stage", "step", "benchmark", f"avg@{shown_k} (%)", f"pass@{shown_k} (%)", "length (tokens)"]]
     for record in records:
-        average, error = _number(record.get("avg_at_k")), _number(record.get("avg_at_k_stderr"))
-        text = "-" if average is None else f"{100 * average:.1f}"
-        if average is not None and error is not None:
-            text += f" ± {100 * error:.1f}"
-        passed, length = _number(record.get("pass_at_k")), _number(record.get("length_mean_tokens"))
+        average, error = (fixed(record.get(key), ".1f", 100) for key in ("avg_at_k", "avg_at_k_stderr"))
         rows.append(
             [
                 str(record.get("stage", "-")),
-                _fixed(0)(record.get("step")),
+                fixed(record.get("step")),
                 str(record.get("benchmark", "-")),
-                text,
-                "-" if passed is None else f"{100 * passed:.1f}",
-                "-" if length is None else f"{length:.1f}",
+                average if error == DASH else f"{average} ± {error}",
+                fixed(record.get("pass_at_k"), ".1f", 100),
+                fixed(record.get("length_mean_tokens"), ".1f"),
             ]
         )
         if k is None:
-            rows[-1].append(_fixed(0)(record.get("samples")))
+            rows[-1].append(fixed(record.get("samples")))
     if k is None:
         rows[0].append("k")
     widths = [max(len(row[at]) for row in rows) for at in range(len(rows[0]))]

@@ -1,12 +1,9 @@
 """The page of a run: one self-contained `report.html` from its configuration, metrics and evaluations."""
 
-import html
 import itertools
-import json
 import math
-import re
 import string
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,15 +11,26 @@ from typing import Any, NamedTuple
 import numpy as np
 import yaml
 
+from tsopsd_jax.display import run_status
+from tsopsd_jax.display.html_parts import details, escape, shorten, table
+from tsopsd_jax.display.numbers import DASH, count, duration, finite, fixed
 from tsopsd_jax.display.plots import Panel, Segment, Series, draw
+from tsopsd_jax.metric_names import (
+    ACCURACY,
+    ENTROPY,
+    GRAD_NORM,
+    LENGTH,
+    REWARD,
+    ROLLOUT_S,
+    SKIPPED,
+    TOKENS,
+    TOKENS_PER_S,
+)
+from tsopsd_jax.rundir import files
+from tsopsd_jax.rundir.log import read_evaluations, read_metrics
+from tsopsd_jax.rundir.status import read_status
 
-ENTROPY = "policy/entropy_nats"
-REWARD = "reward/mean"
-ACCURACY = "reward/accuracy_fraction"
-GRAD_NORM = "optim/grad_norm"
-LENGTH = "rollout/length_mean_tokens"
-TOKENS = "rollout/tokens"
-KEYS = (ENTROPY, REWARD, ACCURACY, GRAD_NORM, LENGTH, TOKENS, "rollout/tokens_per_s", "time/rollout_s", "time_s")
+KEYS = (ENTROPY, REWARD, ACCURACY, GRAD_NORM, LENGTH, TOKENS, TOKENS_PER_S, ROLLOUT_S, SKIPPED, "time_s")
 
 MAX_ROWS = 200
 MAX_STAGES = 12
@@ -31,7 +39,7 @@ MAX_CONFIG_CHARACTERS = 60_000
 
 
 class Metrics(NamedTuple):
-    """What the page reads of metrics.jsonl, by columns; NaN where a step has no value."""
+    """Columns of metrics.jsonl that the page shows; NaN where a step has no value."""
 
     step: np.ndarray
     columns: Mapping[str, np.ndarray]
@@ -46,67 +54,47 @@ def write_report(run_dir: str | Path, out: Path | None = None) -> Path:
     """
     run_dir = Path(run_dir)
     metrics = _read_metrics(run_dir)
-    config_path, evaluations_path = run_dir / "config.yaml", run_dir / "evaluations.jsonl"
+    config_path = run_dir / "config.yaml"
     config_text = config_path.read_text("utf-8", errors="replace") if config_path.is_file() else ""
     config = _parse_config(config_text)
     plan = {str(phase.get("name")): phase for phase in config["phases"]}
-    evaluations = list(_objects(evaluations_path)) if evaluations_path.is_file() else []
+    evaluations, status = read_evaluations(run_dir), read_status(run_dir)
     colours = _phase_colours(metrics.segments, plan)
     phases = ", ".join(dict.fromkeys(segment.phase for segment in metrics.segments))
     template = resources.files("tsopsd_jax").joinpath("assets", "page.html").read_text("utf-8")
     page = string.Template(template).substitute(
-        title=_escape(run_dir.resolve().name),
+        title=escape(run_dir.resolve().name),
         headline=_headline(config),
+        status=run_status.banner(status, skipped=_total(metrics, SKIPPED), steps=len(metrics.step)),
         facts=_facts(metrics),
-        phases=_phase_table(metrics, plan, colours),
+        phases=_phase_table(metrics, plan, colours, status),
         plots=draw(metrics.step, _panels(metrics, _thresholds(plan)), metrics.segments, colours),
-        plot_label=_escape(f"entropy, reward, gradient norm and response length over steps; phases {phases}"),
+        plot_label=escape(f"entropy, reward, gradient norm and response length over steps; phases {phases}"),
         evaluations=_evaluation_table(evaluations),
         examples=_examples(evaluations),
-        config=_details("config.yaml", f"<pre>{_shorten(config_text, MAX_CONFIG_CHARACTERS)}</pre>")
+        config=details("config.yaml", f"<pre>{shorten(config_text, MAX_CONFIG_CHARACTERS)}</pre>")
         if config_text
         else '<p class="muted">No config.yaml in this run directory.</p>',
+        machine=run_status.machines(status),
     )
     path = out or run_dir / "report.html"
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_bytes(page.encode("utf-8", "replace"))
-    partial.replace(path)
+    files.replace(path, [page.encode("utf-8", "replace")])
     return path
 
 
 # ---- reading
 
 
-def _objects(path: Path) -> Iterator[dict[str, Any]]:
-    """The JSON objects of a file, one a line; a last line torn by a crash is left out."""
-    broken = 0
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if broken:
-                raise ValueError(f"expected one JSON object per line, got something else at {path}:{broken}")
-            try:
-                record = json.loads(line)
-            except ValueError:
-                record = None
-            if isinstance(record, dict):
-                yield record
-            else:
-                broken = number
-
-
 def _read_metrics(run_dir: Path) -> Metrics:
-    path = run_dir / "metrics.jsonl"
-    if not path.is_file():
-        raise ValueError(f"expected a run directory with metrics.jsonl, got {run_dir}: no such file in it")
     steps: list[float] = []
     columns: dict[str, list[float]] = {key: [] for key in KEYS}
     segments: list[Segment] = []
     phase_step = math.inf
-    for record in _objects(path):
-        if math.isnan(step := _number(record.get("step"))):
+    for record in read_metrics(run_dir):
+        if (step := finite(record.get("step"))) is None:
             continue
         index, phase = len(steps), str(record.get("phase", "run"))
-        before, phase_step = phase_step, _number(record.get("phase_step"))
+        before, phase_step = phase_step, _column(record.get("phase_step"))
         # A cyclic schedule may come back to the same phase at once: then only its own count starts again.
         if segments and segments[-1].phase == phase and not phase_step < before:
             segments[-1] = segments[-1]._replace(end=index + 1)
@@ -114,14 +102,15 @@ def _read_metrics(run_dir: Path) -> Metrics:
             segments.append(Segment(phase, index, index + 1))
         steps.append(step)
         for key, values in columns.items():
-            values.append(_number(record.get(key)))
+            values.append(_column(record.get(key)))
     if not steps:
-        raise ValueError(f"expected at least one step, got none in {path}: report a run after its first step")
+        raise ValueError(f"expected at least one step, got none in {run_dir}: report a run after its first step")
     return Metrics(np.asarray(steps), {key: np.asarray(each) for key, each in columns.items()}, segments)
 
 
-def _number(value: Any) -> float:
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+def _column(value: Any) -> float:
+    number = finite(value)
+    return math.nan if number is None else number
 
 
 def _parse_config(text: str) -> dict[str, Any]:
@@ -147,7 +136,7 @@ def _thresholds(plan: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
     for phase in plan.values():
         stop = _section(phase, "stop")
         for key, words in (("collapsed_below_nats", "collapsed <"), ("recovered_above_nats", "recovered ≥")):
-            if math.isfinite(value := _number(stop.get(key))):
+            if (value := finite(stop.get(key))) is not None:
                 found[f"{words} {value:g}"] = value
     return found
 
@@ -169,40 +158,6 @@ def _panels(metrics: Metrics, thresholds: Mapping[str, float]) -> list[Panel]:
 # ---- the page's parts
 
 
-def _escape(value: Any) -> str:
-    text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", str(value).replace("\r\n", "\n"))
-    return html.escape(text)
-
-
-def _shorten(text: str, limit: int) -> str:
-    """Escaped text of at most about `limit` characters: three quarters from its start, the rest from its end."""
-    if len(text) <= limit:
-        return _escape(text)
-    head, tail = text[: limit * 3 // 4], text[-limit // 4 :]
-    left_out = len(text) - len(head) - len(tail)
-    return f"{_escape(head)}\n\n[&hellip; {left_out:,} characters left out &hellip;]\n\n{_escape(tail)}"
-
-
-def _details(summary: str, body: str) -> str:
-    return f'<details><summary>{summary}</summary><div class="body">{body}</div></details>'
-
-
-def _table(titles: Sequence[str], rows: Sequence[Sequence[str]], numeric: set[int]) -> str:
-    """Cells are HTML already."""
-
-    def row(tag: str, cells: Sequence[str]) -> str:
-        classes = ["n" if at in numeric else "name" if at == 0 else "" for at in range(len(cells))]
-        inner = (
-            f'<{tag} class="{name}">{cell}</{tag}>' if name else f"<{tag}>{cell}</{tag}>"
-            for name, cell in zip(classes, cells, strict=True)
-        )
-        return f"<tr>{''.join(inner)}</tr>"
-
-    body = "\n".join(row("td", cells) for cells in rows)
-    head = row("th", titles)
-    return f'<div class="scroll"><table><thead>{head}</thead>\n<tbody>{body}</tbody></table></div>'
-
-
 def _headline(config: Mapping[str, Any]) -> str:
     objectives = [str(_section(phase, "objective").get("name", "?")) for phase in config["phases"]]
     parts = [" → ".join(objectives[:6]) + (" → …" if len(objectives) > 6 else "")] if objectives else []
@@ -212,20 +167,7 @@ def _headline(config: Mapping[str, Any]) -> str:
             value = next((value[name] for name in ("name", "path", "preset") if value.get(name)), None)
         if isinstance(value, str | int | float) and len(str(value)) < 60:
             parts.append(f"{key} {value}")
-    return " &middot; ".join(_escape(part) for part in parts)
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
-def _quantity(value: float) -> str:
-    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= size:
-            return f"{value / size:.3g} {letter}"
-    return f"{value:.0f}"
+    return " &middot; ".join(escape(part) for part in parts)
 
 
 def _ends(values: np.ndarray, form: str, scale: float = 1.0) -> str:
@@ -247,15 +189,16 @@ def _wall_time_s(time_s: np.ndarray) -> float:
 
 def _facts(metrics: Metrics) -> str:
     columns = metrics.columns
-    derived = columns["rollout/tokens_per_s"] * columns["time/rollout_s"]
+    derived = columns[TOKENS_PER_S] * columns[ROLLOUT_S]
     tokens = np.nansum(np.where(np.isfinite(columns[TOKENS]), columns[TOKENS], derived))
     wall_s = _wall_time_s(columns["time_s"])
     facts = [
         ("Steps", f"{metrics.step[-1]:,.0f}"),
-        ("Wall time", _duration(wall_s) if wall_s > 0 else ""),
-        ("Tokens sampled", _quantity(tokens) if tokens > 0 else ""),
+        ("Wall time", duration(wall_s) if wall_s > 0 else ""),
+        ("Tokens sampled", count(tokens) if tokens > 0 else ""),
         ("Entropy, nats", _ends(columns[ENTROPY], ".3f")),
         ("Training accuracy, %", _ends(columns[ACCURACY], ".1f", 100)),
+        ("Updates skipped", f"{_total(metrics, SKIPPED)} of {len(metrics.step):,}"),
     ]
     return "".join(f"<div><dt>{name}</dt><dd>{value or '&ndash;'}</dd></div>" for name, value in facts)
 
@@ -282,25 +225,32 @@ def _phase_colours(segments: Sequence[Segment], plan: Mapping[str, Mapping[str, 
     return colours
 
 
-def _phase_table(metrics: Metrics, plan: Mapping[str, Mapping[str, Any]], colours: Mapping[str, str]) -> str:
+def _total(metrics: Metrics, name: str) -> int:
+    return int(np.nansum(metrics.columns[name]))
+
+
+def _phase_table(
+    metrics: Metrics, plan: Mapping[str, Mapping[str, Any]], colours: Mapping[str, str], status: Mapping[str, Any]
+) -> str:
     rows = []
     for segment in metrics.segments[:MAX_ROWS]:
         part = slice(segment.first, segment.end)
-        phase = plan.get(segment.phase, {})
+        phase, last = plan.get(segment.phase, {}), int(metrics.step[segment.end - 1])
+        how, over = run_status.end_of_phase(status, segment.phase, last)
         dot = f'<span class="dot" style="background: var(--{colours[segment.phase]})"></span>'
         rows.append(
             [
-                dot + _escape(segment.phase),
-                _escape(_section(phase, "objective").get("name", "–")),
+                dot + escape(segment.phase),
+                escape(_section(phase, "objective").get("name", "–")),
                 "&ndash;".join(dict.fromkeys(f"{metrics.step[at]:.0f}" for at in (segment.first, segment.end - 1))),
                 _ends(metrics.columns[ENTROPY][part], ".3f"),
                 _ends(metrics.columns[ACCURACY][part], ".1f", 100),
-                _escape(_until(phase) or "–"),
-                _escape(phase.get("outcome") or "–"),
+                escape(_until(phase) or "–") + how,
+                escape((over and phase.get("outcome")) or "–"),
             ]
         )
     titles = ["phase", "objective", "steps", "entropy, nats", "training accuracy, %", "ends at", "outcome"]
-    return _table(titles, rows, {2, 3, 4}) + _more(len(metrics.segments), "phases")
+    return table(titles, rows, {2, 3, 4}) + _more(len(metrics.segments), "phases")
 
 
 def _more(count: int, what: str) -> str:
@@ -311,32 +261,28 @@ def _evaluation_table(evaluations: Sequence[Mapping[str, Any]]) -> str:
     if not evaluations:
         return '<p class="muted">This run has no evaluations.</p>'
 
-    def cell(value: Any, form: str, scale: float = 1.0) -> str:
-        number = _number(value) * scale
-        return format(number, form) if math.isfinite(number) else "&ndash;"
-
     rows = []
     for record in evaluations[:MAX_ROWS]:
-        error = cell(record.get("avg_at_k_stderr"), ".1f", 100)
+        error = fixed(record.get("avg_at_k_stderr"), ".1f", 100)
         sampling = _section(record, "sampling")
         rows.append(
             [
-                _escape(record.get("stage", "–")),
-                cell(record.get("step"), ".0f"),
-                _escape(record.get("benchmark", "–")),
-                cell(record.get("problems"), ",.0f"),
-                cell(record.get("samples"), ".0f"),
-                cell(record.get("avg_at_k"), ".1f", 100)
-                + ("" if error == "&ndash;" else f' <span class="muted">± {error}</span>'),
-                cell(record.get("pass_at_k"), ".1f", 100),
-                cell(record.get("length_mean_tokens"), ",.0f"),
-                cell(record.get("truncated_fraction"), ".1f", 100),
-                cell(record.get("entropy_nats"), ".3f"),
-                _escape(", ".join(f"{name} {value}" for name, value in sampling.items()) or "–"),
+                escape(record.get("stage", "–")),
+                fixed(record.get("step"), ".0f"),
+                escape(record.get("benchmark", "–")),
+                fixed(record.get("problems"), ",.0f"),
+                fixed(record.get("samples"), ".0f"),
+                fixed(record.get("avg_at_k"), ".1f", 100)
+                + ("" if error == DASH else f' <span class="muted">± {error}</span>'),
+                fixed(record.get("pass_at_k"), ".1f", 100),
+                fixed(record.get("length_mean_tokens"), ",.0f"),
+                fixed(record.get("truncated_fraction"), ".1f", 100),
+                fixed(record.get("entropy_nats"), ".3f"),
+                escape(", ".join(f"{name} {value}" for name, value in sampling.items()) or "–"),
             ]
         )
     titles = ["stage", "step", "benchmark", "problems", "k", "avg@k, %", "pass@k, %", "tokens", "cut, %", "nats"]
-    return _table([*titles, "sampling"], rows, {1, 3, 4, 5, 6, 7, 8, 9}) + _more(len(evaluations), "evaluations")
+    return table([*titles, "sampling"], rows, {1, 3, 4, 5, 6, 7, 8, 9}) + _more(len(evaluations), "evaluations")
 
 
 def _examples(evaluations: Sequence[Mapping[str, Any]]) -> str:
@@ -352,7 +298,7 @@ def _examples(evaluations: Sequence[Mapping[str, Any]]) -> str:
         chosen = right[:3] + wrong[:3]
         if not chosen:
             continue
-        parts.append(f'<h3>Responses: {_escape(stage)} <span class="muted">{_escape(benchmark)}</span></h3>')
+        parts.append(f'<h3>Responses: {escape(stage)} <span class="muted">{escape(benchmark)}</span></h3>')
         for example in chosen:
             part = _example(example)
             room_bytes -= len(part.encode("utf-8", "replace"))
@@ -368,15 +314,15 @@ def _example(example: Mapping[str, Any]) -> str:
     mark = f'<span class="mark {"good" if right else "bad"}">{"✓ correct" if right else "✗ wrong"}</span>'
     prompt = str(example.get("prompt", ""))
     first = " ".join(prompt.split())
-    summary = mark + _escape(first[:110] + ("…" if len(first) > 110 else ""))
+    summary = mark + escape(first[:110] + ("…" if len(first) > 110 else ""))
     parts = (
         ("Prompt", prompt, 3000),
         ("Response", example.get("response"), 8000),
         ("Answer", example.get("answer"), 500),
     )
     body = "".join(
-        f'<p class="label">{name}</p><pre>{_shorten(str(text), limit)}</pre>'
+        f'<p class="label">{name}</p><pre>{shorten(str(text), limit)}</pre>'
         for name, text, limit in parts
         if text is not None
     )
-    return _details(summary, body)
+    return details(summary, body)

@@ -25,7 +25,7 @@ COLOURS = {
 """The names of the page's CSS variables, with their values in the light theme."""
 
 MAX_POINTS = 1000
-"""Of a series: more than the page has pixels to tell apart."""
+"""Points drawn of a series: more than the page has pixels to tell apart."""
 
 MAX_SHADED = 400
 WIDTH_IN, LEFT, RIGHT = 10.4, 0.055, 0.895
@@ -78,7 +78,7 @@ class Panel(NamedTuple):
 def draw(
     step: np.ndarray, panels: Sequence[Panel], segments: Sequence[Segment], phase_colours: Mapping[str, str]
 ) -> str:
-    """The panels over `step`, phases shaded and named, as an `<svg>` element to be put into a page."""
+    """Draw the panels over `step`, phases shaded and named, as an `<svg>` element to be put into a page."""
     # Lazy: matplotlib takes a second, which only a report should cost.
     import matplotlib.style
     from matplotlib.figure import Figure
@@ -233,7 +233,7 @@ def _name_phases(axis: Any, step: np.ndarray, segments: Sequence[Segment], phase
 
 
 def smoothed(values: np.ndarray, segments: Sequence[Segment]) -> np.ndarray:
-    """[N] -> [N]: centred moving mean over a 25th of each segment, never across its ends, NaN left out."""
+    """Return the centred moving mean of `values`, [N] -> [N], over a 25th of each segment, never across its ends, NaN left out."""
     result = np.full(len(values), np.nan)
     for _, first, end in segments:
         part = values[first:end]
@@ -260,7 +260,7 @@ def thinned(values: np.ndarray) -> np.ndarray:
 
 
 def _for_page(svg: str) -> str:
-    """The bare element, sized by the page, its colours the page's variables (so it follows a dark theme)."""
+    """Strip an SVG file to its bare element, sized by the page, its colours the page's variables (so it follows a dark theme)."""
     svg = svg[svg.index("<svg") :]
     # The date would make equal runs unequal pages.
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)

@@ -1,4 +1,4 @@
-"""A directory of evaluations, OUT/BENCHMARK/MODEL.jsonl: its table in the layout of the paper's table 1, and comparisons."""
+"""Tables of a directory of evaluations, OUT/BENCHMARK/MODEL.jsonl, in the layout of the paper's table 1; comparisons."""
 
 import csv
 import io
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tsopsd_jax.evaluation.evaluate import Difference, Response, paired_bootstrap, pass_per_problem, summarise
-from tsopsd_jax.rundir import resumable_jsonl
+from tsopsd_jax.rundir import files, resumable_jsonl
 
 
 class Evaluated(NamedTuple):
@@ -26,22 +26,22 @@ class Evaluated(NamedTuple):
         return self.settings["problems"] * self.settings["samples"] - len(self.responses)
 
     def passes(self, k: int | None) -> int:
-        """k of pass@k: as asked for, at most the samples that there are."""
+        """Return the k of pass@k: as asked for, at most the samples of a problem."""
         return min(k or self.settings["samples"], self.settings["samples"])
 
     def summary(self, k: int | None) -> dict[str, Any]:
-        """See `evaluate.summarise`."""
+        """Summarise the responses, with the keys of `evaluation.evaluate.summarise`."""
         numbers = summarise(self.responses, samples=self.settings["samples"], k=self.passes(k))
         return {"model": self.model, "benchmark": self.benchmark, **numbers}
 
     def per_problem(self, k: int | None) -> np.ndarray:
-        """avg@n and pass@k of each problem, [problems, 2]."""
+        """Return avg@n and pass@k of each problem, [problems, 2]."""
         correct = np.asarray([r.correct for r in self.responses], np.float64).reshape(-1, self.settings["samples"])
         return np.stack([correct.mean(axis=1), pass_per_problem(correct, self.passes(k))], axis=1)
 
 
 def read_out(out: Path) -> list[Evaluated]:
-    """All that stands in `out`, in the order in which it was begun; finished or not."""
+    """Read all evaluations in `out`, finished or not, in the order in which they were begun."""
     found = []
     for file in out.glob("*/*.jsonl"):
         # A response that two processes sampled is one response.
@@ -55,14 +55,14 @@ def read_out(out: Path) -> list[Evaluated]:
 
 
 class Table(NamedTuple):
-    """What is shown: titles of the columns, and rows of a model's name and its numbers in percent (None: not there)."""
+    """Titles of columns, and rows of a model's name and its numbers in percent (None: not evaluated)."""
 
     titles: list[str]
     rows: list[tuple[str, list[tuple[float, float] | None]]]
 
 
 def make_table(finished: Sequence[Evaluated], k: int | None) -> Table:
-    """Models as rows, benchmarks as columns, (avg@n, pass@k) as cells; last the average of a model that has them all."""
+    """Make the table of models (rows) and benchmarks (columns), cells (avg@n, pass@k); last the average of a model that has all."""
     benchmarks = {e.benchmark: f"{e.benchmark} avg@{e.settings['samples']}/pass@{e.passes(k)}" for e in finished}
     cells = {(e.model, e.benchmark): 100 * e.per_problem(k).mean(axis=0) for e in finished}
     rows = []
@@ -75,7 +75,7 @@ def make_table(finished: Sequence[Evaluated], k: int | None) -> Table:
 
 
 def markdown(table: Table, evaluated: Sequence[Evaluated], k: int | None) -> str:
-    """The table, then what else was measured, then what is not finished."""
+    """Write the table, then the other measurements, then the evaluations that are not finished."""
     rows = [
         [model, *("–" if cell is None else f"{cell[0]:.2f}/{cell[1]:.2f}" for cell in cells)]
         for model, cells in table.rows
@@ -113,7 +113,7 @@ def _grid(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def as_csv(table: Table) -> str:
-    """The same table, each number in a column of its own, in percent."""
+    """Write a table as CSV, each number in a column of its own, in percent."""
     text = io.StringIO()
     write = csv.writer(text, lineterminator="\n").writerow
     names = [title.rsplit(" ", 1) for title in table.titles]
@@ -125,10 +125,10 @@ def as_csv(table: Table) -> str:
 
 
 def write_tables(out: Path, *, k: int | None) -> str:
-    """Write table.md, table.csv and results.jsonl (a line per model and benchmark) of what is finished; returns table.md.
+    """Write table.md, table.csv and results.jsonl (a line per model and benchmark) of finished evaluations; returns table.md.
 
     Raises:
-        ValueError: nothing is.
+        ValueError: none is finished.
     """
     evaluated = read_out(out)
     finished = [e for e in evaluated if not e.missing]
@@ -138,14 +138,13 @@ def write_tables(out: Path, *, k: int | None) -> str:
     text = markdown(table, evaluated, k)
     summaries = "".join(json.dumps(e.summary(k)) + "\n" for e in finished)
     for name, content in (("table.md", text), ("table.csv", as_csv(table)), ("results.jsonl", summaries)):
-        partial = out / f".{name}.partial"
-        partial.write_text(content, encoding="utf-8")
-        partial.replace(out / name)
+        files.replace(out / name, [content.encode()])
     return text
 
 
 def compare(out: Path, first: str, second: str, *, k: int | None, seed: int) -> str:
-    """Second less first, in points with 95 % intervals of the paired bootstrap, on each benchmark that both have finished.
+    """Compare two models on each benchmark that both have finished: second less first, in points, with 95 % intervals of the
+    paired bootstrap.
 
     Raises:
         ValueError: a model that is not there, or no benchmark in common.

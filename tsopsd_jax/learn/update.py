@@ -11,13 +11,10 @@ from jaxtyping import Array, Float
 
 from tsopsd_jax.distributed.sharding import AnyMesh, replicated, tree_shardings
 from tsopsd_jax.head import CHUNK_TOKENS, add, batch_loss, batch_stats
+from tsopsd_jax.metric_names import ENTROPY, GRAD_NORM, HELD, LOSS, SKIPPED
 from tsopsd_jax.model.qwen3 import Qwen3
 from tsopsd_jax.objectives import Objective
 from tsopsd_jax.types import Batch, Prompts, PyTree, Rollout, TrainState
-
-ENTROPY = "policy/entropy_nats"
-"""The metric that stop rules and guards look at."""
-
 
 MICRO_BATCHES = "micro_batches"
 """Name of the loop over the pieces of a batch in profiles and compiled programs."""
@@ -33,6 +30,15 @@ class UpdateOut(NamedTuple):
 Update = Callable[..., tuple[TrainState, UpdateOut]]
 
 
+def warm_up(*, learning_rate: float, warmup_steps: int = 0) -> optax.Schedule:
+    """The rate of an update by how many went before it: a linear rise to `learning_rate` over `warmup_steps`, then constant."""
+
+    def rate(count):
+        return learning_rate * jnp.minimum(1.0, (count.astype(jnp.float32) + 1.0) / max(warmup_steps, 1))
+
+    return rate
+
+
 def make_optimizer(
     *,
     learning_rate: float,
@@ -44,16 +50,13 @@ def make_optimizer(
     epsilon: float = 1e-8,
     momentum_dtype: DTypeLike = jnp.float32,
 ) -> optax.GradientTransformation:
-    """AdamW behind a global-norm clip; the rate rises linearly to `learning_rate` over `warmup_steps`, then stays.
+    """AdamW behind a global-norm clip, at the rate of `warm_up`.
 
     Weight decay spares the norms' scales and the biases: decaying a scale towards 0 is not decay towards a simpler function.
     `momentum_dtype` is that of the stored first moment. The second stays float32: at beta2 = 0.999 bfloat16 would round
     its changes away.
     """
-
-    def rate(count):
-        return learning_rate * jnp.minimum(1.0, (count.astype(jnp.float32) + 1.0) / max(warmup_steps, 1))
-
+    rate = warm_up(learning_rate=learning_rate, warmup_steps=warmup_steps)
     return optax.chain(
         optax.clip_by_global_norm(clip_norm),
         optax.adamw(
@@ -163,6 +166,7 @@ def make_update(
     *,
     micro_batches: int = 1,
     chunk_tokens: int = CHUNK_TOKENS,
+    learning_rate: optax.Schedule | None = None,
 ) -> Update:
     """update(state, batch, hold_above_nats=inf) -> (state, UpdateOut); pure, to be jitted with a donated state.
 
@@ -173,6 +177,7 @@ def make_update(
     Args:
         micro_batches: number of equal strided pieces of the batch's rows; gradients of the pieces are added.
         chunk_tokens: tokens whose logits exist at once, on each device.
+        learning_rate: the optimizer's own, to be reported by the update.
     """
     gradient = make_gradient(model, objective, micro_batches=micro_batches, chunk_tokens=chunk_tokens)
 
@@ -195,13 +200,16 @@ def make_update(
         )
         metrics = {name: mean.value for name, mean in out.metrics.items()}
         metrics |= {
-            "loss/total": out.loss.value,
-            "optim/grad_norm": norm,
-            "optim/skipped": 1.0 - finite.astype(jnp.float32),
-            "optim/held": held.astype(jnp.float32),
+            LOSS: out.loss.value,
+            GRAD_NORM: norm,
+            SKIPPED: 1.0 - finite.astype(jnp.float32),
+            HELD: held.astype(jnp.float32),
             "rollout/logp_gap_max_nats": gap,
             "loss/tokens": out.loss.count,
         }
+        if learning_rate is not None:
+            (_, count), *_ = optax.tree.get_all_with_path(state.opt_state, "count")
+            metrics["optim/learning_rate"] = learning_rate(count)
         return TrainState(state.step + 1, params, opt_state), UpdateOut(metrics, finite)
 
     return update

@@ -5,6 +5,7 @@ from jaxtyping import Array
 
 from tsopsd_jax import losses
 from tsopsd_jax.logit_stats import LibraryStats
+from tsopsd_jax.metric_names import ENTROPY
 from tsopsd_jax.objectives.base import Objective
 from tsopsd_jax.types import Batch, LossOutput, Mean
 
@@ -42,7 +43,7 @@ def dapo(*, clip_low: float = 0.2, clip_high: float = 0.28, clip_ratio_c: float 
         return LossOutput(
             loss=Mean.of(per_token, batch.mask),
             metrics={
-                "policy/entropy_nats": Mean.of(stats["entropy"], batch.mask),
+                ENTROPY: Mean.of(stats["entropy"], batch.mask),
                 "policy/ratio_mean": Mean.of(ratio, batch.mask),
                 "policy/ratio_variance": Mean.of(jnp.square(ratio - 1), batch.mask),
                 # r - 1 - log r >= 0, whose mean over the sampler's tokens is KL(sampler || policy)

@@ -3,6 +3,7 @@
 from jaxtyping import Array
 
 from tsopsd_jax.logit_stats import LibraryStats
+from tsopsd_jax.metric_names import ENTROPY
 from tsopsd_jax.objectives.base import Objective
 from tsopsd_jax.types import Batch, LossOutput, Mean
 
@@ -27,7 +28,7 @@ def ts_opsd(*, direction: str = "forward", teacher_temperature: float = 1.2) -> 
         return LossOutput(
             loss=kl,
             metrics={
-                "policy/entropy_nats": Mean.of(stats["entropy"], batch.mask),
+                ENTROPY: Mean.of(stats["entropy"], batch.mask),
                 f"distil/{direction}_kl_nats": kl,
             },
         )

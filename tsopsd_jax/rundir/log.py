@@ -1,71 +1,56 @@
-"""The log of a run: `metrics.jsonl` (a line per step), its mirrors (TensorBoard, W&B), and evaluations.
+"""The log of a run: `metrics.jsonl` (a line per step), its mirrors (`rundir.trackers`), and evaluations.
 
 `metrics.jsonl` is the truth, the mirrors follow it. All of it is strict JSON: a number that is not finite is
 written as null.
 """
 
-import contextlib
-import importlib
 import json
 import math
-import os
-import sys
-import uuid
-import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 
+from tsopsd_jax.rundir import files
+from tsopsd_jax.rundir.status import Status
+from tsopsd_jax.rundir.trackers import Tracker, open_mirrors
+
 METRICS_FILE = "metrics.jsonl"
 EVALUATIONS_FILE = "evaluations.jsonl"
-EVENTS_FOLDER = "events"
-WANDB_ID_FILE = "wandb_id.txt"
+MEASURED = ("avg_at_k", "pass_at_k", "length_mean_tokens", "truncated_fraction", "entropy_nats")
+"""Measurements of an evaluation that mirrors show."""
+NOT_MIRRORED = ("step", "time_s", "phase_step")
+TENSORBOARD = Tracker()
 
 
 class RunLog:
     """Appends to a run directory's log; one process of a run may hold it at a time.
 
-    Opening it for a run that goes on at `last_step` (0: from the start) drops what was logged after it, since
+    Opening it for a run that resumes at `last_step` (0: from the start) drops what was logged after it, since
     those steps will be taken again; the lines before stay as they are, byte for byte.
 
     Args:
         run_dir: the run directory; made if absent.
-        last_step: the step of the state that the run goes on with, 0 for a new run.
-        wandb_project: mirror to this Weights & Biases project too; None for no mirror.
-        wandb_entity: the team or user that owns the project; None for the account's default.
-        wandb_name: the run's name as Weights & Biases shows it; None for the run directory's name.
-        wandb_mode: "online" or "offline" (kept in the run directory, to be synchronised later).
+        last_step: the step of the state that the run resumes with, 0 for a new run.
+        tracker: where the log is mirrored.
 
     Raises:
-        ValueError: if a line before the last is not JSON, or wandb is asked for and not installed.
+        ValueError: if a line before the last is not JSON, or a tracker does not start.
     """
 
-    def __init__(
-        self,
-        run_dir: str | Path,
-        *,
-        last_step: int,
-        wandb_project: str | None = None,
-        wandb_entity: str | None = None,
-        wandb_name: str | None = None,
-        wandb_mode: str = "online",
-    ):
-        run_dir = Path(run_dir)
-        run_dir.mkdir(parents=True, exist_ok=True)
+    def __init__(self, run_dir: str | Path, *, last_step: int, tracker: Tracker = TENSORBOARD):
+        self._run_dir, self._step = Path(run_dir), last_step
+        self._run_dir.mkdir(parents=True, exist_ok=True)
+        logged = {}
         for name in (METRICS_FILE, EVALUATIONS_FILE):
-            _drop_lines_after(run_dir / name, last_step)
-        self._step = last_step
-        self._wandb = None
-        if wandb_project is not None:
-            # First, because it is what can fail: nothing is open yet.
-            self._wandb = _open_wandb(
-                run_dir, project=wandb_project, entity=wandb_entity, name=wandb_name, mode=wandb_mode
-            )
-        self._tensorboard = _open_tensorboard(run_dir / EVENTS_FOLDER, purge_step=last_step + 1)
-        self._file = (run_dir / METRICS_FILE).open("ab")
+            records = files.read(self._run_dir / name)
+            logged[name] = max((record.get("step", 0) for record in records), default=-1)
+            files.mend(self._run_dir / name, lambda record: record.get("step", 0) <= last_step)
+        self.status = Status(self._run_dir, last_step=last_step, lines=files.read(self._run_dir / METRICS_FILE))
+        self._mirrors = open_mirrors(self._run_dir, tracker, last_step=last_step, logged=logged)
+        self._file = (self._run_dir / METRICS_FILE).open("ab")
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Append one step's line (`step` an integer above all before it; values scalars, strings or None).
@@ -86,24 +71,33 @@ class RunLog:
         self._file.write(_encode(record))
         self._file.flush()
         self._step = step
-        numbers = {
-            key: float(value)
-            for key, value in record.items()
-            if isinstance(value, int | float) and key not in ("step", "time_s", "phase_step")
-        }
-        for key, value in numbers.items():
-            self._tensorboard.add_scalar(key, value, global_step=step)
-        if self._wandb is not None:
-            self._wandb.log({**numbers, "step": step, "phase": record.get("phase")})
+        self.status.count(record)
+        self._show(METRICS_FILE, step, record)
+
+    def write_evaluation(self, record: Mapping[str, Any]) -> None:
+        """Add an evaluated stage, as `append_evaluation` does, and mirror what was measured as `evaluation/NAME`."""
+        append_evaluation(self._run_dir, record)
+        measured = {f"evaluation/{name}": _plain(record.get(name)) for name in MEASURED}
+        self._show(EVALUATIONS_FILE, record["step"], measured | {"evaluation/stage": record.get("stage")})
+
+    def _show(self, file: str, step: int, record: Mapping[str, Any]) -> None:
+        values = {key: value for key, value in record.items() if value is not None and key not in NOT_MIRRORED}
+        for mirror in self._mirrors:
+            mirror.show(file, step, values)
+
+    def flush(self) -> None:
+        """Put on disk what the mirrors hold back, and the status."""
+        self.status.write()
+        for mirror in self._mirrors:
+            mirror.flush()
 
     def close(self) -> None:
         """Flush and close the file and its mirrors; a second call does nothing."""
         if self._file.closed:
             return
         self._file.close()
-        self._tensorboard.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        for mirror in self._mirrors:
+            mirror.close()
 
     def __enter__(self) -> "RunLog":
         return self
@@ -115,7 +109,7 @@ class RunLog:
 
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
-    """The lines of `metrics.jsonl`, oldest first; a last line torn by a crash is left out.
+    """Read the lines of `metrics.jsonl`, oldest first; a last line torn by a crash is left out.
 
     Raises:
         ValueError: if the file is absent or a line before the last is not JSON.
@@ -123,7 +117,7 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
     path = Path(run_dir) / METRICS_FILE
     if not path.is_file():
         raise ValueError(f"expected a run directory with {METRICS_FILE}, got {run_dir}: no such file in it")
-    return [record for _, record in _lines(path)]
+    return files.read(path)
 
 
 def append_evaluation(run_dir: str | Path, record: Mapping[str, Any]) -> None:
@@ -139,17 +133,16 @@ def append_evaluation(run_dir: str | Path, record: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     new = _plain(record)
     kept = [old for old in read_evaluations(run_dir) if _identity(old) != _identity(new)]
-    _replace(path, (_encode(each) for each in [*kept, new]))
+    files.replace(path, (_encode(each) for each in [*kept, new]))
 
 
 def read_evaluations(run_dir: str | Path) -> list[dict[str, Any]]:
-    """The records of `evaluations.jsonl` in the order of their making; none if the file is absent.
+    """Read the records of `evaluations.jsonl` in the order of their making; none if the file is absent.
 
     Raises:
         ValueError: if a line before the last is not JSON.
     """
-    path = Path(run_dir) / EVALUATIONS_FILE
-    return [record for _, record in _lines(path)] if path.is_file() else []
+    return files.read(Path(run_dir) / EVALUATIONS_FILE)
 
 
 def _identity(evaluation: Mapping[str, Any]) -> str:
@@ -158,7 +151,7 @@ def _identity(evaluation: Mapping[str, Any]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """`value` as strict JSON: NumPy and JAX scalars become Python's, non-finite numbers become None."""
+    """Turn `value` into strict JSON: NumPy and JAX scalars become Python's, non-finite numbers become None."""
     if isinstance(value, Mapping):
         return {str(key): _plain(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
@@ -176,101 +169,3 @@ def _plain(value: Any) -> Any:
 def _encode(record: Mapping[str, Any]) -> bytes:
     # ASCII: text may hold lone surrogates or U+2028, and a line must stay one line for every reader.
     return json.dumps(record, allow_nan=False, ensure_ascii=True).encode("ascii") + b"\n"
-
-
-def _lines(path: Path) -> Iterable[tuple[bytes, dict[str, Any]]]:
-    """The file's lines and what they say. Only the last may be broken (a crash tore it): it is skipped."""
-    with path.open("rb") as file:
-        broken = 0
-        for number, line in enumerate(file, start=1):
-            if broken:
-                raise ValueError(
-                    f"expected one JSON object per line, got something else at {path}:{broken}: "
-                    "remove that line to go on"
-                )
-            try:
-                record = json.loads(line)
-            except ValueError:  # JSONDecodeError and UnicodeDecodeError
-                record = None
-            if isinstance(record, dict):
-                yield line, record
-            else:
-                broken = number
-
-
-def _drop_lines_after(path: Path, last_step: int) -> None:
-    """Rewrite the file without the lines whose step is above `last_step`, and without a torn last line."""
-    if not path.is_file():
-        return
-    # A line without its newline that still parses is whole: only the newline was lost.
-    _replace(
-        path,
-        (
-            line if line.endswith(b"\n") else line + b"\n"
-            for line, record in _lines(path)
-            if record.get("step", 0) <= last_step
-        ),
-    )
-
-
-def _replace(path: Path, lines: Iterable[bytes]) -> None:
-    """Write `lines` to a file beside `path`, then rename: a crash leaves the old file or the new one."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        file.writelines(lines)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-
-
-def _open_tensorboard(folder: Path, *, purge_step: int) -> Any:
-    """A TensorBoard writer; events of an earlier process at `purge_step` and later are not shown any more."""
-    with warnings.catch_warnings(), _without("torch"):
-        # Its protobuf stubs warn about things that we cannot change.
-        warnings.simplefilter("ignore")
-        from tensorboardX import SummaryWriter
-
-        folder.mkdir(parents=True, exist_ok=True)
-        # Its file names count whole seconds; a process that restarts within one would overwrite a file.
-        suffix = f".{uuid.uuid4().hex[:8]}"
-        return SummaryWriter(str(folder), purge_step=purge_step, flush_secs=10, filename_suffix=suffix)
-
-
-@contextlib.contextmanager
-def _without(package: str) -> Iterator[None]:
-    """The package as if it were not installed, unless it is imported already. (TensorBoard's writer imports torch where it can,
-    which takes seconds at every start, to draw graphs of torch models.)"""
-    if package in sys.modules:
-        yield
-        return
-    sys.modules[package] = None  # pyright: ignore[reportArgumentType]
-    try:
-        yield
-    finally:
-        del sys.modules[package]
-
-
-def _open_wandb(run_dir: Path, *, project: str, entity: str | None, name: str | None, mode: str) -> Any:
-    """A Weights & Biases run that a later process can continue: its id is kept in the run directory."""
-    try:
-        wandb: Any = importlib.import_module("wandb")
-    except ImportError as error:
-        raise ValueError(
-            f"the log's mirror to the Weights & Biases project {project!r} expects the package wandb, "
-            'got none: pip install "tsopsd-jax[wandb]"'
-        ) from error
-    id_file = run_dir / WANDB_ID_FILE
-    if not id_file.is_file():
-        id_file.write_text(uuid.uuid4().hex[:12] + "\n")
-    run = wandb.init(
-        project=project,
-        entity=entity,
-        name=name or run_dir.resolve().name,
-        mode=mode,
-        dir=str(run_dir),
-        id=id_file.read_text().strip(),
-        resume="allow",
-    )
-    # Our own x axis: its internal counter refuses steps that a resumed run takes again.
-    run.define_metric("*", step_metric="step")
-    return run

@@ -20,17 +20,18 @@ FILES = (
     "functions/*",
     "metrics.jsonl",
     "evaluations.jsonl",
-    "wandb_id.txt",
+    "status.json",
+    "tracker.json",
     "report.html",
     "events/*",
 )
-"""What is copied."""
+"""Files that are copied, as patterns."""
 ADDRESS_FILE = ".store"
-"""In the local folder: the address of the run."""
+"""A file in the local folder that holds the address of the run."""
 
 
 def folder_of(run_dir: str, cache: Path) -> Path:
-    """The local folder of a run directory: that directory, or for an address on a store a folder under `cache`.
+    """Name the local folder of a run directory: itself, or for an address on a store a folder under `cache`.
 
     Raises:
         ValueError: a store that the installed libraries cannot reach.
@@ -51,21 +52,21 @@ def folder_of(run_dir: str, cache: Path) -> Path:
 
 
 def address(folder: Path) -> epath.Path | None:
-    """Where the run of a local folder lies; None: in the folder itself."""
+    """Return the address on a store of the run in a local folder; None: it lies in the folder itself."""
     file = folder / ADDRESS_FILE
     return epath.Path(file.read_text().strip()) if file.is_file() else None
 
 
 def checkpoints_of(folder: Path) -> epath.Path:
-    """Where a run's checkpoints lie."""
+    """Return the directory of a run's checkpoints, on the store or in the local folder."""
     return (address(folder) or epath.Path(folder.resolve())) / "checkpoints"
 
 
 def fetch(folder: Path) -> None:
-    """Make the local files those of the store, if the run lies on one.
+    """Replace the local files by those of the store, if the run lies on one.
 
     Raises:
-        ValueError: something else lies there.
+        ValueError: the place on the store holds something that is no run.
     """
     far = address(folder)
     if far is None:
@@ -98,7 +99,7 @@ def push(folder: Path) -> None:
 
 @contextlib.contextmanager
 def opened(run_dir: str) -> Iterator[Path]:
-    """A run directory to read: itself, or a copy of what a store holds."""
+    """Open a run directory to be read: itself, or a copy of what a store holds."""
     with tempfile.TemporaryDirectory() as cache:
         folder = folder_of(run_dir, Path(cache))
         fetch(folder)

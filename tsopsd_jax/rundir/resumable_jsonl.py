@@ -1,26 +1,27 @@
-"""Files of JSON lines that the same command, after an interruption, goes on with: whose they are, what they hold."""
+"""Files of JSON lines that the same command resumes after an interruption, with the settings that they were begun with."""
 
 import json
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+from tsopsd_jax.rundir import files
+
 BEGUN = "begun"
-"""When a file was begun, among its settings; no setting itself."""
+"""Key of the time at which a file was begun; it stands among the settings and is none."""
 
 
 def settings_file(out: Path) -> Path:
-    """Where the settings of `out` stand: beside it."""
+    """Name the file that holds the settings of `out`, beside it."""
     return out.with_name(out.name + ".settings.json")
 
 
 def read_settings(out: Path) -> dict[str, Any]:
-    """The settings that `out` was begun with.
+    """Read the settings that `out` was begun with.
 
     Raises:
-        ValueError: there are none: another program wrote `out`.
+        ValueError: there are none, so another program wrote `out`.
     """
     beside = settings_file(out)
     if not beside.is_file():
@@ -31,7 +32,7 @@ def read_settings(out: Path) -> dict[str, Any]:
 
 
 def first_difference(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> str | None:
-    """`name: theirs != mine` of the first setting that differs; None if none does."""
+    """Describe the first setting that differs as `name: theirs != mine`; None if none does."""
     for name in [n for n in {**mine, **theirs} if n != BEGUN]:
         if mine.get(name) != theirs.get(name):
             return f"{name}: {theirs.get(name)!r} != {mine.get(name)!r}"
@@ -39,7 +40,7 @@ def first_difference(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> str 
 
 
 def check_ours(out: Path, settings: Mapping[str, Any]) -> None:
-    """`out` is absent, or was begun with these settings.
+    """Check that `out` is absent, or was begun with these settings.
 
     Raises:
         ValueError: another program wrote it, or other settings (the first is named).
@@ -63,32 +64,27 @@ def remove(out: Path) -> None:
 
 
 def lines(out: Path) -> list[dict[str, Any]]:
-    """The lines that `out` holds, without a half-written last one; none if it is absent."""
-    return [json.loads(line) for line in _whole(out).splitlines()] if out.exists() else []
-
-
-def _whole(out: Path) -> bytes:
-    raw = out.read_bytes()
-    return raw[: raw.rfind(b"\n") + 1]
+    """Read the lines of `out`, without a half-written last one; none if it is absent."""
+    return files.read(out)
 
 
 def claim(out: Path, settings: Mapping[str, Any]) -> None:
-    """Make `out` and its settings' file if it is absent; else cut off a half-written last line.
+    """Make `out` and the file of its settings if it is absent; else cut off a half-written last line.
 
     Raises:
-        ValueError: see `check_ours`.
+        ValueError: another program wrote it, or other settings (the first is named), or a line in its midst is broken.
     """
     check_ours(out, settings)
     if not out.exists():
         out.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps({**settings, BEGUN: time.time()}, indent=1) + "\n"
-        settings_file(out).write_text(text, encoding="utf-8")
+        files.replace(settings_file(out), [text.encode()])
         out.touch()
-    elif len(whole := _whole(out)) < out.stat().st_size:
-        os.truncate(out, len(whole))
+    elif sum(len(line) for line, _ in files.json_lines(out)) != out.stat().st_size:
+        files.mend(out)
 
 
 def append(file: TextIO, line: Mapping[str, Any]) -> None:
-    """Write a line and flush it: what was sampled once is kept."""
+    """Append a line and flush it, so that what was sampled is kept."""
     file.write(json.dumps(line, ensure_ascii=False) + "\n")
     file.flush()

@@ -10,7 +10,7 @@ from tsopsd_jax.distributed import processes
 from tsopsd_jax.evaluation.evaluate import evaluate, evaluation_key
 from tsopsd_jax.rollout import Engine
 from tsopsd_jax.rundir import object_store
-from tsopsd_jax.rundir.log import append_evaluation, read_evaluations
+from tsopsd_jax.rundir.log import RunLog, read_evaluations
 from tsopsd_jax.rundir.run_state import RunState
 from tsopsd_jax.train.phase import Phase
 from tsopsd_jax.train.phase_step import Shared
@@ -24,11 +24,19 @@ class Evaluations:
         plan: what is evaluated; None: nothing is.
         shared: by which model, on what.
         phases: the schedule; a phase's outcome names the stage after it.
-        run_dir: where records go.
+        run_dir: where records are.
+        log: where they go; None: another process writes them.
     """
 
-    def __init__(self, plan: EvaluationPlan | None, shared: Shared, phases: Sequence[Phase], run_dir: Path):
-        self.plan, self.shared, self.phases, self.run_dir = plan, shared, phases, run_dir
+    def __init__(
+        self,
+        plan: EvaluationPlan | None,
+        shared: Shared,
+        phases: Sequence[Phase],
+        run_dir: Path,
+        log: RunLog | None,
+    ):
+        self.plan, self.shared, self.phases, self.run_dir, self.log = plan, shared, phases, run_dir, log
 
     def stage(self, run: RunState) -> str | None:
         """The name of the stage at which the policy is to be evaluated now; None: at none."""
@@ -64,8 +72,9 @@ class Evaluations:
             on_progress=on_progress,
         )
         where = {"stage": stage, "step": run.step, "phase_step": run.progress.phase_step, **plan.facts()}
-        if processes.is_first():
-            append_evaluation(self.run_dir, where | record)
+        if self.log is not None:
+            self.log.write_evaluation(where | record)
+            self.log.flush()
             object_store.push(self.run_dir)
         scores = (f"{name}@{plan.samples} {100 * record[f'{name}_at_k']:.1f} %" for name in ("avg", "pass"))
         return f"{stage}: {', '.join(scores)}"

@@ -8,7 +8,18 @@ import numpy as np
 from tsopsd_jax.judge.dynamic_sampling import Collected
 from tsopsd_jax.judge.groups import Groups
 from tsopsd_jax.judge.scoring import Scored
-from tsopsd_jax.learn.update import ENTROPY
+from tsopsd_jax.metric_names import (
+    ACCURACY,
+    ENTROPY,
+    GROUPS_KEPT,
+    LENGTH,
+    REWARD,
+    ROLLOUT_S,
+    STEP_S,
+    TOKENS,
+    TOKENS_PER_S,
+    TRUNCATED,
+)
 from tsopsd_jax.rollout import Engine
 from tsopsd_jax.rundir.run_state import RunState
 
@@ -64,14 +75,14 @@ def step_line(phase: str, run: RunState, seen: StepFacts, *, time_s: float) -> d
     line = {"step": run.step, "phase": phase, "phase_step": run.progress.phase_step, "time_s": time_s}
     line |= seen.update
     line |= {
-        "rollout/length_mean_tokens": float(lengths.mean()),
-        "rollout/truncated_fraction": float(1.0 - stopped.mean()),
-        "rollout/tokens": int(lengths.sum()),
+        LENGTH: float(lengths.mean()),
+        TRUNCATED: float(1.0 - stopped.mean()),
+        TOKENS: int(lengths.sum()),
         # One program samples and updates: these are tokens/s of the whole step.
-        "rollout/tokens_per_s": float(lengths.sum() / max(drawn.update_s if rollout_s is None else rollout_s, 1e-9)),
-        "reward/mean": float(reward.mean()),
-        "reward/accuracy_fraction": float(accuracy.mean()),
-        "rollout/groups_kept_fraction": got.informative_groups / got.sampled_groups if got is not None else 1.0,
+        TOKENS_PER_S: float(lengths.sum() / max(drawn.update_s if rollout_s is None else rollout_s, 1e-9)),
+        REWARD: float(reward.mean()),
+        ACCURACY: float(accuracy.mean()),
+        GROUPS_KEPT: got.informative_groups / got.sampled_groups if got is not None else 1.0,
     }
     if got is not None:
         line |= {
@@ -89,9 +100,9 @@ def step_line(phase: str, run: RunState, seen: StepFacts, *, time_s: float) -> d
     if seen.start_kl_nats is not None:
         line["policy/start_kl_nats"] = seen.start_kl_nats
     return line | {
-        "time/rollout_s": rollout_s,
+        ROLLOUT_S: rollout_s,
         "time/judge_s": sum(s.waited_s for s in drawn.scored),
         "time/update_s": drawn.update_s,
-        "time/step_s": seen.step_s,
+        STEP_S: seen.step_s,
         "judge/verifier_killed": seen.verifier_killed,
     }

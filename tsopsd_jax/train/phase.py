@@ -132,6 +132,8 @@ class Phase:
     reward: RewardRule | None
     stop: StopRule
     guard: Guard
+    learning_rate: optax.Schedule | None = None
+    """The optimizer's, to be logged; None: it is not."""
 
     @property
     def rows(self) -> int:

@@ -77,6 +77,7 @@ class Updater:
             phase.optimizer,
             micro_batches=micro_batches,
             chunk_tokens=phase.chunk_tokens,
+            learning_rate=phase.learning_rate,
         )
 
     def _jit(self, micro_batches: int) -> Any:

@@ -7,7 +7,7 @@ for phase in schedule:
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,17 +16,19 @@ import numpy as np
 from tsopsd_jax.distributed import processes
 from tsopsd_jax.distributed.sharding import put, replicated
 from tsopsd_jax.learn.start_kl import start_policy
-from tsopsd_jax.learn.update import ENTROPY, abstract_state, fresh_optimizer_state
-from tsopsd_jax.rundir import object_store
+from tsopsd_jax.learn.update import abstract_state, fresh_optimizer_state
+from tsopsd_jax.metric_names import ENTROPY, SKIPPED
+from tsopsd_jax.rundir import object_store, status
 from tsopsd_jax.rundir.checkpoints import Checkpoints
 from tsopsd_jax.rundir.log import RunLog
 from tsopsd_jax.rundir.run_state import Progress, RunState
+from tsopsd_jax.rundir.trackers import Tracker
 from tsopsd_jax.train.compile_ahead import PhaseSteps
 from tsopsd_jax.train.evaluations import Evaluations
 from tsopsd_jax.train.metrics import StepFacts, step_line
-from tsopsd_jax.train.phase import Phase
+from tsopsd_jax.train.phase import GuardError, Phase
 from tsopsd_jax.train.phase_step import Shared
-from tsopsd_jax.train.signals import StopRequest, leave
+from tsopsd_jax.train.signals import Interrupted, StopRequest, leave
 from tsopsd_jax.train.task import EvaluationPlan
 from tsopsd_jax.types import PyTree, TrainState
 
@@ -53,7 +55,7 @@ class Trainer:
         evaluation: None for no evaluation.
         run_dir: see DESIGN of a run directory in docs/architecture.md.
         checkpoint_every_steps, keep_checkpoints: periodic saves and how many stay.
-        wandb_project: optional mirror of the log.
+        tracker: where the log is mirrored.
         table: where progress is shown.
     """
 
@@ -67,7 +69,7 @@ class Trainer:
         run_dir: Path,
         checkpoint_every_steps: int,
         keep_checkpoints: int,
-        wandb_project: str | None,
+        tracker: Tracker,
         table: Screen,
     ):
         self.shared, self.phases, self.run_dir, self.table = shared, phases, run_dir, table
@@ -78,10 +80,10 @@ class Trainer:
         self.began = time.monotonic() - self.progress.elapsed_s
         self.log = None
         if processes.is_first():
-            self.log = RunLog(run_dir, last_step=self.run_state.step, wandb_project=wandb_project)
+            self.log = RunLog(run_dir, last_step=self.run_state.step, tracker=tracker)
         self.signals = StopRequest()
         self.steps = PhaseSteps(phases, shared)
-        self.evaluations = Evaluations(evaluation, shared, phases, run_dir)
+        self.evaluations = Evaluations(evaluation, shared, phases, run_dir, self.log)
 
     # ------------------------------------------------------------------- loop
 
@@ -105,12 +107,34 @@ class Trainer:
                 self._run_phase(phase)
                 self._evaluate()
 
+    @contextlib.contextmanager
+    def told(self) -> Iterator[None]:
+        """Write into the run directory how what is done inside ends: the state and its reason."""
+        state, reason = status.ENDED, None
+        try:
+            yield
+        except BaseException as error:
+            state = status.GUARD if isinstance(error, GuardError) else status.FAILED
+            state = status.STOPPED if isinstance(error, Interrupted | KeyboardInterrupt) else state
+            kind = f"{type(error).__name__}: " if state == status.FAILED else ""
+            reason = " ".join(f"{kind}{error}".split()) or "a second signal, which does not wait for the step"
+            raise
+        finally:
+            if self.log is not None:
+                with contextlib.suppress(OSError):  # a full disk: the error that it caused is the one to be told
+                    self.log.status.state(state, reason)
+                if state == status.FAILED:  # nobody else will
+                    with contextlib.suppress(Exception):
+                        object_store.push(self.run_dir)
+
     def _run_phase(self, phase: Phase) -> None:
         """Take what is left of a phase, then advance to the next and save."""
         self.table.phase(phase.name, phase.stop.words())
         # A run that goes on may have other rules: they hold before its first step.
         over = self._over(phase) or self._take_steps(phase)
         self.table.note(f"phase {phase.name!r} ends at step {self.run_state.step}: {over}")
+        if self.log is not None:
+            self.log.status.phase_ended(phase.name, self.run_state.step, over)
         self.run_state = RunState(self.state, self.progress.next_phase())
         self._pause(save=True)
 
@@ -164,7 +188,7 @@ class Trainer:
             GuardError: it broke a limit of the phase.
         """
         phase.check_measured(ENTROPY in seen.update)
-        skipped, entropy = bool(seen.update["optim/skipped"]), seen.entropy_nats
+        skipped, entropy = bool(seen.update[SKIPPED]), seen.entropy_nats
         now = self.progress.after_step(entropy_nats=entropy, skipped=skipped, window_steps=phase.stop.window_steps)
         self.run_state = self.run_state._replace(progress=now)
         line = step_line(phase.name, self.run_state, seen, time_s=time.monotonic() - self.began)
@@ -228,8 +252,9 @@ class Trainer:
         if (step := self.run_state.step) == self.saved_step:
             return
         self.run_state = self.run_state.at(elapsed_s=time.monotonic() - self.began)
-        if processes.is_first():
-            object_store.push(self.run_dir)  # first: the log must not be behind the checkpoint
+        if self.log is not None:  # first: the log must not be behind the checkpoint
+            self.log.flush()
+            object_store.push(self.run_dir)
         self.checkpoints.save(self.run_state)
         self.saved_step = step
 

@@ -1,0 +1,61 @@
+"""Files that survive a crash: written aside and renamed, and JSON lines whose last one may be torn."""
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+
+def partial(path: Path) -> Path:
+    """Name the file that `replace` writes before it becomes `path`; a process that died there leaves it."""
+    return path.with_name(path.name + ".partial")
+
+
+def replace(path: Path, content: Iterable[bytes]) -> None:
+    """Write `content` beside `path`, then rename: a crash leaves the old file or the new one, never half of one."""
+    with partial(path).open("wb") as file:
+        file.writelines(content)
+        file.flush()
+        os.fsync(file.fileno())
+    partial(path).replace(path)
+
+
+def json_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Read a file's lines, each with its newline, and the JSON object in each.
+
+    A last line that a crash tore is left out; one that lost only its newline is not.
+
+    Raises:
+        ValueError: a line before the last is no JSON object; names the file and the line.
+    """
+    with path.open("rb") as file:
+        broken = 0
+        for number, line in enumerate(file, start=1):
+            if broken:
+                raise ValueError(
+                    f"expected one JSON object per line, got something else at {path}:{broken}: "
+                    "remove that line to go on"
+                )
+            try:
+                record = json.loads(line)
+            except ValueError:  # JSONDecodeError and UnicodeDecodeError
+                record = None
+            if isinstance(record, dict):
+                yield line if line.endswith(b"\n") else line + b"\n", record
+            else:
+                broken = number
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Read the objects of a file of JSON lines; none if it is absent. Raises as `json_lines` does."""
+    return [record for _, record in json_lines(path)] if path.is_file() else []
+
+
+def mend(path: Path, keep: Callable[[dict[str, Any]], bool] = lambda _: True) -> None:
+    """Rewrite a file of JSON lines, if it exists, without a torn end and without the objects that `keep` rejects.
+
+    The other lines stay as they are, byte for byte. Raises as `json_lines` does.
+    """
+    if path.is_file():
+        replace(path, (line for line, record in json_lines(path) if keep(record)))

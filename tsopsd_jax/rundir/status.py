@@ -1,0 +1,121 @@
+"""The status of a run and the machines that it ran on, in `status.json`: one small file, written aside and renamed.
+
+It is right after a resume too: ends of phases and counts of updates go back to the step that the run resumes with.
+"""
+
+import functools
+import importlib.metadata
+import json
+import platform
+import socket
+import subprocess
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+import tsopsd_jax
+from tsopsd_jax.metric_names import HELD, SKIPPED
+from tsopsd_jax.rundir import files
+
+STATUS_FILE = "status.json"
+RUNNING, ENDED, STOPPED, GUARD, FAILED = "running", "ended", "stopped", "guard", "failed"
+"""States: a run that was killed still reads `running`, since nobody was left to say so."""
+PACKAGES = ("tsopsd-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
+
+
+class Status:
+    """The status of a run that begins or resumes after `last_step`.
+
+    Args:
+        run_dir: the run directory.
+        last_step: what an earlier process wrote about later steps is dropped.
+        lines: the metrics of the steps up to it.
+    """
+
+    def __init__(self, run_dir: Path, *, last_step: int, lines: Iterable[Mapping[str, Any]]):
+        self._file = run_dir / STATUS_FILE
+        before = read_status(run_dir)
+        self._said = {
+            "state": RUNNING,
+            "reason": None,
+            "phase": None,
+            "step": last_step,
+            "phases": [end for end in before.get("phases", []) if end["step"] <= last_step],
+            "skipped_updates": 0,
+            "held_updates": 0,
+            "starts": [*before.get("starts", []), {"step": last_step, "time": time.time(), **machine()}],
+        }
+        for line in lines:
+            self.count(line)
+        self.write()
+
+    def count(self, line: Mapping[str, Any]) -> None:
+        """Count a step's metrics; they are in the file after the next `write`."""
+        self._said["step"], self._said["phase"] = line["step"], line.get("phase")
+        self._said["skipped_updates"] += bool(line.get(SKIPPED))
+        self._said["held_updates"] += bool(line.get(HELD))
+
+    def phase_ended(self, phase: str, step: int, reason: str) -> None:
+        """Write why a phase ended after `step`."""
+        self._said["phases"].append({"phase": phase, "step": step, "reason": reason})
+        self.write()
+
+    def state(self, state: str, reason: str | None = None) -> None:
+        """Write that the run is in `state` now, and why."""
+        self._said |= {"state": state, "reason": reason}
+        self.write()
+
+    def write(self) -> None:
+        """Replace the file by what is known."""
+        self._said["time"] = time.time()
+        files.replace(self._file, [json.dumps(self._said, indent=1).encode(), b"\n"])
+
+
+def read_status(run_dir: Path) -> dict[str, Any]:
+    """Read `status.json`; an empty dict if it is absent or broken."""
+    try:
+        found = json.loads((run_dir / STATUS_FILE).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+@functools.cache
+def machine() -> dict[str, Any]:
+    """Describe what this process runs on: host, devices, versions, and the package's commit where it lies in a git repository."""
+    device = jax.devices()[0]
+    return {
+        "host": socket.gethostname(),
+        "devices": f"{jax.device_count()} x {device.device_kind}",
+        "processes": jax.process_count(),
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in PACKAGES},
+        "commit": _commit(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The commit of this package's sources, `-dirty` where they were changed; None where git does not know them."""
+    folder = Path(tsopsd_jax.__file__).parent
+    try:
+        # An environment may lie inside of somebody else's repository: the package must be one of its files.
+        subprocess.run(["git", "-C", folder, "ls-files", "--error-unmatch", "__init__.py"], **_QUIET)
+        found = subprocess.run(
+            ["git", "-C", folder, "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"], **_QUIET
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.decode().strip()
+
+
+_QUIET: dict[str, Any] = {"check": True, "capture_output": True, "timeout": 10, "stdin": subprocess.DEVNULL}

@@ -1,0 +1,218 @@
+"""Mirrors of a run's log: TensorBoard's event files, and Weights & Biases or a module with its interface.
+
+W&B's history can only grow, and a run that resumes keeps its id there. So a step that an earlier process has
+sent is not sent again: it stands there as it was first taken, once.
+"""
+
+import contextlib
+import importlib
+import inspect
+import json
+import os
+import sys
+import time
+import uuid
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import yaml
+
+from tsopsd_jax.rundir import files
+
+EVENTS_FOLDER = "events"
+TRACKER_FILE = "tracker.json"
+"""The tracked run's id, and up to which step each file of the log was sent."""
+FLUSH_S = 10.0
+"""TensorBoard's events are written to disk at least this often, as long as steps are logged."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wandb:
+    """A run on Weights & Biases. For a field that is None W&B's own environment variables decide."""
+
+    project: str
+    entity: str | None = None
+    name: str | None = None
+    mode: str | None = None
+    group: str | None = None
+    tags: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        if self.mode not in (None, "online", "offline", "disabled"):
+            raise ValueError(f"mode: expected online, offline, disabled or null, got {self.mode!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tracker:
+    """Programs that show the log. `module` is imported for the section `wandb`: W&B, or another with its interface (trackio)."""
+
+    tensorboard: bool = True
+    wandb: Wandb | None = None
+    module: str = "wandb"
+
+
+class Mirror(Protocol):
+    """A place to which a log is copied."""
+
+    def show(self, file: str, step: int, values: Mapping[str, Any], /) -> None:
+        """Copy a step's numbers and texts; `file` is the one of the log that holds them."""
+        ...
+
+    def flush(self) -> None:
+        """Put on disk what was shown."""
+        ...
+
+    def close(self) -> None:
+        """Flush and end."""
+        ...
+
+
+def open_mirrors(run_dir: Path, tracker: Tracker, *, last_step: int, logged: Mapping[str, int]) -> list[Mirror]:
+    """Open the mirrors of a run that begins or resumes after `last_step`.
+
+    Args:
+        run_dir: a run directory, whose config.yaml is sent too if it is there.
+        tracker: which.
+        last_step: what comes after it is taken again, or for the first time.
+        logged: up to which step earlier processes have logged, for each file of the log; -1: nothing.
+
+    Raises:
+        ValueError: the tracker's module is not installed, does not know a setting, or does not start.
+    """
+    # The tracked run first, because it is what can fail: nothing is open yet.
+    mirrors: list[Mirror] = [] if tracker.wandb is None else [_TrackedRun(run_dir, tracker, tracker.wandb, logged)]
+    if tracker.tensorboard:
+        mirrors.append(_TensorBoard(run_dir / EVENTS_FOLDER, purge_step=last_step + 1))
+    return mirrors
+
+
+class _TensorBoard:
+    """An event file of TensorBoard. Events of earlier processes from `purge_step` on are not shown any more.
+
+    tensorboardX's own SummaryWriter hands events to a thread: its flush leaves out what still waits there, and a full disk
+    ends the thread and then blocks the run. Here they are written in turn.
+    """
+
+    def __init__(self, folder: Path, *, purge_step: int):
+        with warnings.catch_warnings(), _without("torch"):
+            # Its protobuf stubs warn about things that we cannot change.
+            warnings.simplefilter("ignore")
+            from tensorboardX.event_file_writer import EventsWriter
+
+            proto: Any = importlib.import_module("tensorboardX.proto.event_pb2")
+            from tensorboardX.summary import scalar
+
+        folder.mkdir(parents=True, exist_ok=True)
+        self._event, self._scalar = proto.Event, scalar
+        # Its file names count whole seconds; a process that restarts within one would overwrite a file.
+        self._writer = EventsWriter(str(folder / "events"), f".{uuid.uuid4().hex[:8]}")
+        start = proto.SessionLog(status=proto.SessionLog.START)
+        self._writer.write_event(proto.Event(wall_time=time.time(), step=purge_step, session_log=start))
+        self._flushed = time.monotonic()
+
+    def show(self, _file: str, step: int, values: Mapping[str, Any], /) -> None:
+        for name, value in values.items():
+            if not isinstance(value, str):
+                event = self._event(wall_time=time.time(), step=step, summary=self._scalar(name, float(value)))
+                self._writer.write_event(event)
+        if time.monotonic() - self._flushed > FLUSH_S:
+            self.flush()
+
+    def flush(self) -> None:
+        self._writer.flush()
+        self._flushed = time.monotonic()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+@contextlib.contextmanager
+def _without(package: str) -> Iterator[None]:
+    """Hide a package as if it were not installed, unless it is imported already.
+
+    tensorboardX imports torch where it can, to draw graphs of torch models; that takes seconds at every start.
+    """
+    if package in sys.modules:
+        yield
+        return
+    sys.modules[package] = None  # pyright: ignore[reportArgumentType]
+    try:
+        yield
+    finally:
+        del sys.modules[package]
+
+
+class _TrackedRun:
+    """A run of W&B, or of a module with its interface, that a later process can continue."""
+
+    def __init__(self, run_dir: Path, tracker: Tracker, wandb: Wandb, logged: Mapping[str, int]):
+        self._name = tracker.module
+        module = _module(tracker.module)
+        file = run_dir / TRACKER_FILE
+        if file.is_file():
+            known = json.loads(file.read_text(encoding="utf-8"))
+            self._sent = {name: max(step, known["sent"][name]) for name, step in logged.items()}
+        else:
+            known = {"id": os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:12]}
+            self._sent = dict.fromkeys(logged, -1)
+        try:
+            self._run = module.init(**_arguments(module, wandb, run_dir, known["id"]))
+        except Exception as error:
+            raise ValueError(
+                f"tracker: {tracker.module} did not start ({type(error).__name__}: {' '.join(str(error).split())}); mend that, "
+                "set tracker.wandb.mode to offline, or leave tracker.wandb out"
+            ) from error
+        files.replace(file, [json.dumps(known | {"sent": self._sent}).encode()])
+
+    def show(self, file: str, step: int, values: Mapping[str, Any], /) -> None:
+        if self._run is None or step <= self._sent[file]:
+            return
+        # Rows that were sent are closed. An evaluation that was interrupted, and belongs to one, goes into the next.
+        row = max(step, 1 + max(self._sent.values()))
+        late = {} if row == step else {"evaluation/step": step}
+        try:
+            self._run.log({**values, **late}, step=row)
+        except Exception as error:  # whatever it is, it is not worth the run
+            print(f"warning: {self._name}: {error}; the run goes on without it", file=sys.stderr)
+            self._run = None
+
+    def flush(self) -> None:
+        pass  # it sends by itself
+
+    def close(self) -> None:
+        if self._run is not None:
+            self._run.finish()
+
+
+def _module(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        install = '"tsopsd-jax[wandb]"' if name == "wandb" else name
+        raise ValueError(f"tracker: expected the package {name}, got none: pip install {install}") from error
+
+
+def _arguments(module: Any, wandb: Wandb, run_dir: Path, run_id: str) -> dict[str, Any]:
+    """Choose the arguments of `module.init`: it must know those that were asked for; of the others it gets those that it knows."""
+    parameters = inspect.signature(module.init).parameters
+    asked = {name: vars(wandb)[name] for name in ("entity", "name", "mode", "group", "tags") if vars(wandb)[name]}
+    for name in asked:
+        if name not in parameters:
+            raise ValueError(f"tracker.wandb.{name}: {module.__name__}.init takes no {name}; leave it out")
+    # Where there is no id, a run is continued by its name, which then must be this run's alone.
+    name = run_dir.resolve().name + ("" if "id" in parameters else f"-{run_id}")
+    ours = {"id": run_id, "allow_val_change": True}
+    ours |= {
+        key: value for key, value in (("name", name), ("dir", str(run_dir))) if f"WANDB_{key.upper()}" not in os.environ
+    }
+    ours = {key: value for key, value in ours.items() if key in parameters}
+    return {"project": wandb.project, "config": _settings(run_dir), "resume": "allow"} | ours | asked
+
+
+def _settings(run_dir: Path) -> dict[str, Any]:
+    """Read the resolved settings in the run directory; none if it holds none."""
+    file = run_dir / "config.yaml"
+    return yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
