@@ -257,22 +257,22 @@ MUTANTS = [
     Mutant(
         "tiles of unwanted tokens left out, and one more",
         "head.py",
-        "count = -(-jnp.sum(wanted_N, dtype=jnp.int32) // chunk)",
+        "count = -(-jnp.sum(wanted_N, dtype=jnp.int32) // tile)",
         "count = jnp.sum(wanted_N, dtype=jnp.int32) // chunk",
         "test_head.py -k refer_to_the_token",
     ),
     Mutant(
         "every device goes through its own number of tiles",
         "head.py",
-        "jax.lax.pmax(count, cut.axes) if cut.axes else count",
-        "jax.lax.pmin(count, cut.axes) if cut.axes else count",
+        "jax.lax.pmax(count, tiling.axes) if tiling.axes else count",
+        "jax.lax.pmin(count, tiling.axes) if tiling.axes else count",
         "test_head.py -k one_pass_equals_two",
     ),
     Mutant(
         "gap of the last tile only",
         "head.py",
-        "jnp.maximum(a.gap, b.gap)",
-        "b.gap",
+        "jnp.maximum(self.gap, other.gap)",
+        "other.gap",
         "test_head.py -k one_pass_equals_two",
     ),
     Mutant(
@@ -660,8 +660,8 @@ MUTANTS = [
     Mutant(
         "of a tile's blocks only the last counts",
         "head.py",
-        "jnp.sum(x, axis=0), parts.out)",
-        "x[-1], parts.out)",
+        "jnp.sum(x, axis=0), self.out)",
+        "x[-1], self.out)",
         "test_head.py -k one_pass_equals",
     ),
     Mutant(
@@ -793,7 +793,7 @@ MUTANTS = [
     Mutant(
         "only the last micro-batch counts",
         "learn/update.py",
-        "jax.tree.map(jnp.add, carry[0], grads), add(carry[1], found)",
+        "jax.tree.map(jnp.add, carry[0], grads), carry[1] + found",
         "grads, add(carry[1], found)",
         "test_update.py -k one_division",
     ),
@@ -870,9 +870,9 @@ MUTANTS = [
     Mutant(
         "gradients added in the compute dtype",
         "learn/update.py",
-        "return jax.tree.map(jnp.add, carry[0], grads), add(carry[1], found)",
+        "return jax.tree.map(jnp.add, carry[0], grads), carry[1] + found",
         "return jax.tree.map(lambda a, g: (a + g).astype(model.compute_dtype).astype(a.dtype), carry[0], grads), "
-        "add(carry[1], found)",
+        "carry[1] + found",
         "test_update.py -k float32",
     ),
     Mutant(

@@ -73,7 +73,7 @@ def rl_phase(name="rl", **changes) -> Phase:
         "responses_per_prompt": 2,  # half of the groups are uninformative: more are drawn, and some are left over
         "rows_at_once": 8,
         "micro_batches": 1,
-        "chunk_tokens": 4,
+        "tile_tokens": 4,
         "pack": True,
         "measure_start_kl": False,
         # Keeps surplus groups: the checkpoint must carry them.
@@ -364,7 +364,7 @@ def test_the_kl_to_a_start_policy_is_that_of_the_formula(tiny):
     gained = (started - drawn)[rollout.mask]
     want = np.mean(np.exp(gained) - 1 - gained)
     for pieces in (1, 2):
-        got = StartKL(model, pieces=pieces, chunk_tokens=3).nats(other, rollout)
+        got = StartKL(model, pieces=pieces, tile_tokens=3).nats(other, rollout)
         np.testing.assert_allclose(got, want, rtol=1e-4)
 
 

@@ -50,7 +50,7 @@ def _phase(phase: PhaseSettings) -> Phase:
         responses_per_prompt=phase.responses_per_prompt,
         rows_at_once=phase.rows_at_once,
         micro_batches=phase.micro_batches,
-        chunk_tokens=phase.chunk_tokens,
+        tile_tokens=phase.chunk_tokens,
         pack=phase.pack,
         measure_start_kl=phase.measure_start_kl,
         reward=reward,

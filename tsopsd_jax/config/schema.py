@@ -14,7 +14,7 @@ import yaml
 
 from tsopsd_jax.config import strict
 from tsopsd_jax.data import CHATS, SOURCES, TEMPLATES
-from tsopsd_jax.head import CHUNK_TOKENS
+from tsopsd_jax.head import TILE_TOKENS
 from tsopsd_jax.model.qwen3 import REMAT
 from tsopsd_jax.rewards import VERIFIERS
 from tsopsd_jax.rollout import Sampling
@@ -202,7 +202,7 @@ class PhaseSettings:
     micro_batches: int | None = None
     """Pieces of the update; changes memory, not the result. null: as many as the devices' memory asks for, none with more
     than 16,384 tokens a device (2,048 on a CPU)."""
-    chunk_tokens: int = CHUNK_TOKENS
+    chunk_tokens: int = TILE_TOKENS
     """Tokens whose logits exist at once, on each device."""
     pack: bool = True
     """Several responses in one row of an update of several pieces, where the objective is tokenwise."""

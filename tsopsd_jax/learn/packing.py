@@ -32,7 +32,7 @@ def pack(batch: Batch, length: np.ndarray, *, micro_batches: int) -> Batch:
     Args:
         batch: one sequence a row.
         length: [B] tokens of each, prompt and response.
-        micro_batches: pieces of the update, a divisor of the rows.
+        micro_batches: of the update, a divisor of the rows.
     """
     batch = jax.tree.map(np.asarray, batch)
     b, width = batch.tokens.shape
@@ -64,5 +64,5 @@ def useful_fraction(batch: Batch, length: np.ndarray, *, micro_batches: int) -> 
     """Tokens of sequences over the positions that an update of the batch computes."""
     b, width = batch.tokens.shape
     holds = np.asarray(batch.mask).reshape(-1, micro_batches, width).any(axis=(0, 2))
-    pieces = int(np.flatnonzero(holds).max(initial=0)) + 1
-    return float(np.sum(length)) / (pieces * (b // micro_batches) * width)
+    used = int(np.flatnonzero(holds).max(initial=0)) + 1
+    return float(np.sum(length)) / (used * (b // micro_batches) * width)

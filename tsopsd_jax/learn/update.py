@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from tsopsd_jax.distributed.sharding import AnyMesh, replicated, tree_shardings
-from tsopsd_jax.head import CHUNK_TOKENS, add, batch_loss, batch_stats
+from tsopsd_jax.head import TILE_TOKENS, batch_loss, batch_stats
 from tsopsd_jax.model.qwen3 import Qwen3
 from tsopsd_jax.objectives import Objective
 from tsopsd_jax.types import Batch, Prompts, PyTree, Rollout, TrainState
@@ -20,7 +20,7 @@ ENTROPY = "policy/entropy_nats"
 
 
 MICRO_BATCHES = "micro_batches"
-"""Name of the loop over the pieces of a batch in profiles and compiled programs."""
+"""Name of the loop over micro-batches in profiles and compiled programs."""
 
 
 class UpdateOut(NamedTuple):
@@ -102,31 +102,31 @@ def fresh_optimizer_state(optimizer: optax.GradientTransformation, like: TrainSt
 
 
 def per_token_stats(
-    model: Qwen3, params: PyTree, batch: Batch, objective: Objective, *, chunk_tokens: int = CHUNK_TOKENS
+    model: Qwen3, params: PyTree, batch: Batch, objective: Objective, *, tile_tokens: int = TILE_TOKENS
 ) -> dict[str, Array]:
     """The objective's statistics of every response token under the learner's own forward pass, {name: [B, L]}."""
     hidden, unembed = model.hidden(params, batch.tokens, batch.segment), model.unembed(params)
-    return batch_stats(objective.stats, hidden, unembed, batch, chunk_tokens=chunk_tokens, mesh=model.mesh)
+    return batch_stats(objective.stats, hidden, unembed, batch, tile_tokens=tile_tokens, mesh=model.mesh)
 
 
-def make_gradient(model: Qwen3, objective: Objective, *, micro_batches: int = 1, chunk_tokens: int = CHUNK_TOKENS):
+def make_gradient(model: Qwen3, objective: Objective, *, micro_batches: int = 1, tile_tokens: int = TILE_TOKENS):
     """(params, batch) -> (gradient, LossOutput, largest |sampler's - learner's log-prob|), averaged once.
 
-    gradient = sum over micro-batches of d(total) / sum of count, so that splitting changes nothing but memory. Pieces
-    are strided rows (piece i: rows i, i + micro_batches, ...), each on all devices; those after the last piece that
-    holds a response token are not computed.
+    gradient = sum over micro-batches of d(total) / sum of count, so that splitting changes nothing but memory.
+    Micro-batches are strided rows (number i: rows i, i + micro_batches, ...), each on all devices; those after the last one
+    that holds a response token are not computed.
     """
 
-    def total(params, piece: Batch):
-        hidden = model.hidden(params, piece.tokens, piece.segment)
+    def total(params, part: Batch):
+        hidden = model.hidden(params, part.tokens, part.segment)
         found = batch_loss(
             objective.stats,
             objective.loss,
             hidden,
             model.unembed(params),
-            piece,
+            part,
             tokenwise=objective.tokenwise,
-            chunk_tokens=chunk_tokens,
+            tile_tokens=tile_tokens,
             mesh=model.mesh,
         )
         return found.out.loss.total, found
@@ -136,16 +136,16 @@ def make_gradient(model: Qwen3, objective: Objective, *, micro_batches: int = 1,
         if micro_batches == 1:
             grads, found = one(params, batch)
         else:
-            pieces = jax.tree.map(lambda x: x.reshape(-1, micro_batches, *x.shape[1:]).swapaxes(0, 1), batch)
-            holds = jnp.any(pieces.mask, axis=(1, 2))
+            parts = jax.tree.map(lambda x: x.reshape(-1, micro_batches, *x.shape[1:]).swapaxes(0, 1), batch)
+            holds = jnp.any(parts.mask, axis=(1, 2))
             used = jnp.max(jnp.where(holds, jnp.arange(1, micro_batches + 1, dtype=jnp.int32), 0))
 
             def take(i):
-                return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), pieces)
+                return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), parts)
 
             def more(i, carry):
                 grads, found = one(params, take(i))
-                return jax.tree.map(jnp.add, carry[0], grads), add(carry[1], found)
+                return jax.tree.map(jnp.add, carry[0], grads), carry[1] + found
 
             zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(one, params, take(0)))
             with jax.named_scope(MICRO_BATCHES):
@@ -162,7 +162,7 @@ def make_update(
     optimizer: optax.GradientTransformation,
     *,
     micro_batches: int = 1,
-    chunk_tokens: int = CHUNK_TOKENS,
+    tile_tokens: int = TILE_TOKENS,
 ) -> Update:
     """update(state, batch, hold_above_nats=inf) -> (state, UpdateOut); pure, to be jitted with a donated state.
 
@@ -171,10 +171,10 @@ def make_update(
     measured, not one that is an update further.
 
     Args:
-        micro_batches: number of equal strided pieces of the batch's rows; gradients of the pieces are added.
-        chunk_tokens: tokens whose logits exist at once, on each device.
+        micro_batches: number of equal strided parts of the batch's rows, whose gradients are added.
+        tile_tokens: tokens whose logits exist at once, on each device.
     """
-    gradient = make_gradient(model, objective, micro_batches=micro_batches, chunk_tokens=chunk_tokens)
+    gradient = make_gradient(model, objective, micro_batches=micro_batches, tile_tokens=tile_tokens)
 
     def update(
         state: TrainState, batch: Batch, hold_above_nats: Array | float = float("inf")

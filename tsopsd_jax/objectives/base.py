@@ -1,7 +1,7 @@
 """What a phase optimises: an `Objective` is a pair of pure functions, and `OBJECTIVES` a plain dict of factories.
 
 To write your own, return an `Objective` from a function of keyword-only hyperparameters and name it in the YAML as
-`path/to/file.py:function`; it runs sharded, chunked and micro-batched like these.
+`path/to/file.py:function`; it runs sharded, tiled and micro-batched like these.
 """
 
 from typing import NamedTuple

@@ -87,7 +87,7 @@ class Steps:
             limit_bytes=where.limit_bytes,
         )
         self.engine = where.engine(phase.sampling, phase.max_response_tokens, phase.rows_at_once or phase.rows)
-        self.start_kl = StartKL(where.model, pieces=self.update.micro_batches, chunk_tokens=phase.chunk_tokens)
+        self.start_kl = StartKL(where.model, pieces=self.update.micro_batches, tile_tokens=phase.tile_tokens)
         self.rows = row_sharding(where.mesh)
         self._take = self._learn
         if phase.reward is None:
