@@ -78,7 +78,6 @@ def rl_phase(name="rl", **changes) -> Phase:
         "measure_start_kl": False,
         # Keeps surplus groups: the checkpoint must carry them.
         "reward": RewardRule(
-            max_response_tokens=5,
             overlong_buffer_tokens=2,
             max_generation_batches=4,
             surplus="keep",
@@ -410,7 +409,7 @@ def test_recovery_keeps_the_policy_that_was_measured(trainer_in, tmp_path):
 
 
 def test_a_shortage_of_informative_groups_stops_like_a_guard(trainer_in, tmp_path):
-    rule = RewardRule(max_response_tokens=5, max_generation_batches=2)
+    rule = RewardRule(max_generation_batches=2)
     trainer = trainer_in(tmp_path, phases=(rl_phase(reward=rule),), verify=lambda *_: 1.0)
     with pytest.raises(GuardError, match=r"phase 'rl' stopped: dynamic sampling: 0 of 4 groups .* reward.on_shortage"):
         trainer.run()

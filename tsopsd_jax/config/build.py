@@ -14,13 +14,12 @@ from tsopsd_jax.data import Problem, Tokenizer, load_problems, selection
 from tsopsd_jax.data.encode import encode_prompts
 from tsopsd_jax.distributed import processes
 from tsopsd_jax.distributed.sharding import AnyMesh, make_mesh, row_multiple, tree_shardings
-from tsopsd_jax.judge.groups import RewardRule
 from tsopsd_jax.learn.update import make_optimizer
 from tsopsd_jax.model import Qwen3, load_pretrained
 from tsopsd_jax.model.hf import INDEX, WEIGHTS
 from tsopsd_jax.model.hf_config import read_config, read_json
 from tsopsd_jax.objectives import make_objective
-from tsopsd_jax.rewards import VERIFIERS
+from tsopsd_jax.rewards import VERIFIERS, overlong_penalty
 from tsopsd_jax.train.phase import Phase
 from tsopsd_jax.train.task import EvaluationPlan, Task
 from tsopsd_jax.types import PyTree
@@ -35,9 +34,12 @@ def make_phase(phase: PhaseSettings) -> Phase:
 
 
 def _phase(phase: PhaseSettings) -> Phase:
-    reward = None
     if phase.reward is not None:
-        reward = RewardRule(max_response_tokens=phase.max_response_tokens, **_fields(phase.reward))
+        overlong_penalty(
+            phase.max_response_tokens,
+            max_tokens=phase.max_response_tokens,
+            buffer_tokens=phase.reward.overlong_buffer_tokens,
+        )
     return Phase(
         name=phase.name,
         outcome=phase.outcome or f"after {phase.name}",
@@ -53,7 +55,7 @@ def _phase(phase: PhaseSettings) -> Phase:
         tile_tokens=phase.chunk_tokens,
         pack=phase.pack,
         measure_start_kl=phase.measure_start_kl,
-        reward=reward,
+        reward=phase.reward,
         stop=phase.stop,
         guard=phase.guard,
     )

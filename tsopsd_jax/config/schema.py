@@ -15,6 +15,7 @@ import yaml
 from tsopsd_jax.config import strict
 from tsopsd_jax.data import CHATS, SOURCES, TEMPLATES
 from tsopsd_jax.head import TILE_TOKENS
+from tsopsd_jax.judge.groups import RewardRule
 from tsopsd_jax.model.qwen3 import REMAT
 from tsopsd_jax.rewards import VERIFIERS
 from tsopsd_jax.rollout import Sampling
@@ -159,23 +160,6 @@ class ObjectiveSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RewardSettings:
-    """See `judge.groups.RewardRule`."""
-
-    overlong_buffer_tokens: int = 0
-    """[P: 1024]; 0: no penalty"""
-    overlong_factor: float = 1.0
-    """[V: 1.0]"""
-    normalize_std: bool = True
-    max_generation_batches: int = 0
-    """Dynamic sampling draws at most this many batches a step [V: 10]; 0: no dynamic sampling."""
-    surplus: str = "drop"
-    """Informative groups beyond a full batch: drop [V], or keep for the next step."""
-    on_shortage: str = "error"
-    """When the limit is reached: error [V], or fill with uninformative groups (no advantage by accuracy)."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class PhaseSettings:
     """One stretch of the schedule."""
 
@@ -193,7 +177,7 @@ class PhaseSettings:
     """Label of the policy after the phase, in evaluations."""
     sampling: Sampling = field(default_factory=Sampling)
     """[P: temperature 1.0, top-p 1.0]"""
-    reward: RewardSettings | None = None
+    reward: RewardRule | None = None
     """None: the objective needs no reward, and its step is one jitted function."""
     optimizer_state: str = "reset"
     """reset or keep, at the phase's start"""

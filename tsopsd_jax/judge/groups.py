@@ -16,28 +16,30 @@ from tsopsd_jax.types import Batch, Rollout
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RewardRule:
-    """How a phase turns verified responses into advantages, and what dynamic sampling does.
+    """How a phase turns verified responses into advantages, and what dynamic sampling does. Sources: `config.schema`."""
 
-    `overlong_buffer_tokens` 0: no length penalty. `max_generation_batches` 0: no dynamic sampling. `surplus` says what
-    happens to informative groups beyond a full batch (`drop`, or `keep` for the next step), `on_shortage` what happens
-    when the limit of generation batches is reached (`error`, or `fill` with uninformative groups: their accuracy gives
-    no advantage, though the length penalty may).
-    """
-
-    max_response_tokens: int
     overlong_buffer_tokens: int = 0
+    """Width of the penalty's ramp, which ends at the longest response [P: 1024]; 0: no penalty"""
     overlong_factor: float = 1.0
+    """Penalty of a response that is cut, in units of reward [V: 1.0]"""
     normalize_std: bool = True
+    """Divide advantages by the group's standard deviation."""
     max_generation_batches: int = 0
+    """Dynamic sampling draws at most this many batches a step [V: 10]; 0: no dynamic sampling."""
     surplus: str = "drop"
+    """Informative groups beyond a full batch: drop [V], or keep for the next step."""
     on_shortage: str = "error"
+    """When the limit is reached: error [V], or fill with uninformative groups: their accuracy gives no advantage, though the
+    length penalty may."""
 
     def __post_init__(self):
         if self.surplus not in ("drop", "keep"):
             raise ValueError(f"surplus must be 'drop' or 'keep', got {self.surplus!r}")
         if self.on_shortage not in ("error", "fill"):
             raise ValueError(f"on_shortage must be 'error' or 'fill', got {self.on_shortage!r}")
-        overlong_penalty(0, max_tokens=self.max_response_tokens, buffer_tokens=self.overlong_buffer_tokens)
+        for name in ("overlong_buffer_tokens", "overlong_factor", "max_generation_batches"):
+            if vars(self)[name] < 0:
+                raise ValueError(f"{name} must be at least 0, got {vars(self)[name]}")
 
 
 class Groups(NamedTuple):
@@ -65,7 +67,9 @@ def join(parts: Sequence[Groups]) -> Groups:
     return jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
 
 
-def judge(rollout: Rollout, accuracy: Float[np.ndarray, " B"], *, group: int, rule: RewardRule) -> Groups:
+def judge(
+    rollout: Rollout, accuracy: Float[np.ndarray, " B"], *, group: int, rule: RewardRule, max_response_tokens: int
+) -> Groups:
     """Rewards = accuracy + overlong penalty (lengths in tokens), grouped by prompt.
 
     Args:
@@ -73,10 +77,14 @@ def judge(rollout: Rollout, accuracy: Float[np.ndarray, " B"], *, group: int, ru
         accuracy: [P * group] verified scores.
         group: responses per prompt.
         rule: the phase's reward rule.
+        max_response_tokens: the longest response that was allowed, where the penalty is largest.
+
+    Raises:
+        ValueError: if the penalty's ramp is longer than that.
     """
     penalty = overlong_penalty(
         np.asarray(rollout.response_length),
-        max_tokens=rule.max_response_tokens,
+        max_tokens=max_response_tokens,
         buffer_tokens=rule.overlong_buffer_tokens,
         factor=rule.overlong_factor,
     )

@@ -179,7 +179,15 @@ class Steps:
             prompts, answers, after = self._next_prompts(after)
             scored = self._sample(view, prompts, answers, key, on_progress)
             every.append(scored)
-            judged.append(judge(scored.rollout, scored.accuracy, group=phase.responses_per_prompt, rule=rule))
+            judged.append(
+                judge(
+                    scored.rollout,
+                    scored.accuracy,
+                    group=phase.responses_per_prompt,
+                    rule=rule,
+                    max_response_tokens=phase.max_response_tokens,
+                )
+            )
             return judged[-1]
 
         try:
