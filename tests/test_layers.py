@@ -9,6 +9,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "tsopsd_jax"
 
 ORDER = [
     "types",
+    "loading",
     "distributed",
     "losses",
     "advantages",
@@ -25,6 +26,7 @@ ORDER = [
     "evaluation",
     "train",
     "display",
+    "testing",
     "config",
     "plan",
     "commands",

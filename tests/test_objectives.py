@@ -93,7 +93,7 @@ def case(objective, tiny):
         traces.append(logits.shape)
         return objective.stats(logits, tokens)
 
-    counted = Objective(stats, objective.loss, objective.tokenwise)
+    counted = objective._replace(stats=stats)
 
     @functools.partial(jax.jit, static_argnames=("micro_batches", "tile_tokens", "tokenwise", "mesh"))
     def gradient(params, batch, micro_batches=1, tile_tokens=512, tokenwise=objective.tokenwise, mesh=None):
@@ -243,14 +243,15 @@ def test_ts_opsd_default_is_the_papers():
 def test_errors_name_what_is_wrong(tmp_path, own_file):
     cases = [
         ("ppo", {}, r"objective 'ppo' is unknown; known: dapo, ts_opsd"),
-        ("dapo", {"clip_hi": 1.0}, "objective 'dapo': .*clip_hi"),
+        ("dapo", {"clip_hi": 1.0}, r"objective 'dapo': unknown hyperparameter 'clip_hi'; did you mean 'clip_high'\?"),
         ("dapo", {"clip_low": -0.1}, "clip_low=-0.1"),
         ("dapo", {"clip_ratio_c": 1.1}, "clip_ratio_c=1.1"),
         ("ts_opsd", {"direction": "sideways"}, "direction must be 'forward' or 'reverse', got 'sideways'"),
         ("ts_opsd", {"teacher_temperature": 0.0}, "teacher_temperature must be positive"),
         (f"{tmp_path}/none.py:f", {}, "none.py does not exist"),
         (own_file.replace("renyi", "shannon"), {}, "has no function 'shannon'"),
-        (own_file, {"wait": 1}, "wait"),
+        (own_file, {"wait": 1}, "unknown hyperparameter 'wait'; did you mean 'weight'"),
+        (own_file, {"x": 1}, "unknown hyperparameter 'x'; known: weight"),
     ]
     for name, settings, words in cases:
         with pytest.raises(ValueError, match=words):

@@ -4,7 +4,7 @@ import argparse
 
 from tsopsd_jax.commands import exit_codes, options
 from tsopsd_jax.config import load_config
-from tsopsd_jax.config.build import make_phase, prepare
+from tsopsd_jax.config.build import check_objectives, make_phases, prepare
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -18,9 +18,9 @@ def run(args: argparse.Namespace) -> int:
     """Check each configuration; a line says what it is made of."""
     for path in args.configs:
         config = load_config(path, args.set)
-        for phase in config.phases:
-            make_phase(phase)
         if args.syntax_only:
+            for note in check_objectives(config, make_phases(config)):
+                print(f"{path}: {note}")
             print(f"{path}: settings are valid")
             continue
         parts = prepare(config)

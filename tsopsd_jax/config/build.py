@@ -18,22 +18,68 @@ from tsopsd_jax.learn.update import make_optimizer
 from tsopsd_jax.model import Qwen3, load_pretrained
 from tsopsd_jax.model.hf import INDEX, WEIGHTS
 from tsopsd_jax.model.hf_config import read_config, read_json
-from tsopsd_jax.objectives import make_objective
+from tsopsd_jax.objectives import Objective, make_objective
 from tsopsd_jax.rewards import VERIFIERS, overlong_penalty
+from tsopsd_jax.rollout import Sampling
+from tsopsd_jax.testing import objective_notes
 from tsopsd_jax.train.phase import Phase
 from tsopsd_jax.train.task import EvaluationPlan, Task
 from tsopsd_jax.types import PyTree
 
 
 def make_phase(phase: PhaseSettings) -> Phase:
-    """The trainer's phase; errors name it."""
+    """Make the trainer's phase of its settings; errors name it."""
     try:
         return _phase(phase)
     except ValueError as error:
         raise ValueError(f"phase {phase.name!r}: {error}") from error
 
 
+def make_phases(config: Config) -> list[Phase]:
+    """Make the trainer's phases of a schedule."""
+    return [make_phase(phase) for phase in config.phases]
+
+
+def check_objectives(config: Config, phases: Sequence[Phase]) -> list[str]:
+    """Hold every different objective of a schedule to its contract, once; nothing is sampled.
+
+    Returns:
+        Warnings, a line each.
+
+    Raises:
+        ValueError: naming the phase, the objective, its file and function, and what is broken.
+    """
+    notes: list[str] = []
+    for i, (settings, phase) in enumerate(zip(config.phases, phases, strict=True)):
+        if settings.objective in [earlier.objective for earlier in config.phases[:i]]:
+            continue
+        where = f"phase {settings.name!r}: objective {settings.objective.name!r}"
+        try:
+            notes += [f"warning: {where}: {note}" for note in objective_notes(phase.objective)]
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+    return notes
+
+
+def _check_needs(phase: PhaseSettings, objective: Objective) -> None:
+    """What an objective declares that it needs of its phase."""
+    name, t = phase.objective.name, objective.policy_temperature
+    if objective.uses_advantage and phase.reward is None:
+        raise ValueError(
+            f"reward: objective {name!r} uses advantages and so needs rewards; add a reward section ({{}} for the defaults), or "
+            "let an objective that uses none declare uses_advantage=False"
+        )
+    if t is not None and phase.sampling != Sampling(sampling_temperature=t):
+        raise ValueError(
+            f"sampling: objective {name!r} compares the policy at temperature {t:g} with the policy that sampled; expected "
+            f"sampling_temperature {t:g}, top_p 1, top_k 0, got {phase.sampling}; an objective that is right at any declares "
+            "policy_temperature=None"
+        )
+
+
 def _phase(phase: PhaseSettings) -> Phase:
+    objective = make_objective(phase.objective.name, phase.objective.hyperparameters)
+    _check_needs(phase, objective)
     if phase.reward is not None:
         overlong_penalty(
             phase.max_response_tokens,
@@ -43,7 +89,7 @@ def _phase(phase: PhaseSettings) -> Phase:
     return Phase(
         name=phase.name,
         outcome=phase.outcome or f"after {phase.name}",
-        objective=make_objective(phase.objective.name, phase.objective.hyperparameters),
+        objective=objective,
         optimizer=make_optimizer(**_fields(phase.optimizer)),
         reset_optimizer=phase.optimizer_state == "reset",
         sampling=phase.sampling,
@@ -75,7 +121,7 @@ class Parts(NamedTuple):
     evaluation: EvaluationPlan | None
     load_params: Callable[[], PyTree]
     notes: list[str]
-    """What was left out of the training problems."""
+    """Warnings, and what was left out of the training problems."""
 
 
 def divide_cpu(devices: int | None) -> None:
@@ -172,7 +218,7 @@ def prepare(config: Config) -> Parts:
     Raises:
         ValueError: one line naming what is wrong and the remedy.
     """
-    phases = [make_phase(phase) for phase in config.phases]
+    phases = make_phases(config)
     folder = model_folder(config)
     if not folder.is_dir():
         raise ValueError(f"model.path: expected a Hugging Face model directory, got {folder}: no such directory")
@@ -195,8 +241,8 @@ def prepare(config: Config) -> Parts:
     mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor)
     model = Qwen3(shape, compute_dtype=dtype, remat=config.model.remat, mesh=mesh)
     check_batches(config, mesh)
+    notes = check_objectives(config, phases)  # not before the mesh, which settles the devices
     shardings = tree_shardings(model.param_axes(), model.param_shapes(), mesh)
-    notes: list[str] = []
     task = Task(
         problems=_problems(config.data, config, tokenizer, notes),
         tokenizer=tokenizer,
