@@ -185,7 +185,7 @@ def test_a_broken_objective_is_one_line_and_leaves_no_trace(tmp_path, capsys):
     )
     change = f"phases.0.objective={{name: '{file}:mine'}}"
     check = ["check", str(DEMO_CONFIG), "--set", change]
-    for refused in (lambda: demo(run, change), lambda: main(check), lambda: main([*check, "--syntax-only"])):
+    for refused in (lambda: main(check), lambda: main([*check, "--syntax-only"]), lambda: demo(run, change)):
         assert refused() == 2
         error = capsys.readouterr().err
         assert f"phase 'rl': objective '{file}:mine': {file}:6, loss: expected the loss's total to stay" in error

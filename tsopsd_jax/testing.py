@@ -285,7 +285,7 @@ def _depends(jaxpr: Any, out: Any) -> bool:
 # ------------------------------------------------------------------ comparing, and words
 
 
-def _values(found: _Found) -> Iterator[tuple[str, np.ndarray]]:
+def _values(found: _Found) -> Iterator[tuple[str, Any]]:
     """Everything that was found, by name, in the order in which one thing follows from another."""
     for name, x in found.stats.items():
         yield f"the statistic {name!r}", x
