@@ -29,7 +29,7 @@ TILE_TOKENS = 1024
 """Tokens whose logits exist at once, on each device."""
 
 BLOCK_BYTES = 8 << 20
-"""Logits that a CPU looks at together, of all those in a tile: its caches hold them while they are read again and again."""
+"""Size of a block on a CPU, whose caches hold that many logits while they are read again and again."""
 
 TILES = "head_tiles"
 """Name of the loops over tiles in profiles and compiled programs."""
@@ -49,7 +49,7 @@ def vocab_stats(
     teacher_temperature: float,
     tile_tokens: int = TILE_TOKENS,
 ) -> VocabStats:
-    """`logits_stats` of hidden @ unembed, tile by tile; differentiable in hidden and unembed.
+    """Compute `logits_stats` of hidden @ unembed tile by tile; differentiable in hidden and unembed.
 
     Args:
         hidden: [N, D] final hidden states.
@@ -153,13 +153,13 @@ class Measured(NamedTuple):
         return Measured(jax.tree.map(jnp.add, self.out, other.out), jnp.maximum(self.gap, other.gap))
 
     def summed(self) -> "Measured":
-        """The sum of what was measured of several parts of a batch, which are stacked on a leading axis."""
+        """Add up what was measured of the parts of a batch, which are stacked on a leading axis."""
         return Measured(jax.tree.map(lambda x: jnp.sum(x, axis=0), self.out), jnp.max(self.gap, axis=0))
 
 
 def measure(loss: Loss, stats: dict[str, Array], batch: Batch) -> Measured:
-    """The loss, and where there is a statistic `logp`, how far the sampler's log-probabilities are from it: with one code
-    base that is a test, not a correction."""
+    """Evaluate the loss, and where there is a statistic `logp`, how far the sampler's log-probabilities are from it: with
+    one code base that is a test, not a correction."""
     out, gap = loss(stats, batch), jnp.zeros((), jnp.float32)
     if "logp" in stats:
         apart = jnp.abs(stats["logp"] - batch.old_logp)
@@ -186,8 +186,10 @@ def token_stats(
     tokens: Int[Array, " N"],
     wanted: Bool[Array, " N"],
 ) -> dict[str, Float[Array, " N"]]:
-    """`stats` of every wanted token, 0 elsewhere; differentiable in `hidden` and `unembed`, which may be float32 masters:
-    they are multiplied in the hidden states' dtype, and the gradient stays in theirs."""
+    """Compute `stats` of every wanted token, 0 elsewhere; differentiable in `hidden` and `unembed`.
+
+    These may be float32 masters: they are multiplied in the hidden states' dtype, and the gradient stays in theirs.
+    """
     tiles, w = _tiles(wanted, unembed.shape[1], tiling), unembed.astype(hidden.dtype)
 
     def of(at):
@@ -270,8 +272,8 @@ def token_loss(
     unembed: Float[Array, "D V"],
     batch: Batch,
 ) -> Measured:
-    """`loss(stats)` of a batch of one row of N tokens, N hidden states predicting them, where the loss treats every
-    token by itself. `loss.total` can be differentiated, in `hidden` and `unembed`; the rest is given no gradient."""
+    """Evaluate a loss that treats every token by itself, on a batch of one row of N tokens and the N states that predict
+    them. `loss.total` can be differentiated, in `hidden` and `unembed`; the rest is given no gradient."""
     found: Any = token_stats(stats, tiling, hidden, unembed, batch.tokens[0], batch.mask[0])
     return measure(loss, {name: x[None] for name, x in found.items()}, batch)
 
@@ -291,7 +293,7 @@ token_loss.defvjp(_token_loss_forward, _token_loss_backward)
 
 
 def _next_token(hidden_BLD: Array, batch: Batch) -> tuple[Array, Batch]:
-    """N = B (L - 1) hidden states and what stands at the positions that they predict, as a batch of one row: the state
+    """Pair N = B (L - 1) hidden states with what they predict, as a batch of one row: the state
     at position t - 1 predicts `tokens[:, t]`. The only place where anything is shifted."""
     return hidden_BLD[:, :-1].reshape(-1, hidden_BLD.shape[-1]), jax.tree.map(lambda x: x[:, 1:].reshape(1, -1), batch)
 
@@ -305,7 +307,9 @@ def batch_stats(
     tile_tokens: int = TILE_TOKENS,
     mesh: Mesh | None = None,
 ) -> dict[str, Float[Array, "B L"]]:
-    """The statistics of every response token given what precedes it; index t refers to `tokens[:, t]`, 0 outside `mask`.
+    """Compute the statistics of every response token given what precedes it.
+
+    Index t refers to `tokens[:, t]`; 0 outside `mask`.
 
     Args:
         stats: the objective's function of logits and tokens.
@@ -337,14 +341,14 @@ def batch_loss(
     tile_tokens: int = TILE_TOKENS,
     mesh: Mesh | None = None,
 ) -> Measured:
-    """An objective's loss on a batch, its metrics, and the gap between sampler and learner.
+    """Evaluate an objective on a batch: loss, metrics, and the gap between sampler and learner.
 
     Args:
         stats, loss: the objective's.
         hidden: [B, L, D].
         unembed: [D, V].
         batch: [B, L].
-        tokenwise: the loss treats every token by itself: gradients are formed in the forward pass.
+        tokenwise: whether the loss treats every token by itself; then gradients are formed in the forward pass.
         tile_tokens: tokens whose logits exist at once, on each device.
         mesh: over which rows are divided; None: one device.
     """
@@ -365,7 +369,7 @@ def _divided(mesh: Mesh | None) -> bool:
 
 
 def _by_rows(local: Any, mesh: Mesh | None) -> Any:
-    """`local(hidden, unembed, batch)` on each device's own rows: tiles are cut and gradients of the unembedding summed
+    """Apply `local(hidden, unembed, batch)` to each device's own rows: tiles are cut and gradients of the unembedding summed
     without a word to the others; what stays automatic is the vocabulary over the tensor axis."""
     if not _divided(mesh):
         return local

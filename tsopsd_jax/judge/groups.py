@@ -53,7 +53,7 @@ class Groups(NamedTuple):
         return len(self.accuracy)
 
     def take(self, which: np.ndarray | slice) -> "Groups":
-        """The chosen groups (indices, mask or slice over P)."""
+        """Take some groups (indices, mask or slice over P)."""
         p, g = self.accuracy.shape
 
         def rows(x):
@@ -63,14 +63,14 @@ class Groups(NamedTuple):
 
 
 def join(parts: Sequence[Groups]) -> Groups:
-    """Groups of several judgements in one, in order."""
+    """Join the groups of several judgements, in order."""
     return jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
 
 
 def judge(
     rollout: Rollout, accuracy: Float[np.ndarray, " B"], *, group: int, rule: RewardRule, max_response_tokens: int
 ) -> Groups:
-    """Rewards = accuracy + overlong penalty (lengths in tokens), grouped by prompt.
+    """Judge responses: reward = accuracy + overlong penalty (lengths in tokens), grouped by prompt.
 
     Args:
         rollout: host arrays, [P * group] rows.
@@ -93,7 +93,7 @@ def judge(
 
 
 def to_batch(groups: Groups, *, normalize_std: bool = True) -> Batch:
-    """Group-relative advantages, one per response, spread over its tokens."""
+    """Make a batch of judged groups: group-relative advantages, one per response, spread over its tokens."""
     rollout = groups.rollout
     advantage = group_relative(jnp.asarray(groups.reward), normalize_std=normalize_std)
     spread = np.broadcast_to(np.asarray(advantage).reshape(-1, 1), rollout.tokens.shape)

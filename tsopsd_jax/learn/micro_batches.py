@@ -24,14 +24,18 @@ def device_bytes(mesh: jax.sharding.Mesh) -> int | None:
 
 
 def needed_bytes(compiled: Any) -> int:
-    """Peak of a compiled program on each device: arguments, results that are not arguments' buffers, temporaries."""
+    """Memory of a compiled program at its peak on each device: arguments, results in buffers of their own, temporaries."""
     m = compiled.memory_analysis()
     return m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
 
 
 def compile_within(lowered: Any) -> tuple[Any | None, int]:
-    """(the compiled program, its peak on each device), or (None, what it would need) where the compiler finds that no
-    device has so much."""
+    """Compile a program.
+
+    Returns:
+        (the program, its peak on each device), or (None, what it would need) where the compiler finds that no device has
+        that much.
+    """
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -66,7 +70,7 @@ def choose_micro_batches(
     limit_bytes: int | None,
     tokens: int = TOKENS_PER_DEVICE,
 ) -> int:
-    """The fewest micro-batches of which none has more than `tokens` tokens on a device and with which the update
+    """Choose the fewest micro-batches of which none has more than `tokens` tokens on a device and with which the update
     fits. More tokens at once would not be faster, and leave more padding.
 
     Args:

@@ -18,7 +18,6 @@ from tsopsd_jax.types import Batch, Prompts, PyTree, Rollout, TrainState
 ENTROPY = "policy/entropy_nats"
 """The metric that stop rules and guards look at."""
 
-
 MICRO_BATCHES = "micro_batches"
 """Name of the loop over micro-batches in profiles and compiled programs."""
 
@@ -44,7 +43,7 @@ def make_optimizer(
     epsilon: float = 1e-8,
     momentum_dtype: DTypeLike = jnp.float32,
 ) -> optax.GradientTransformation:
-    """AdamW behind a global-norm clip; the rate rises linearly to `learning_rate` over `warmup_steps`, then stays.
+    """Make AdamW behind a global-norm clip; the rate rises linearly to `learning_rate` over `warmup_steps`, then stays.
 
     Weight decay spares the norms' scales and the biases: decaying a scale towards 0 is not decay towards a simpler function.
     `momentum_dtype` is that of the stored first moment. The second stays float32: at beta2 = 0.999 bfloat16 would round
@@ -63,7 +62,7 @@ def make_optimizer(
 
 
 def decay_mask(params: PyTree) -> PyTree:
-    """True for the parameters that weight decay applies to: all but norms and biases."""
+    """Mark the parameters that weight decay applies to: all but norms and biases."""
 
     def decays(path, _):
         name = jax.tree_util.keystr(path)
@@ -73,7 +72,7 @@ def decay_mask(params: PyTree) -> PyTree:
 
 
 def abstract_state(model: Qwen3, optimizer: optax.GradientTransformation, mesh: AnyMesh) -> TrainState:
-    """The train state as ShapeDtypeStructs with their shardings; the optimizer's moments lie where their parameters do."""
+    """Describe the train state by ShapeDtypeStructs with shardings; the optimizer's moments lie where their parameters do."""
     shapes = model.param_shapes()
     shardings = tree_shardings(model.param_axes(), shapes, mesh)
     by_path = {jax.tree_util.keystr(path): s for path, s in jax.tree_util.tree_leaves_with_path(shardings)}
@@ -96,7 +95,7 @@ def abstract_state(model: Qwen3, optimizer: optax.GradientTransformation, mesh: 
 
 
 def fresh_optimizer_state(optimizer: optax.GradientTransformation, like: TrainState, params: PyTree) -> PyTree:
-    """The optimizer's initial state, laid out as in `like` (from `abstract_state`)."""
+    """Make the optimizer's initial state, laid out as in `like` (from `abstract_state`)."""
     layout = jax.tree.map(lambda x: x.sharding, like.opt_state)
     return jax.jit(optimizer.init, out_shardings=layout)(params)
 
@@ -104,13 +103,13 @@ def fresh_optimizer_state(optimizer: optax.GradientTransformation, like: TrainSt
 def per_token_stats(
     model: Qwen3, params: PyTree, batch: Batch, objective: Objective, *, tile_tokens: int = TILE_TOKENS
 ) -> dict[str, Array]:
-    """The objective's statistics of every response token under the learner's own forward pass, {name: [B, L]}."""
+    """Compute the objective's statistics of every response token under the learner's own forward pass, {name: [B, L]}."""
     hidden, unembed = model.hidden(params, batch.tokens, batch.segment), model.unembed(params)
     return batch_stats(objective.stats, hidden, unembed, batch, tile_tokens=tile_tokens, mesh=model.mesh)
 
 
 def make_gradient(model: Qwen3, objective: Objective, *, micro_batches: int = 1, tile_tokens: int = TILE_TOKENS):
-    """(params, batch) -> (gradient, LossOutput, largest |sampler's - learner's log-prob|), averaged once.
+    """Make the function (params, batch) -> (gradient, LossOutput, largest |sampler's - learner's log-prob|), averaged once.
 
     gradient = sum over micro-batches of d(total) / sum of count, so that splitting changes nothing but memory.
     Micro-batches are strided rows (number i: rows i, i + micro_batches, ...), each on all devices; those after the last one
@@ -164,7 +163,7 @@ def make_update(
     micro_batches: int = 1,
     tile_tokens: int = TILE_TOKENS,
 ) -> Update:
-    """update(state, batch, hold_above_nats=inf) -> (state, UpdateOut); pure, to be jitted with a donated state.
+    """Make update(state, batch, hold_above_nats=inf) -> (state, UpdateOut): pure, to be jitted with a donated state.
 
     A gradient that is not finite leaves parameters and optimizer as they were and advances only the step; so does a
     policy whose mean token entropy has reached `hold_above_nats`. A stop rule on entropy then keeps the policy that it
@@ -208,7 +207,7 @@ def make_update(
 
 
 def distillation_batch(rollout: Rollout) -> Batch:
-    """The batch of an objective without rewards: the responses, with advantage 0."""
+    """Make the batch of an objective without advantages: the responses, with advantage 0."""
     return Batch.of(
         tokens=rollout.tokens,
         mask=rollout.mask,
@@ -220,8 +219,8 @@ def distillation_batch(rollout: Rollout) -> Batch:
 def make_reheat_step(
     sample: Callable[[PyTree, Prompts, Array], Rollout], update: Update
 ) -> Callable[..., tuple[TrainState, UpdateOut, Rollout]]:
-    """The reheater's whole step as one function of (state, prompts, run key, hold_above_nats), to be jitted with a donated state:
-    sample on-policy, self-teacher, full-vocabulary KL, update. No host round trip.
+    """Make the reheater's whole step one function of (state, prompts, run key, hold_above_nats), to be jitted with a donated
+    state: sample on-policy, self-teacher, full-vocabulary KL, update. No host round trip.
 
     Args:
         sample: (params, prompts, key) -> Rollout.
