@@ -251,6 +251,11 @@ def test_declared_needs_must_be_true():
     says(Objective(stats, 3), "an Objective of two functions")
 
 
+def test_what_is_from_no_file_is_named_too():
+    elsewhere = type("Elsewhere", (), {"__call__": lambda self, z, t: 3, "__module__": "nowhere"})
+    says(Objective(elsewhere(), token_loss), "nowhere:0, Elsewhere: expected a dict of statistics by name, got ")
+
+
 def test_the_file_of_ones_own_and_the_line_are_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.py").write_text(

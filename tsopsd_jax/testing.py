@@ -341,7 +341,10 @@ def _source(function: Any) -> tuple[str, int, str]:
     if inspect.isfunction(function):
         return function.__code__.co_filename, function.__code__.co_firstlineno, function.__name__
     kind = function if inspect.isclass(function) else type(function)
-    return inspect.getsourcefile(kind) or "?", inspect.getsourcelines(kind)[1], kind.__name__
+    try:
+        return inspect.getsourcefile(kind) or kind.__module__, inspect.getsourcelines(kind)[1], kind.__name__
+    except (OSError, TypeError):  # not from a file
+        return kind.__module__, 0, kind.__name__
 
 
 def _written(file: str, line: int | None, name: str) -> str:
