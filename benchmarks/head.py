@@ -34,13 +34,13 @@ def inputs(d: int, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return hidden, unembed, rng.integers(0, V, n).astype(np.int32)
 
 
-def jax_case(name: str, tokens: Any, chunk: int):
+def jax_case(name: str, tokens: Any, tile: int):
     """hidden, unembed -> the loss, to be differentiated in both."""
     import jax
     import jax.numpy as jnp
 
     from tsopsd_jax import losses
-    from tsopsd_jax.head import cut_for, token_loss, token_stats
+    from tsopsd_jax.head import tiling_for, token_loss, token_stats
     from tsopsd_jax.objectives import OBJECTIVES
     from tsopsd_jax.types import Batch
 
@@ -60,15 +60,17 @@ def jax_case(name: str, tokens: Any, chunk: int):
         return losses.forward_kl(jax.lax.stop_gradient(z) / T, z)
 
     def one_pass(objective):
-        return lambda h, w: token_loss(objective.stats, objective.loss, cut_for(chunk), h, w, batch).out.loss.total / n
+        return lambda h, w: (
+            token_loss(objective.stats, objective.loss, tiling_for(tile), h, w, batch).out.loss.total / n
+        )
 
     def two_passes(h, w):
         objective = OBJECTIVES["ts_opsd"]()
-        stats: Any = token_stats(objective.stats, cut_for(chunk), h, w, tokens, batch.mask[0])
+        stats: Any = token_stats(objective.stats, tiling_for(tile), h, w, tokens, batch.mask[0])
         return objective.loss({name: x[None] for name, x in stats.items()}, batch).loss.total / n
 
     def chunks(h, w):
-        return jnp.mean(jax.lax.map(jax.checkpoint(lambda x: kl(product(x, w))), h.reshape(-1, chunk, h.shape[1])))
+        return jnp.mean(jax.lax.map(jax.checkpoint(lambda x: kl(product(x, w))), h.reshape(-1, tile, h.shape[1])))
 
     return {
         OURS[0]: one_pass(OBJECTIVES["ts_opsd"]()),
@@ -80,7 +82,7 @@ def jax_case(name: str, tokens: Any, chunk: int):
     }[name]
 
 
-def compiled(name: str, d: int, n: int, chunk: int):
+def compiled(name: str, d: int, n: int, tile: int):
     """(program, its arguments' shapes); nothing is computed."""
     import jax
     import jax.numpy as jnp
@@ -88,13 +90,13 @@ def compiled(name: str, d: int, n: int, chunk: int):
     dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, V, n), jnp.int32)
     shapes = jax.ShapeDtypeStruct((n, d), dtype), jax.ShapeDtypeStruct((d, V), jnp.float32)
-    return jax.jit(jax.value_and_grad(jax_case(name, tokens, chunk), argnums=(0, 1))).lower(*shapes).compile(), shapes
+    return jax.jit(jax.value_and_grad(jax_case(name, tokens, tile), argnums=(0, 1))).lower(*shapes).compile(), shapes
 
 
-def work_jax(name: str, d: int, n: int, chunk: int) -> None:
+def work_jax(name: str, d: int, n: int, tile: int) -> None:
     import jax
 
-    program, shapes = compiled(name, d, n, chunk)
+    program, shapes = compiled(name, d, n, tile)
     arrays = [jax.device_put(x.astype(s.dtype)) for x, s in zip(inputs(d, n), shapes, strict=False)]
 
     values = []
@@ -108,7 +110,7 @@ def work_jax(name: str, d: int, n: int, chunk: int) -> None:
     serve(run, {"name": name, "loss": values[0], "temp_bytes": temp, "grown_bytes": grown, "device": device})
 
 
-def work_torch(name: str, d: int, n: int, _chunk: int) -> None:
+def work_torch(name: str, d: int, n: int, _tile: int) -> None:
     import torch
 
     hidden, unembed, tokens = inputs(d, n)
@@ -140,11 +142,11 @@ def work_torch(name: str, d: int, n: int, _chunk: int) -> None:
     serve(run, {"name": name, "grown_bytes": memory_of(run), "loss": values[-1], "torch": torch.__version__})
 
 
-def growth(sizes: list[int], chunk: int) -> list[dict[str, Any]]:
+def growth(sizes: list[int], tile: int) -> list[dict[str, Any]]:
     """The compiler's temporaries by number of tokens, hidden size 1024; nothing is run."""
     rows = []
     for name in (OURS[0], OURS[2], NAIVE[0], NAIVE[2]):
-        temp = [compiled(name, 1024, n, chunk)[0].memory_analysis().temp_size_in_bytes for n in sizes]
+        temp = [compiled(name, 1024, n, tile)[0].memory_analysis().temp_size_in_bytes for n in sizes]
         rows.append({"name": name, "tokens": sizes, "temp_bytes": temp})
         print(
             f"{name:34} temporaries, GB: "
@@ -159,14 +161,14 @@ def main() -> None:
     parser.add_argument("--growth", default="1024,4096,16384")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", help="words, one of which a line's name must contain, separated by commas")
-    parser.add_argument("--chunk", type=int, default=1024, help="tokens of a tile")
+    parser.add_argument("--tile", type=int, default=1024, help="tokens of a tile")
     parser.add_argument("--trl-python", help="python of an environment with trl")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         name, d, n = json.loads(args.worker)
-        (work_torch if name in TORCH else work_jax)(name, d, n, args.chunk)
+        (work_torch if name in TORCH else work_jax)(name, d, n, args.tile)
         return
     result: dict[str, Any] = {"cases": []}
     if args.out and args.out.is_file():  # what was measured of other sizes is kept
@@ -176,7 +178,7 @@ def main() -> None:
         d, n = map(int, case.split("x"))
 
         def command(name: str, python: str = sys.executable, size: tuple[int, int] = (d, n)) -> list[str]:
-            return [python, __file__, "--chunk", str(args.chunk), "--worker", json.dumps([name, *size])]
+            return [python, __file__, "--tile", str(args.tile), "--worker", json.dumps([name, *size])]
 
         commands = [command(name) for name in OURS + NAIVE]
         if args.trl_python:
@@ -190,7 +192,7 @@ def main() -> None:
             row |= {
                 "hidden": d,
                 "tokens": n,
-                "tile_tokens": args.chunk,
+                "tile_tokens": args.tile,
                 "to_cross_entropy": plain and row["seconds"] / plain,
             }
             memory = f"{row['grown_bytes'] / 1e9:5.2f} GB" if row["grown_bytes"] is not None else ""
@@ -200,7 +202,7 @@ def main() -> None:
         kept = [row for row in result["cases"] if (row["name"], row["hidden"], row["tokens"]) not in measured]
         result["cases"] = kept + rows
     if args.growth:
-        result["growth"] = growth([int(n) for n in args.growth.split(",")], args.chunk)
+        result["growth"] = growth([int(n) for n in args.growth.split(",")], args.tile)
     if args.out:
         args.out.write_text(json.dumps(result, indent=1) + "\n")
 

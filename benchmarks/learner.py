@@ -55,7 +55,7 @@ def our_model(asked: dict[str, Any], **settings: Any):
     return Qwen3(config, **({"compute_dtype": dtype, "mesh": mesh} | settings))
 
 
-def our_update(asked: dict[str, Any], objective: str, *, chunk: int = 1024, micro_batches: int = 1, **settings: Any):
+def our_update(asked: dict[str, Any], objective: str, *, tile: int = 1024, micro_batches: int = 1, **settings: Any):
     """(update, its batch -> seconds of one call): one jitted function with a donated state."""
     import jax
     import jax.numpy as jnp
@@ -66,7 +66,7 @@ def our_update(asked: dict[str, Any], objective: str, *, chunk: int = 1024, micr
 
     model = our_model(asked, **settings)
     optimizer = make_optimizer(learning_rate=1e-6)
-    cut = {"micro_batches": micro_batches, "chunk_tokens": chunk}
+    cut = {"micro_batches": micro_batches, "tile_tokens": tile}
     made = make_update(model, OBJECTIVES[objective](), optimizer, **cut)
     assert model.mesh is not None
     like = abstract_state(model, optimizer, model.mesh)

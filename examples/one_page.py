@@ -80,8 +80,7 @@ def judged(phase: Phase, rollout: Rollout, answers: list[str], tokenizer: Tokeni
     accuracy = accuracies(rollout, answers, tokenizer.decode, verify_countdown)
     if not phase.rewarded:  # the reheater needs no reward: on-policy responses are all it looks at
         return distillation_batch(rollout), float(accuracy.mean())
-    rule = RewardRule(max_response_tokens=MAX_RESPONSE_TOKENS)
-    groups = judge(rollout, accuracy, group=phase.group, rule=rule)
+    groups = judge(rollout, accuracy, group=phase.group, rule=RewardRule(), max_response_tokens=MAX_RESPONSE_TOKENS)
     return to_batch(groups), float(accuracy.mean())  # group-relative advantages
 
 

@@ -270,7 +270,7 @@ def test_a_packed_update_compiles_for_a_tpu(tpu):
     shape = Qwen3Config(vocab_size=v, num_key_value_heads=2, head_dim=128, **sizes)
     model = Qwen3(shape, compute_dtype=jnp.bfloat16, remat="full", mesh=tpu)
     optimizer = make_optimizer(learning_rate=1e-6)
-    update = make_update(model, OBJECTIVES["dapo"](), optimizer, micro_batches=2, chunk_tokens=256)
+    update = make_update(model, OBJECTIVES["dapo"](), optimizer, micro_batches=2, tile_tokens=256)
     state = abstract_state(model, optimizer, tpu)
     of = functools.partial(jax.ShapeDtypeStruct, (rows, width), sharding=row_sharding(tpu))
     batch = Batch(*map(of, (jnp.int32, bool, jnp.float32, jnp.float32)), segment=of(jnp.int32))

@@ -225,8 +225,8 @@ def test_settings_of_the_machine_may_change_between_starts(finished):
         ("data.max_prompt_tokens=6 evaluation.data.max_prompt_tokens=6", "has 7 tokens, expected 1 to 6"),
         ("phases.0.reward.overlong_buffer_tokens=20", "phase 'rl': "),
         ("phases.0.objective.name=dappo", "objective 'dappo' is unknown; known: dapo, ts_opsd"),
-        ("phases.0.objective.hyperparameters.clip_lo=0.1", "clip_lo"),
-        ("phases.0.sampling.sampling_temperature=1.2", "dapo's ratio compares the policy at temperature 1"),
+        ("phases.0.objective.hyperparameters.clip_lo=0.1", "did you mean 'clip_low'?"),
+        ("phases.0.sampling.sampling_temperature=1.2", "objective 'dapo' compares the policy at temperature 1 with"),
         ("phases.1.objective.hyperparameters.direction=sideways", "direction must be 'forward' or 'reverse'"),
         ("phases.0.max_response_tokens=4000", "more than the model's 128 positions"),
         ("phases.0.stop={}", "a phase needs at least one of steps"),
@@ -242,6 +242,37 @@ def test_bad_settings_are_one_line_and_leave_no_trace(assignment, says, tmp_path
     assert says in error
     assert error.count("\n") == 1
     assert not run.exists()
+
+
+def test_a_broken_objective_is_one_line_and_leaves_no_trace(tmp_path, capsys):
+    """By `check`, and by a run before it samples: the promise `tokenwise` of a loss over sequences."""
+    file, run = tmp_path / "mine.py", tmp_path / "run"
+    file.write_text(
+        "import jax.numpy as jnp\n"
+        "from tsopsd_jax.losses import token_logp\n"
+        "from tsopsd_jax.objectives import Objective\n"
+        "from tsopsd_jax.types import LossOutput, Mean\n"
+        "def mine():\n"
+        "    def loss(stats, batch):\n"
+        "        return LossOutput(Mean.of(jnp.cumsum(stats['logp'], axis=1), batch.mask), {})\n"
+        "    return Objective(lambda z, t: {'logp': token_logp(z, t)}, loss, tokenwise=True)\n"
+    )
+    change = f"phases.0.objective={{name: '{file}:mine'}}"
+    check = ["check", str(DEMO_CONFIG), "--set", change]
+    for refused in (lambda: main(check), lambda: main([*check, "--syntax-only"]), lambda: demo(run, change)):
+        assert refused() == 2
+        error = capsys.readouterr().err
+        assert f"phase 'rl': objective '{file}:mine': {file}:6, loss: expected the loss's total to stay" in error
+        assert "tokenwise=True" in error
+        assert error.count("\n") == 1
+    assert not run.exists()
+
+
+def test_check_warns_of_an_objective_that_changes_nothing(capsys):
+    same = "phases.1.objective.hyperparameters.teacher_temperature=1.0"
+    for more in ([], ["--syntax-only"]):
+        assert main(["check", str(DEMO_CONFIG), "--set", same, *more]) == 0
+        assert "warning: phase 'reheat': objective 'ts_opsd': " in capsys.readouterr().out
 
 
 def test_bad_files_are_one_line(tmp_path, capsys):

@@ -238,7 +238,7 @@ EFFECTS: dict[str, tuple] = {
     "phases[].optimizer_state": ("keep", phase("reset_optimizer")),
     "phases[].rows_at_once": ("8", phase("rows_at_once")),
     "phases[].micro_batches": ("2", phase("micro_batches")),
-    "phases[].chunk_tokens": ("64", phase("chunk_tokens")),
+    "phases[].chunk_tokens": ("64", phase("tile_tokens")),
     "phases[].pack": ("false", phase("pack")),
     "phases[].measure_start_kl": ("true", phase("measure_start_kl")),
     "phases[].guard.max_start_entropy_nats": ("3", rule("guard", "max_start_entropy_nats")),

@@ -17,7 +17,8 @@ import yaml
 from tsopsd_jax.cli import main
 from tsopsd_jax.commands.exit_codes import BAD_INPUT
 from tsopsd_jax.config import Config, PhaseSettings, load_config, strict
-from tsopsd_jax.config.build import check_batches, divide_cpu, doubts, make_phase
+from tsopsd_jax.config import build as building
+from tsopsd_jax.config.build import check_batches, check_objectives, divide_cpu, doubts, make_phase, make_phases
 from tsopsd_jax.config.places import DEMO_CONFIG
 from tsopsd_jax.distributed.sharding import make_mesh
 from tsopsd_jax.rundir.log import read_metrics
@@ -207,8 +208,6 @@ def test_plain_is_the_reverse_of_build():
         ({"phases__0__rows_at_once": -1}, ["phases.0", "rows_at_once must be at least 1"]),
         ({"phases__0__prompts_per_step": 0}, ["prompts_per_step must be at least 1"]),
         ({"phases__0__optimizer_state": "forget"}, ["optimizer_state", "reset, keep", "'forget'"]),
-        ({"phases__0__sampling__top_p": 0.9}, ["phases.0", "dapo", "top_p"]),
-        ({"phases__0__reward": None}, ["phases.0", "dapo needs rewards"]),
         ({"model__compute_dtype": "float16"}, ["compute_dtype", "float32, bfloat16", "'float16'"]),
         ({"data__name": "gsm"}, ["data", "name", "countdown"]),
         ({"data__verifier": "judge"}, ["data", "verifier", "math"]),
@@ -646,8 +645,95 @@ def test_every_phase_setting_reaches_the_trainer():
     """PhaseSettings and the trainer's Phase may not drift apart: every setting is read."""
     ours = {f.name for f in dataclasses.fields(PhaseSettings)}
     theirs = {f.name for f in dataclasses.fields(make_phase(build().phases[0]))}
-    assert ours - theirs == {"optimizer_state"}
-    assert theirs - ours == {"reset_optimizer"}
+    assert ours - theirs == {"optimizer_state", "chunk_tokens"}
+    assert theirs - ours == {"reset_optimizer", "tile_tokens"}
+
+
+# ------------------------------------------------------------------ what an objective needs of its phase
+
+OWN = """
+import tsopsd_jax.losses as losses
+from tsopsd_jax.objectives import Objective
+from tsopsd_jax.types import LossOutput, Mean
+
+
+def mine(*, coefficient=1.0, broken=False, **needs):
+    def stats(logits, tokens):
+        return {"entropy": losses.entropy(logits)}
+
+    def loss(stats, batch):
+        return LossOutput(Mean.of(-coefficient * stats["nothing" if broken else "entropy"], batch.mask), {})
+
+    return Objective(stats, loss, tokenwise=True, **needs)
+"""
+
+
+@pytest.fixture
+def own(tmp_path):
+    """own(**overrides of the phase) -> a configuration of one phase with an objective of one's own and no reward."""
+    (tmp_path / "mine.py").write_text(OWN)
+    name = f"{tmp_path / 'mine.py'}:mine"
+    return lambda **phase: build(
+        **{f"phases__0__{key}": value for key, value in ({"objective__name": name, "reward": None} | phase).items()}
+    )
+
+
+def test_an_objective_that_uses_advantages_needs_a_reward(own):
+    with pytest.raises(ValueError, match=r"^phase 'rl': reward: objective '.*mine.py:mine' uses advantages .*=False$"):
+        make_phase(own().phases[0])
+    with pytest.raises(ValueError, match=r"^phase 'rl': reward: objective 'dapo' uses advantages"):
+        make_phase(build(phases__0__reward=None).phases[0])
+    assert make_phase(own(objective__hyperparameters__uses_advantage=False).phases[0]).reward is None
+    assert make_phase(own(reward={}).phases[0]).reward is not None
+
+
+@pytest.mark.parametrize(
+    ("declared", "sampling", "refused"),
+    [
+        ({}, {}, False),
+        ({}, {"sampling_temperature": 1.2}, True),
+        ({}, {"top_p": 0.9}, True),
+        ({}, {"top_k": 20}, True),
+        ({"policy_temperature": 1.2}, {"sampling_temperature": 1.2}, False),
+        ({"policy_temperature": 1.2}, {}, True),
+        ({"policy_temperature": None}, {"sampling_temperature": 0.7, "top_p": 0.9}, False),
+    ],
+)
+def test_the_policy_in_the_ratio_is_the_one_that_sampled(own, declared, sampling, refused):
+    config = own(objective__hyperparameters=declared | {"uses_advantage": False}, sampling=sampling)
+    if not refused:
+        make_phase(config.phases[0])
+        return
+    t = f"{declared.get('policy_temperature', 1.0):g}"
+    words = rf"^phase 'rl': sampling: objective '.*mine.py:mine' .* at temperature {t} .*; expected sampling_temperature {t}, "
+    with pytest.raises(ValueError, match=words):
+        make_phase(config.phases[0])
+
+
+def test_a_ramp_of_the_penalty_fits_the_response():
+    with pytest.raises(ValueError, match=r"^phase 'rl': .*buffer_tokens=9 > max_tokens=8"):
+        make_phase(build(phases__0__reward__overlong_buffer_tokens=9).phases[0])
+
+
+def test_every_different_objective_is_checked_once(monkeypatch):
+    checked = []
+    monkeypatch.setattr(building, "objective_notes", lambda objective: checked.append(objective) or ["odd"])
+    data = minimal()
+    names = ["a", "b", "c"]
+    data["phases"] = [data["phases"][0] | {"name": name} for name in names]
+    data["phases"][1] = data["phases"][1] | {"objective": {"name": "dapo", "hyperparameters": {"clip_low": 0.1}}}
+    config = strict.build(Config, data)
+    phases = make_phases(config)
+    notes = check_objectives(config, phases)
+    assert checked == [phases[0].objective, phases[1].objective]
+    assert notes == [f"warning: phase '{name}': objective 'dapo': odd" for name in "ab"]
+
+
+def test_what_is_broken_is_named_before_anything_is_sampled(own):
+    config = own(objective__hyperparameters={"broken": True, "uses_advantage": False})
+    words = r"^phase 'rl': objective '.*mine.py:mine': .*mine.py:12, loss: raised KeyError: 'nothing' \(stats returns entropy\)$"
+    with pytest.raises(ValueError, match=words):
+        check_objectives(config, make_phases(config))
 
 
 # ------------------------------------------------------------------ real vocabulary, real prompts

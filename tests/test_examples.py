@@ -54,11 +54,11 @@ def test_example_gradient_is_entropy_ascent_where_the_advantage_is_zero():
 
 
 def test_example_runs_in_the_learner(tiny):
-    """Through the head's chunks and the micro-batches like the library's own: with no advantage it raises entropy."""
+    """Through the head's tiles and the micro-batches like the library's own: with no advantage it raises entropy."""
     model, params = tiny
     objective = make_objective(NAME, {"coefficient": 1.0})
     optimizer = make_optimizer(learning_rate=1e-2)
-    update = jax.jit(make_update(model, objective, optimizer, micro_batches=2, chunk_tokens=3))
+    update = jax.jit(make_update(model, objective, optimizer, micro_batches=2, tile_tokens=3))
     batch = Batch.of(
         tokens=jax.random.randint(jax.random.key(1), (4, 8), 0, 37),
         mask=jnp.arange(8)[None, :].repeat(4, axis=0) >= 3,

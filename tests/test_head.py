@@ -9,7 +9,7 @@ import pytest
 
 from tsopsd_jax import head, losses
 from tsopsd_jax.distributed.sharding import make_mesh
-from tsopsd_jax.head import Cut, batch_loss, batch_stats, token_loss, token_stats, vocab_stats
+from tsopsd_jax.head import Tiling, batch_loss, batch_stats, token_loss, token_stats, vocab_stats
 from tsopsd_jax.logit_stats import LibraryStats, VocabStats, logits_stats
 from tsopsd_jax.types import Batch, LossOutput, Mean
 
@@ -38,15 +38,15 @@ def weighted(stats):
     return sum((i + 1) * jnp.sum(x * jnp.arange(1.0, N + 1)) for i, x in enumerate(stats))
 
 
-@pytest.mark.parametrize("chunk", [1, 3, N, 50])
-def test_vocab_stats_equal_the_losses_on_full_logits(case, chunk):
-    def chunked(hidden, unembed):
-        return vocab_stats(hidden, unembed, case[2], teacher_temperature=T, chunk_tokens=chunk)
+@pytest.mark.parametrize("tile", [1, 3, N, 50])
+def test_vocab_stats_equal_the_losses_on_full_logits(case, tile):
+    def tiled(hidden, unembed):
+        return vocab_stats(hidden, unembed, case[2], teacher_temperature=T, tile_tokens=tile)
 
-    for name, got, want in zip(VocabStats._fields, chunked(*case[:2]), on_full_logits(*case), strict=True):
+    for name, got, want in zip(VocabStats._fields, tiled(*case[:2]), on_full_logits(*case), strict=True):
         assert got.shape == (N,)
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6, err_msg=name)
-    got = jax.grad(lambda h, w: weighted(chunked(h, w)), argnums=(0, 1))(*case[:2])
+    got = jax.grad(lambda h, w: weighted(tiled(h, w)), argnums=(0, 1))(*case[:2])
     want = jax.grad(lambda h, w: weighted(on_full_logits(h, w, case[2])), argnums=(0, 1))(*case[:2])
     for name, g, w in zip(("hidden", "unembed"), got, want, strict=True):
         np.testing.assert_allclose(g, w, rtol=1e-4, atol=1e-5, err_msg=name)
@@ -96,8 +96,8 @@ def some_batch(rng, b, length, v=V):
     )
 
 
-@pytest.mark.parametrize("chunk", [1, 2, 4, 9, 100])
-def test_batch_stats_refer_to_the_token_at_their_index(chunk):
+@pytest.mark.parametrize("tile", [1, 2, 4, 9, 100])
+def test_batch_stats_refer_to_the_token_at_their_index(tile):
     rng = np.random.default_rng(1)
     b, length = 3, 5
     hidden, unembed = rng.normal(size=(b, length, D)), rng.normal(size=(D, V))
@@ -111,7 +111,7 @@ def test_batch_stats_refer_to_the_token_at_their_index(chunk):
         jnp.asarray(hidden, jnp.float32),
         jnp.asarray(unembed, jnp.float32),
         batch,
-        chunk_tokens=chunk,
+        tile_tokens=tile,
     )
     np.testing.assert_allclose(got["logp"], want, rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(got["token"], np.where(batch.mask, batch.tokens, 0))
@@ -156,7 +156,7 @@ def test_one_pass_equals_two_and_the_formula_on_full_logits(mesh, block, monkeyp
 
     def through(stats, tokenwise):
         def f(hidden, unembed):
-            found = batch_loss(stats, loss_of, hidden, unembed, batch, tokenwise=tokenwise, chunk_tokens=4, mesh=mesh)
+            found = batch_loss(stats, loss_of, hidden, unembed, batch, tokenwise=tokenwise, tile_tokens=4, mesh=mesh)
             return found.out.loss.total, found
 
         np.testing.assert_allclose(jax.jit(f)(hidden, unembed)[0], total, rtol=1e-5)  # without gradients
@@ -181,13 +181,13 @@ def buffers(text):
     return sorted({int(np.prod([int(n) for n in shape.split(",")])) for shape in shapes}, reverse=True)
 
 
-def compiled(n, *, one_pass, v=3000, chunk=16, d=24, block=None):
-    cut = Cut(chunk, block and 4 * v * block)
+def compiled(n, *, one_pass, v=3000, tile=16, d=24, block=None):
+    tiling = Tiling(tile, block and 4 * v * block)
 
     def total(hidden, unembed, batch):
         if one_pass:
-            return token_loss(ALL, loss_of, cut, hidden, unembed, batch).out.loss.total
-        stats = token_stats(ALL, cut, hidden, unembed, batch.tokens[0], batch.mask[0])
+            return token_loss(ALL, loss_of, tiling, hidden, unembed, batch).out.loss.total
+        stats = token_stats(ALL, tiling, hidden, unembed, batch.tokens[0], batch.mask[0])
         return loss_of({name: x[None] for name, x in stats.items()}, batch).loss.total
 
     rows = [jax.ShapeDtypeStruct((1, n), t) for t in (jnp.int32, bool, jnp.float32, jnp.float32)]
@@ -210,7 +210,7 @@ def test_no_logits_of_all_tokens_exist_and_memory_does_not_grow_with_them(one_pa
 def test_blocks_of_a_tile_write_gradients_where_logits_stood(one_pass):
     """A tile of 256 tokens once, in blocks of 8, beside the unembedding's gradient."""
     v, d = 3000, 24
-    tile, blocks = (compiled(1024, one_pass=one_pass, chunk=256, block=block) for block in (None, 8))
+    tile, blocks = (compiled(1024, one_pass=one_pass, tile=256, block=block) for block in (None, 8))
     assert "dynamic-update-slice" in blocks.as_text()
     assert buffers(blocks.as_text())[0] == buffers(tile.as_text())[0] == 256 * v
     held = blocks.memory_analysis().temp_size_in_bytes
@@ -221,17 +221,17 @@ def test_blocks_of_a_tile_write_gradients_where_logits_stood(one_pass):
 def test_blocks_fit_a_cpus_caches_and_the_tile():
     wanted = jnp.ones(1000, bool)
     mib = 1 << 20
-    for cut, v, sizes in (
-        (Cut(512, 8 * mib), 151_936, (512, 8)),
-        (Cut(100, 8 * mib), 151_936, (96, 8)),
-        (Cut(3, 8 * mib), 151_936, (3, 3)),
-        (Cut(2000, 8 * mib), 40, (1000, 1000)),
-        (Cut(512, 1), 151_936, (512, 1)),
-        (Cut(512), 151_936, (512, 512)),
+    for tiling, v, sizes in (
+        (Tiling(512, 8 * mib), 151_936, (512, 8)),
+        (Tiling(100, 8 * mib), 151_936, (96, 8)),
+        (Tiling(3, 8 * mib), 151_936, (3, 3)),
+        (Tiling(2000, 8 * mib), 40, (1000, 1000)),
+        (Tiling(512, 1), 151_936, (512, 1)),
+        (Tiling(512), 151_936, (512, 512)),
     ):
-        tiles = head._tiles(wanted, v, cut)
+        tiles = head._tiles(wanted, v, tiling)
         assert (tiles.order.shape[1], tiles.block) == sizes
-    assert head.cut_for(7) == Cut(7, head.BLOCK_BYTES), "the tests' backend is a CPU"
+    assert head.tiling_for(7) == Tiling(7, head.BLOCK_BYTES), "the tests' backend is a CPU"
 
 
 def test_a_vocabulary_over_devices_is_never_gathered():
@@ -243,7 +243,7 @@ def test_a_vocabulary_over_devices_is_never_gathered():
     hidden = jnp.asarray(rng.normal(size=(4, 17, D * 2)), jnp.float32)
 
     def total(hidden, unembed):
-        found = batch_loss(ALL, loss_of, hidden, unembed, batch, tokenwise=True, chunk_tokens=8, mesh=mesh)
+        found = batch_loss(ALL, loss_of, hidden, unembed, batch, tokenwise=True, tile_tokens=8, mesh=mesh)
         return found.out.loss.total
 
     text = (

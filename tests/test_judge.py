@@ -38,7 +38,7 @@ def groups_of(*accuracy, number=0, rule=None):
     """One group per tuple; the tokens of prompt i of batch `number` start with 10 (100 number + 1 + 2 i)."""
     flat = np.asarray(accuracy, np.float32).reshape(-1)
     rollout = rollout_of([3] * len(flat), first_token=100 * number + 1)
-    return judge(rollout, flat, group=GROUP, rule=rule or RewardRule(max_response_tokens=6))
+    return judge(rollout, flat, group=GROUP, rule=rule or RewardRule(), max_response_tokens=6)
 
 
 def names(groups: Groups):
@@ -63,25 +63,27 @@ YES, NO, MIXED = (1, 1), (0, 0), (1, 0)
 
 def test_rewards_are_accuracy_plus_overlong_penalty_in_tokens():
     # max 6, buffer 4: free up to 2 tokens, then -(length - 2) / 4 * factor 0.5: 3 -> -0.125, 5 -> -0.375, 6 -> -0.5
-    rule = RewardRule(max_response_tokens=6, overlong_buffer_tokens=4, overlong_factor=0.5)
-    groups = judge(rollout_of([2, 3, 5, 6]), np.array([1, 1, 0, 0], np.float32), group=GROUP, rule=rule)
+    rule = RewardRule(overlong_buffer_tokens=4, overlong_factor=0.5)
+    groups = judge(
+        rollout_of([2, 3, 5, 6]), np.array([1, 1, 0, 0], np.float32), group=GROUP, rule=rule, max_response_tokens=6
+    )
     np.testing.assert_array_equal(groups.accuracy, [[1, 1], [0, 0]])
     np.testing.assert_allclose(groups.reward, [[1.0, 0.875], [-0.375, -0.5]])
 
 
 def test_informative_looks_at_accuracy_not_at_the_reward():
-    rule = RewardRule(max_response_tokens=6, overlong_buffer_tokens=4)
+    rule = RewardRule(overlong_buffer_tokens=4)
     # Group 0: both right, lengths differ, so only the penalties differ. Group 1: one right, one wrong.
     accuracy = np.array([1, 1, 1, 0], np.float32)
-    groups = judge(rollout_of([2, 6, 2, 2]), accuracy, group=GROUP, rule=rule)
+    groups = judge(rollout_of([2, 6, 2, 2]), accuracy, group=GROUP, rule=rule, max_response_tokens=6)
     assert groups.reward[0, 0] != groups.reward[0, 1]
     np.testing.assert_array_equal(informative(groups), [False, True])
 
 
 def test_informative_where_the_penalty_levels_the_rewards():
     # Right and as long as allowed: 1 - 1 = 0, wrong and short: 0. Equal rewards, but not equal accuracies.
-    rule = RewardRule(max_response_tokens=6, overlong_buffer_tokens=4)
-    groups = judge(rollout_of([6, 2]), np.array([1, 0], np.float32), group=GROUP, rule=rule)
+    rule = RewardRule(overlong_buffer_tokens=4)
+    groups = judge(rollout_of([6, 2]), np.array([1, 0], np.float32), group=GROUP, rule=rule, max_response_tokens=6)
     np.testing.assert_array_equal(groups.reward, [[0, 0]])
     np.testing.assert_array_equal(informative(groups), [True])
 
@@ -100,7 +102,7 @@ def test_accuracies_verify_the_response_alone():
 
 def test_without_dynamic_sampling_one_batch_is_taken_as_it_is():
     draw, served = drawing([YES, MIXED, NO])
-    out = collect(draw, prompts=3, leftover=None, rule=RewardRule(max_response_tokens=6))
+    out = collect(draw, prompts=3, leftover=None, rule=RewardRule())
     assert names(out.groups) == [(0, 0), (0, 1), (0, 2)]
     assert (served, out.leftover) == ([0], None)
     assert (out.generation_batches, out.sampled_groups, out.informative_groups, out.filled_groups) == (1, 3, 1, 0)
@@ -108,7 +110,7 @@ def test_without_dynamic_sampling_one_batch_is_taken_as_it_is():
 
 @pytest.mark.parametrize("surplus", ["drop", "keep"])
 def test_collect_draws_until_full_in_order(surplus):
-    rule = RewardRule(max_response_tokens=6, max_generation_batches=5, surplus=surplus)
+    rule = RewardRule(max_generation_batches=5, surplus=surplus)
     draw, served = drawing([YES, MIXED, NO], [NO, NO, NO], [MIXED, MIXED, MIXED], [MIXED] * 3)
     out = collect(draw, prompts=2, leftover=None, rule=rule)
     assert served == [0, 1, 2]
@@ -122,7 +124,7 @@ def test_collect_draws_until_full_in_order(surplus):
 
 
 def test_leftover_comes_first_and_may_suffice():
-    rule = RewardRule(max_response_tokens=6, max_generation_batches=2, surplus="keep")
+    rule = RewardRule(max_generation_batches=2, surplus="keep")
     leftover = groups_of(MIXED, MIXED, MIXED, number=7)
     draw, served = drawing([MIXED, YES])
     out = collect(draw, prompts=2, leftover=leftover, rule=rule)
@@ -135,7 +137,7 @@ def test_leftover_comes_first_and_may_suffice():
 
 
 def test_shortage_is_an_error_that_counts():
-    rule = RewardRule(max_response_tokens=6, max_generation_batches=2)
+    rule = RewardRule(max_generation_batches=2)
     draw, served = drawing([YES, MIXED], [NO, NO], [MIXED, MIXED])
     with pytest.raises(ShortageError, match="1 of 2 groups are informative after 2 generation batches"):
         collect(draw, prompts=2, leftover=None, rule=rule)
@@ -143,7 +145,7 @@ def test_shortage_is_an_error_that_counts():
 
 
 def test_shortage_filled_with_groups_that_teach_nothing():
-    rule = RewardRule(max_response_tokens=6, max_generation_batches=2, on_shortage="fill", surplus="keep")
+    rule = RewardRule(max_generation_batches=2, on_shortage="fill", surplus="keep")
     draw, _ = drawing([YES, MIXED], [NO, YES])
     out = collect(draw, prompts=3, leftover=None, rule=rule)
     assert names(out.groups) == [(0, 1), (0, 0), (1, 0)]  # informative first, then in the order drawn
@@ -165,7 +167,7 @@ def test_join_and_take_keep_the_responses_of_a_prompt_together():
 def test_to_batch_spreads_the_advantage_over_the_response(normalize_std):
     # Rewards 1 and 0: mean 1/2; std (ddof 1) sqrt(1/2) = 0.70710678: advantage +-0.5 / 0.70710778 = +-0.7071058
     groups = judge(
-        rollout_of([1, 3]), np.array([1, 0], np.float32), group=GROUP, rule=RewardRule(max_response_tokens=6)
+        rollout_of([1, 3]), np.array([1, 0], np.float32), group=GROUP, rule=RewardRule(), max_response_tokens=6
     )
     batch = to_batch(groups, normalize_std=normalize_std)
     a = 0.7071058 if normalize_std else 0.5
@@ -187,16 +189,16 @@ def test_advantages_compare_the_responses_of_one_prompt():
     [
         ({"surplus": "burn"}, "surplus must be 'drop' or 'keep', got 'burn'"),
         ({"on_shortage": "cry"}, "on_shortage must be 'error' or 'fill', got 'cry'"),
-        ({"overlong_buffer_tokens": 7}, "buffer_tokens=7"),
+        ({"overlong_buffer_tokens": -1}, "overlong_buffer_tokens must be at least 0, got -1"),
     ],
 )
 def test_reward_rule_refuses(setting, words):
     with pytest.raises(ValueError, match=words):
-        RewardRule(max_response_tokens=6, **setting)
+        RewardRule(**setting)
 
 
 def test_judge_takes_what_the_loop_needs_and_no_config():
-    assert list(inspect.signature(judge).parameters) == ["rollout", "accuracy", "group", "rule"]
+    assert list(inspect.signature(judge).parameters) == ["rollout", "accuracy", "group", "rule", "max_response_tokens"]
 
 
 def sampling(lengths, *, between=lambda: None):

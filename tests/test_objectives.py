@@ -86,19 +86,19 @@ def close(a, b):
 
 @pytest.fixture(scope="module")
 def case(objective, tiny):
-    """(traces of stats, jitted gradient of micro_batches and chunk_tokens, batch, reference)."""
+    """(traces of stats, jitted gradient of micro_batches and tile_tokens, batch, reference)."""
     traces = []
 
     def stats(logits, tokens):
         traces.append(logits.shape)
         return objective.stats(logits, tokens)
 
-    counted = Objective(stats, objective.loss, objective.tokenwise)
+    counted = objective._replace(stats=stats)
 
-    @functools.partial(jax.jit, static_argnames=("micro_batches", "chunk_tokens", "tokenwise", "mesh"))
-    def gradient(params, batch, micro_batches=1, chunk_tokens=512, tokenwise=objective.tokenwise, mesh=None):
+    @functools.partial(jax.jit, static_argnames=("micro_batches", "tile_tokens", "tokenwise", "mesh"))
+    def gradient(params, batch, micro_batches=1, tile_tokens=512, tokenwise=objective.tokenwise, mesh=None):
         asked, model = counted._replace(tokenwise=tokenwise), dataclasses.replace(tiny[0], mesh=mesh)
-        made = make_gradient(model, asked, micro_batches=micro_batches, chunk_tokens=chunk_tokens)
+        made = make_gradient(model, asked, micro_batches=micro_batches, tile_tokens=tile_tokens)
         return made(params, batch)
 
     batch = Batch.of(**fields())
@@ -115,9 +115,9 @@ def test_loss_counts_the_mask_and_the_gradient_is_alive(case):
         assert float(np.abs(g).max()) > 0, jax.tree_util.keystr(path)
 
 
-def test_micro_batches_and_chunks_change_nothing(case, tiny):
+def test_micro_batches_and_tiles_change_nothing(case, tiny):
     _, gradient, batch, reference = case
-    close(gradient(tiny[1], batch, micro_batches=4, chunk_tokens=4), reference)
+    close(gradient(tiny[1], batch, micro_batches=4, tile_tokens=4), reference)
 
 
 def test_eight_devices_equal_one(case, tiny):
@@ -132,7 +132,7 @@ def test_one_pass_equals_two(case, tiny):
     """What `tokenwise` promises; both of this file's own objectives keep it, the one that does not say so too."""
     _, gradient, batch, reference = case
     for tokenwise in (True, False):
-        close(gradient(tiny[1], batch, tokenwise=tokenwise, chunk_tokens=4), reference)
+        close(gradient(tiny[1], batch, tokenwise=tokenwise, tile_tokens=4), reference)
 
 
 def test_packed_rows_equal_padded_ones(case, tiny):
@@ -142,7 +142,7 @@ def test_packed_rows_equal_padded_ones(case, tiny):
     packed = pack(batch, length, micro_batches=4)
     assert packed.tokens.shape == batch.tokens.shape
     assert np.asarray(packed.mask).any(axis=1).sum() == 6 < B  # 7 | 7 | 6 | 6 | 5 2 | 4 3
-    close(gradient(tiny[1], jax.device_put(packed), micro_batches=4, chunk_tokens=4, tokenwise=True), reference)
+    close(gradient(tiny[1], jax.device_put(packed), micro_batches=4, tile_tokens=4, tokenwise=True), reference)
     mesh = make_mesh(data=2, fsdp=2, devices=jax.devices()[:4])
     packed = jax.device_put(pack(batch, length, micro_batches=2), row_sharding(mesh))
     params = jax.device_put(tiny[1], replicated(mesh))
@@ -243,14 +243,15 @@ def test_ts_opsd_default_is_the_papers():
 def test_errors_name_what_is_wrong(tmp_path, own_file):
     cases = [
         ("ppo", {}, r"objective 'ppo' is unknown; known: dapo, ts_opsd"),
-        ("dapo", {"clip_hi": 1.0}, "objective 'dapo': .*clip_hi"),
+        ("dapo", {"clip_hi": 1.0}, r"objective 'dapo': unknown hyperparameter 'clip_hi'; did you mean 'clip_high'\?"),
         ("dapo", {"clip_low": -0.1}, "clip_low=-0.1"),
         ("dapo", {"clip_ratio_c": 1.1}, "clip_ratio_c=1.1"),
         ("ts_opsd", {"direction": "sideways"}, "direction must be 'forward' or 'reverse', got 'sideways'"),
         ("ts_opsd", {"teacher_temperature": 0.0}, "teacher_temperature must be positive"),
         (f"{tmp_path}/none.py:f", {}, "none.py does not exist"),
         (own_file.replace("renyi", "shannon"), {}, "has no function 'shannon'"),
-        (own_file, {"wait": 1}, "wait"),
+        (own_file, {"wait": 1}, "unknown hyperparameter 'wait'; did you mean 'weight'"),
+        (own_file, {"x": 1}, "unknown hyperparameter 'x'; known: weight"),
     ]
     for name, settings, words in cases:
         with pytest.raises(ValueError, match=words):

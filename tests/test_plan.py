@@ -195,7 +195,7 @@ def test_work_of_sampling():
 
 
 def test_tiles_are_of_the_response_tokens_of_a_device():
-    u = UpdateShape(8, 3, 100, 200, micro_batches=2, rows=4, chunk_tokens=64, remat="full", tokenwise=True)
+    u = UpdateShape(8, 3, 100, 200, micro_batches=2, rows=4, tile_tokens=64, remat="full", tokenwise=True)
     assert u.tiles(Split(1, 2, 4)) == 4  # 8 x 100 / (2 x 2) = 200 tokens
 
 

@@ -78,12 +78,11 @@ def rl_phase(name="rl", **changes) -> Phase:
         "responses_per_prompt": 2,  # half of the groups are uninformative: more are drawn, and some are left over
         "rows_at_once": 8,
         "micro_batches": 1,
-        "chunk_tokens": 4,
+        "tile_tokens": 4,
         "pack": True,
         "measure_start_kl": False,
         # Keeps surplus groups: the checkpoint must carry them.
         "reward": RewardRule(
-            max_response_tokens=5,
             overlong_buffer_tokens=2,
             max_generation_batches=4,
             surplus="keep",
@@ -416,7 +415,7 @@ def test_the_kl_to_a_start_policy_is_that_of_the_formula(tiny):
     gained = (started - drawn)[rollout.mask]
     want = np.mean(np.exp(gained) - 1 - gained)
     for pieces in (1, 2):
-        got = StartKL(model, pieces=pieces, chunk_tokens=3).nats(other, rollout)
+        got = StartKL(model, pieces=pieces, tile_tokens=3).nats(other, rollout)
         np.testing.assert_allclose(got, want, rtol=1e-4)
 
 
@@ -462,7 +461,7 @@ def test_recovery_keeps_the_policy_that_was_measured(trainer_in, tmp_path):
 
 
 def test_a_shortage_of_informative_groups_stops_like_a_guard(trainer_in, tmp_path):
-    rule = RewardRule(max_response_tokens=5, max_generation_batches=2)
+    rule = RewardRule(max_generation_batches=2)
     trainer = trainer_in(tmp_path, phases=(rl_phase(reward=rule),), verify=lambda *_: 1.0)
     with pytest.raises(GuardError, match=r"phase 'rl' stopped: dynamic sampling: 0 of 4 groups .* reward.on_shortage"):
         trainer.run()

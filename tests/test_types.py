@@ -1,5 +1,7 @@
 """The data types: addable means, masks from lengths, batches without junk."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,6 +30,15 @@ def test_mean_never_reads_outside_the_mask():
 def test_mean_of_nothing_is_zero():
     nothing = Mean.of(jnp.array([jnp.nan]), jnp.array([False]))
     assert (float(nothing.count), float(nothing.value)) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("values", "mask"), [((2,), (2, 3)), ((2, 3), (2,)), ((2, 1), (2, 3)), ((), (2, 3)), ((3, 2), (2, 3))]
+)
+def test_mean_of_wants_one_shape(values, mask):
+    """Also of what numpy would stretch: rows under a mask of tokens would be counted once a token."""
+    with pytest.raises(ValueError, match=re.escape(f"of one shape, got values {values} and mask {mask}")):
+        Mean.of(jnp.zeros(values), jnp.ones(mask, bool))
 
 
 def test_batch_zeroes_junk_and_keeps_prompt_tokens():

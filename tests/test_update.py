@@ -144,7 +144,7 @@ def fresh(tiny, optimizer):
 @pytest.fixture(scope="module")
 def update(tiny, optimizer):
     """DAPO's update in two micro-batches, jitted, the state donated."""
-    made = make_update(tiny[0], OBJECTIVES["dapo"](), optimizer, micro_batches=2, chunk_tokens=3)
+    made = make_update(tiny[0], OBJECTIVES["dapo"](), optimizer, micro_batches=2, tile_tokens=3)
     return jax.jit(made, donate_argnums=0)
 
 
@@ -264,7 +264,7 @@ def test_logp_gap_is_nothing_on_policy_and_what_it_is_off_policy(update, fresh, 
 
 
 def test_the_learners_logp_is_the_samplers(tiny, rollout):
-    stats = jax.jit(functools.partial(per_token_stats, tiny[0], objective=OBJECTIVES["dapo"](), chunk_tokens=3))
+    stats = jax.jit(functools.partial(per_token_stats, tiny[0], objective=OBJECTIVES["dapo"](), tile_tokens=3))
     logp = stats(tiny[1], distillation_batch(rollout))["logp"]
     np.testing.assert_allclose(logp, rollout.logp, atol=1e-4)
 
@@ -320,7 +320,7 @@ def test_temperature_one_leaves_the_gradient_exactly_zero(rollout, direction):
     @jax.jit
     @functools.partial(jax.value_and_grad, argnums=(0, 1))
     def loss(hidden, unembed):
-        found = batch_loss(*objective[:2], hidden, unembed, batch, tokenwise=objective.tokenwise, chunk_tokens=3)
+        found = batch_loss(*objective[:2], hidden, unembed, batch, tokenwise=objective.tokenwise, tile_tokens=3)
         return found.out.loss.total
 
     total, grads = loss(hidden, unembed)

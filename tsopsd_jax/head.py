@@ -1,6 +1,6 @@
 """Hidden states x unembedding -> per-token vocabulary statistics, without [tokens, V] ever existing.
 
-Wanted positions (response tokens) are put first and go through the head in tiles of `chunk_tokens`; the others never
+Wanted positions (response tokens) are put first and go through the head in tiles of `tile_tokens`; the others never
 reach it, and how many tiles there are is found at run time. Two ways through the tiles:
 
 `token_stats`  statistics of every wanted token, for a loss that sees whole sequences; the backward pass forms the
@@ -25,11 +25,11 @@ from tsopsd_jax.distributed.sharding import ROW_AXES, row_multiple
 from tsopsd_jax.logit_stats import LibraryStats, VocabStats
 from tsopsd_jax.types import Batch, LossOutput, Mean
 
-CHUNK_TOKENS = 1024
+TILE_TOKENS = 1024
 """Tokens whose logits exist at once, on each device."""
 
 BLOCK_BYTES = 8 << 20
-"""Logits that a CPU looks at together, of all those in a tile: its caches hold them while they are read again and again."""
+"""Size of a block on a CPU, whose caches hold that many logits while they are read again and again."""
 
 TILES = "head_tiles"
 """Name of the loops over tiles in profiles and compiled programs."""
@@ -47,62 +47,66 @@ def vocab_stats(
     tokens: Int[Array, " N"],
     *,
     teacher_temperature: float,
-    chunk_tokens: int = CHUNK_TOKENS,
+    tile_tokens: int = TILE_TOKENS,
 ) -> VocabStats:
-    """`logits_stats` of hidden @ unembed, tile by tile; differentiable in hidden and unembed.
+    """Compute `logits_stats` of hidden @ unembed tile by tile; differentiable in hidden and unembed.
 
     Args:
         hidden: [N, D] final hidden states.
         unembed: [D, V] output matrix.
         tokens: [N] the token that each hidden state predicts.
         teacher_temperature: T of the self-teacher softmax(z / T).
-        chunk_tokens: tokens whose logits exist at once.
+        tile_tokens: tokens whose logits exist at once.
 
     Raises:
         ValueError: if the teacher's temperature is not positive.
     """
     stats = LibraryStats(VocabStats._fields, teacher_temperature)
     wanted = jnp.ones(tokens.shape, bool)
-    found: Any = token_stats(stats, cut_for(chunk_tokens), hidden, unembed, tokens, wanted)
+    found: Any = token_stats(stats, tiling_for(tile_tokens), hidden, unembed, tokens, wanted)
     return VocabStats(**found)
 
 
-class Cut(NamedTuple):
-    """How tokens are cut: those of a tile, whose logits exist at once; bytes of logits of a block, the part of a tile
-    that `stats` sees at once (None: all of it); mesh axes whose devices all go through equally many tiles."""
+class Tiling(NamedTuple):
+    """How tokens are cut into tiles and blocks.
 
-    chunk_tokens: int
+    `tile_tokens`: tokens of a tile, whose logits exist at once. `block_bytes`: logits of a block, the part of a tile that
+    `stats` sees at once; None: all of it. `axes`: mesh axes whose devices all go through equally many tiles.
+    """
+
+    tile_tokens: int
     block_bytes: int | None = None
     axes: tuple[str, ...] = ()
 
 
-def cut_for(chunk_tokens: int, mesh: Mesh | None = None) -> Cut:
-    """Tiles of at most so many tokens, and blocks for the mesh's kind of device; None: one of the default backend."""
+def tiling_for(tile_tokens: int, mesh: Mesh | None = None) -> Tiling:
+    """Tiles of at most `tile_tokens` tokens, and blocks that suit the mesh's devices; no mesh: a device of the default
+    backend."""
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-    return Cut(chunk_tokens, BLOCK_BYTES if platform == "cpu" else None, ROW_AXES if _divided(mesh) else ())
+    return Tiling(tile_tokens, BLOCK_BYTES if platform == "cpu" else None, ROW_AXES if _divided(mesh) else ())
 
 
 class _Tiles(NamedTuple):
-    """Wanted tokens first: `order` [pieces, chunk] of indices (N: none), how many pieces hold a wanted one, and tokens of
-    a block."""
+    """Tokens in tiles, the wanted ones first: `order` [tiles, tile] of their indices (N: none), `count` of the tiles that
+    hold a wanted one, tokens of a `block`."""
 
     order: Array
     count: Array
     block: int
 
 
-def _tiles(wanted_N: Array, vocabulary: int, cut: Cut) -> _Tiles:
+def _tiles(wanted_N: Array, vocabulary: int, tiling: Tiling) -> _Tiles:
     n = wanted_N.shape[0]
-    chunk = block = max(1, min(cut.chunk_tokens, n))
-    if cut.block_bytes is not None:
-        fit = max(1, cut.block_bytes // (4 * vocabulary))
-        block = min(chunk, 1 << (fit.bit_length() - 1))
-        chunk = chunk // block * block
+    tile = block = max(1, min(tiling.tile_tokens, n))
+    if tiling.block_bytes is not None:
+        fit = max(1, tiling.block_bytes // (4 * vocabulary))
+        block = min(tile, 1 << (fit.bit_length() - 1))
+        tile = tile // block * block
     order = jnp.argsort(~wanted_N, stable=True).astype(jnp.int32)
     order = jnp.where(jnp.arange(n, dtype=jnp.int32) < jnp.sum(wanted_N, dtype=jnp.int32), order, n)
-    order = jnp.pad(order, (0, -n % chunk), constant_values=n).reshape(-1, chunk)
-    count = -(-jnp.sum(wanted_N, dtype=jnp.int32) // chunk)
-    return _Tiles(order, jax.lax.pmax(count, cut.axes) if cut.axes else count, block)
+    order = jnp.pad(order, (0, -n % tile), constant_values=n).reshape(-1, tile)
+    count = -(-jnp.sum(wanted_N, dtype=jnp.int32) // tile)
+    return _Tiles(order, jax.lax.pmax(count, tiling.axes) if tiling.axes else count, block)
 
 
 def _by_block(function: Callable[[Array, Any], tuple[Any, Any]], block: int, z_NV: Array, rest: Any) -> tuple[Any, Any]:
@@ -145,10 +149,17 @@ class Measured(NamedTuple):
     out: LossOutput
     gap: Float[Array, ""]
 
+    def __add__(self, other: "Measured") -> "Measured":  # pyright: ignore[reportIncompatibleMethodOverride] - not a tuple's
+        return Measured(jax.tree.map(jnp.add, self.out, other.out), jnp.maximum(self.gap, other.gap))
+
+    def summed(self) -> "Measured":
+        """Add up what was measured of the parts of a batch, which are stacked on a leading axis."""
+        return Measured(jax.tree.map(lambda x: jnp.sum(x, axis=0), self.out), jnp.max(self.gap, axis=0))
+
 
 def measure(loss: Loss, stats: dict[str, Array], batch: Batch) -> Measured:
-    """The loss, and where there is a statistic `logp`, how far the sampler's log-probabilities are from it: with one code
-    base that is a test, not a correction."""
+    """Evaluate the loss, and where there is a statistic `logp`, how far the sampler's log-probabilities are from it: with
+    one code base that is a test, not a correction."""
     out, gap = loss(stats, batch), jnp.zeros((), jnp.float32)
     if "logp" in stats:
         apart = jnp.abs(stats["logp"] - batch.old_logp)
@@ -156,16 +167,6 @@ def measure(loss: Loss, stats: dict[str, Array], batch: Batch) -> Measured:
         mean = {"rollout/logp_gap_mean_nats": Mean.of(apart, batch.mask)}
         out = LossOutput(out.loss, out.metrics | mean)
     return Measured(out, gap)
-
-
-def add(a: Measured, b: Measured) -> Measured:
-    """Of two parts of a batch."""
-    return Measured(jax.tree.map(jnp.add, a.out, b.out), jnp.maximum(a.gap, b.gap))
-
-
-def join(parts: Measured) -> Measured:
-    """Of all parts of a batch, stacked."""
-    return Measured(jax.tree.map(lambda x: jnp.sum(x, axis=0), parts.out), jnp.max(parts.gap, axis=0))
 
 
 def _pull(dz_NV: Array, hidden_ND: Array, unembed_DV: Array, d_unembed_DV: Array) -> tuple[Array, Array]:
@@ -179,15 +180,17 @@ def _pull(dz_NV: Array, hidden_ND: Array, unembed_DV: Array, d_unembed_DV: Array
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def token_stats(
     stats: Stats,
-    cut: Cut,
+    tiling: Tiling,
     hidden: Float[Array, "N D"],
     unembed: Float[Array, "D V"],
     tokens: Int[Array, " N"],
     wanted: Bool[Array, " N"],
 ) -> dict[str, Float[Array, " N"]]:
-    """`stats` of every wanted token, 0 elsewhere; differentiable in `hidden` and `unembed`, which may be float32 masters:
-    they are multiplied in the hidden states' dtype, and the gradient stays in theirs."""
-    tiles, w = _tiles(wanted, unembed.shape[1], cut), unembed.astype(hidden.dtype)
+    """Compute `stats` of every wanted token, 0 elsewhere; differentiable in `hidden` and `unembed`.
+
+    These may be float32 masters: they are multiplied in the hidden states' dtype, and the gradient stays in theirs.
+    """
+    tiles, w = _tiles(wanted, unembed.shape[1], tiling), unembed.astype(hidden.dtype)
 
     def of(at):
         z, t = _project(_take(hidden, at), w), _take(tokens, at)
@@ -196,27 +199,27 @@ def token_stats(
 
     out = {name: jnp.zeros(tokens.shape, s.dtype) for name, s in jax.eval_shape(of, tiles.order[0]).items()}
 
-    def piece(i, out):
+    def tile(i, out):
         at = tiles.order[i]
         return {name: _put(out[name], at, x) for name, x in of(at).items()}
 
     with jax.named_scope(TILES):
-        return jax.lax.fori_loop(0, tiles.count, piece, out)
+        return jax.lax.fori_loop(0, tiles.count, tile, out)
 
 
-def _token_stats_forward(stats, cut, hidden, unembed, tokens, wanted):
-    return token_stats(stats, cut, hidden, unembed, tokens, wanted), (hidden, unembed, tokens, wanted)
+def _token_stats_forward(stats, tiling, hidden, unembed, tokens, wanted):
+    return token_stats(stats, tiling, hidden, unembed, tokens, wanted), (hidden, unembed, tokens, wanted)
 
 
-def _token_stats_backward(stats, cut, kept, g):
+def _token_stats_backward(stats, tiling, kept, g):
     hidden, unembed, tokens, wanted = kept
-    tiles, w = _tiles(wanted, unembed.shape[1], cut), unembed.astype(hidden.dtype)
+    tiles, w = _tiles(wanted, unembed.shape[1], tiling), unembed.astype(hidden.dtype)
 
     def pull(z, rest):
         t, g = rest
         return *jax.vjp(lambda z: stats(z, t), z)[1](g), ()
 
-    def piece(i, carry):
+    def tile(i, carry):
         at = tiles.order[i]
         h = _take(hidden, at)
         rest = _take(tokens, at), {name: _take(x, at) for name, x in g.items()}
@@ -226,20 +229,20 @@ def _token_stats_backward(stats, cut, kept, g):
 
     zero = jnp.zeros_like(hidden), jnp.zeros(unembed.shape, jnp.float32)
     with jax.named_scope(TILES):
-        d_hidden, d_unembed = jax.lax.fori_loop(0, tiles.count, piece, zero)
+        d_hidden, d_unembed = jax.lax.fori_loop(0, tiles.count, tile, zero)
     return d_hidden, d_unembed.astype(unembed.dtype), None, None
 
 
 token_stats.defvjp(_token_stats_forward, _token_stats_backward)
 
 
-def _loss_of_tiles(stats, loss, cut, hidden, unembed, batch):
+def _loss_of_tiles(stats, loss, tiling, hidden, unembed, batch):
     """(`measure` of all tiles together, gradients into the hidden states and the unembedding)."""
-    tiles, w = _tiles(batch.mask[0], unembed.shape[1], cut), unembed.astype(hidden.dtype)
+    tiles, w = _tiles(batch.mask[0], unembed.shape[1], tiling), unembed.astype(hidden.dtype)
 
-    def of(z, piece: Batch):
-        piece = jax.tree.map(lambda x: x[None], piece)
-        found = measure(loss, {name: x[None] for name, x in stats(z, piece.tokens[0]).items()}, piece)
+    def of(z, block: Batch):
+        block = jax.tree.map(lambda x: x[None], block)
+        found = measure(loss, {name: x[None] for name, x in stats(z, block.tokens[0]).items()}, block)
         return found.out.loss.total, found
 
     def one(i, carry):
@@ -248,7 +251,7 @@ def _loss_of_tiles(stats, loss, cut, hidden, unembed, batch):
         h, rest = _take(hidden, at), jax.tree.map(lambda x: _take(x[0], at), batch)
         dz, found = _by_block(jax.grad(of, has_aux=True), tiles.block, _project(h, w), rest)
         d_h, d_unembed = _pull(dz, h, w, d_unembed)
-        return add(total, join(found)), _put(d_hidden, at, d_h), d_unembed
+        return total + found.summed(), _put(d_hidden, at, d_h), d_unembed
 
     z_like = jax.ShapeDtypeStruct((tiles.block, unembed.shape[1]), jnp.float32)
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct((tiles.block,), x.dtype), batch)
@@ -264,19 +267,19 @@ def _loss_of_tiles(stats, loss, cut, hidden, unembed, batch):
 def token_loss(
     stats: Stats,
     loss: Loss,
-    cut: Cut,
+    tiling: Tiling,
     hidden: Float[Array, "N D"],
     unembed: Float[Array, "D V"],
     batch: Batch,
 ) -> Measured:
-    """`loss(stats)` of a batch of one row of N tokens, N hidden states predicting them, where the loss treats every
-    token by itself. `loss.total` can be differentiated, in `hidden` and `unembed`; the rest is given no gradient."""
-    found: Any = token_stats(stats, cut, hidden, unembed, batch.tokens[0], batch.mask[0])
+    """Evaluate a loss that treats every token by itself, on a batch of one row of N tokens and the N states that predict
+    them. `loss.total` can be differentiated, in `hidden` and `unembed`; the rest is given no gradient."""
+    found: Any = token_stats(stats, tiling, hidden, unembed, batch.tokens[0], batch.mask[0])
     return measure(loss, {name: x[None] for name, x in found.items()}, batch)
 
 
-def _token_loss_forward(stats, loss, cut, hidden, unembed, batch):
-    out, grads = _loss_of_tiles(stats, loss, cut, hidden, unembed, batch)
+def _token_loss_forward(stats, loss, tiling, hidden, unembed, batch):
+    out, grads = _loss_of_tiles(stats, loss, tiling, hidden, unembed, batch)
     return out, (*grads, jnp.zeros((0,), unembed.dtype))
 
 
@@ -290,7 +293,7 @@ token_loss.defvjp(_token_loss_forward, _token_loss_backward)
 
 
 def _next_token(hidden_BLD: Array, batch: Batch) -> tuple[Array, Batch]:
-    """N = B (L - 1) hidden states and what stands at the positions that they predict, as a batch of one row: the state
+    """Pair N = B (L - 1) hidden states with what they predict, as a batch of one row: the state
     at position t - 1 predicts `tokens[:, t]`. The only place where anything is shifted."""
     return hidden_BLD[:, :-1].reshape(-1, hidden_BLD.shape[-1]), jax.tree.map(lambda x: x[:, 1:].reshape(1, -1), batch)
 
@@ -301,25 +304,27 @@ def batch_stats(
     unembed: Float[Array, "D V"],
     batch: Batch,
     *,
-    chunk_tokens: int = CHUNK_TOKENS,
+    tile_tokens: int = TILE_TOKENS,
     mesh: Mesh | None = None,
 ) -> dict[str, Float[Array, "B L"]]:
-    """The statistics of every response token given what precedes it; index t refers to `tokens[:, t]`, 0 outside `mask`.
+    """Compute the statistics of every response token given what precedes it.
+
+    Index t refers to `tokens[:, t]`; 0 outside `mask`.
 
     Args:
         stats: the objective's function of logits and tokens.
         hidden: [B, L, D]; `hidden[:, t - 1]` predicts `tokens[:, t]`.
         unembed: [D, V].
         batch: its tokens and mask.
-        chunk_tokens: tokens whose logits exist at once, on each device.
+        tile_tokens: tokens whose logits exist at once, on each device.
         mesh: over which rows are divided; None: one device.
     """
 
-    cut = cut_for(chunk_tokens, mesh)
+    tiling = tiling_for(tile_tokens, mesh)
 
     def local(hidden, unembed, batch):
         states, flat = _next_token(hidden, batch)
-        out: Any = token_stats(stats, cut, states, unembed, flat.tokens[0], flat.mask[0])
+        out: Any = token_stats(stats, tiling, states, unembed, flat.tokens[0], flat.mask[0])
         return {name: jnp.pad(x.reshape(batch.tokens.shape[0], -1), ((0, 0), (1, 0))) for name, x in out.items()}
 
     return _by_rows(local, mesh)(hidden, unembed, batch)
@@ -333,30 +338,30 @@ def batch_loss(
     batch: Batch,
     *,
     tokenwise: bool,
-    chunk_tokens: int = CHUNK_TOKENS,
+    tile_tokens: int = TILE_TOKENS,
     mesh: Mesh | None = None,
 ) -> Measured:
-    """An objective's loss on a batch, its metrics, and the gap between sampler and learner.
+    """Evaluate an objective on a batch: loss, metrics, and the gap between sampler and learner.
 
     Args:
         stats, loss: the objective's.
         hidden: [B, L, D].
         unembed: [D, V].
         batch: [B, L].
-        tokenwise: the loss treats every token by itself: gradients are formed in the forward pass.
-        chunk_tokens: tokens whose logits exist at once, on each device.
+        tokenwise: whether the loss treats every token by itself; then gradients are formed in the forward pass.
+        tile_tokens: tokens whose logits exist at once, on each device.
         mesh: over which rows are divided; None: one device.
     """
     if not tokenwise:
-        return measure(loss, batch_stats(stats, hidden, unembed, batch, chunk_tokens=chunk_tokens, mesh=mesh), batch)
+        return measure(loss, batch_stats(stats, hidden, unembed, batch, tile_tokens=tile_tokens, mesh=mesh), batch)
 
-    cut = cut_for(chunk_tokens, mesh)
+    tiling = tiling_for(tile_tokens, mesh)
 
     def local(hidden, unembed, batch):
         states, flat = _next_token(hidden, batch)
-        return jax.tree.map(lambda x: x[None], token_loss(stats, loss, cut, states, unembed, flat))
+        return jax.tree.map(lambda x: x[None], token_loss(stats, loss, tiling, states, unembed, flat))
 
-    return join(_by_rows(local, mesh)(hidden, unembed, batch))
+    return _by_rows(local, mesh)(hidden, unembed, batch).summed()
 
 
 def _divided(mesh: Mesh | None) -> bool:
@@ -364,7 +369,7 @@ def _divided(mesh: Mesh | None) -> bool:
 
 
 def _by_rows(local: Any, mesh: Mesh | None) -> Any:
-    """`local(hidden, unembed, batch)` on each device's own rows: tiles are cut and gradients of the unembedding summed
+    """Apply `local(hidden, unembed, batch)` to each device's own rows: tiles are cut and gradients of the unembedding summed
     without a word to the others; what stays automatic is the vocabulary over the tensor axis."""
     if not _divided(mesh):
         return local

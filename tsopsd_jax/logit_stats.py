@@ -33,7 +33,11 @@ class VocabStats(NamedTuple):
 
 
 def check_temperature(teacher_temperature: float) -> float:
-    """The temperature itself, or a ValueError if it is not a positive number."""
+    """Return the temperature.
+
+    Raises:
+        ValueError: if it is not a positive number.
+    """
     if not 0.0 < teacher_temperature < float("inf"):
         raise ValueError(f"teacher_temperature must be positive and finite, got {teacher_temperature}")
     return teacher_temperature
@@ -41,7 +45,7 @@ def check_temperature(teacher_temperature: float) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class LibraryStats:
-    """The `stats` of the library's own objectives: the named fields of `VocabStats`, at one teacher temperature.
+    """Statistics function of the library's objectives: the named fields of `VocabStats`, at one teacher temperature.
 
     (logits [..., V], tokens [...]) -> {name: [...]}. No gradient passes through the teacher; the gradient into the
     logits is the formula above, from the logits and four numbers per token.
@@ -61,7 +65,7 @@ class LibraryStats:
 
 
 def logits_stats(logits: Float[Array, "*N V"], tokens: Int[Array, "*N"], *, teacher_temperature: float) -> VocabStats:
-    """log p(token), H(p), KL(q || p) and KL(p || q) with no gradient through q.  [..., V], [...] -> [...] each.
+    """Compute log p(token), H(p), KL(q || p) and KL(p || q) with no gradient through q.  [..., V], [...] -> [...] each.
 
     Raises:
         ValueError: if the teacher's temperature is not positive.
@@ -70,7 +74,7 @@ def logits_stats(logits: Float[Array, "*N V"], tokens: Int[Array, "*N"], *, teac
 
 
 class _Sums(NamedTuple):
-    """[..., 1] each: max z, Z - 1 and E of p, and Q - 1 (0 where no teacher is asked for)."""
+    """Sums over the vocabulary, [..., 1] each: max z, Z - 1 and E of p, and Q - 1 (0 where no teacher is asked for)."""
 
     top: Array
     rest: Array
@@ -79,7 +83,7 @@ class _Sums(NamedTuple):
 
 
 def _shifted(logits: Array, sums: _Sums) -> tuple[Array, Array]:
-    """s, and which entries are the largest; -inf logits become very low ones, whose probability is 0."""
+    """Compute s, and which entries are the largest; -inf logits become very low ones, whose probability is 0."""
     s = jnp.maximum(logits.astype(jnp.float32) - sums.top, -1e30)
     return s, s == 0.0
 

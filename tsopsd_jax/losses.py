@@ -15,7 +15,7 @@ SERIES_BELOW_NATS = 0.1
 
 
 def log_softmax(logits: Float[Array, "*N V"]) -> Float[Array, "*N V"]:
-    """log softmax(z), accurate where one entry dominates.
+    """Log-probabilities log softmax(z), accurate where one entry dominates.
 
     With m = max z at index i:  log sum exp(z - m) = log1p(sum_{j != i} exp(z_j - m)), which keeps the digits of a
     remainder of 1e-6 that adding it to 1 in float32 would drop. That remainder *is* the entropy of a collapsed
@@ -32,7 +32,7 @@ def log_softmax(logits: Float[Array, "*N V"]) -> Float[Array, "*N V"]:
 
 
 def token_logp(logits: Float[Array, "*N V"], tokens: Int[Array, "*N"]) -> Float[Array, "*N"]:
-    """log softmax(z)[token], nats."""
+    """Log-probability of the token, log softmax(z)[token], nats."""
     return jnp.take_along_axis(log_softmax(logits), tokens[..., None], axis=-1)[..., 0]
 
 
@@ -42,7 +42,7 @@ def _entropy_of(logp: Float[Array, "*N V"]) -> Float[Array, "*N"]:
 
 
 def kl_terms(logq: Float[Array, "*N V"], logp: Float[Array, "*N V"]) -> Float[Array, "*N V"]:
-    """The terms of KL(q || p) = sum q f(d), d = log q - log p, f(d) = d + exp(-d) - 1; each is >= 0.
+    """Terms of KL(q || p) = sum q f(d), d = log q - log p, f(d) = d + exp(-d) - 1; each is >= 0.
 
     The last two parts of f sum to zero over the vocabulary; with them no term cancels another. Near d = 0, where the
     top token of a collapsed self-teacher lies, f is its series: q d + (p - q) would lose all its digits.
@@ -65,7 +65,7 @@ def entropy(logits: Float[Array, "*N V"]) -> Float[Array, "*N"]:
 
 
 def forward_kl(teacher_logits: Float[Array, "*N V"], student_logits: Float[Array, "*N V"]) -> Float[Array, "*N"]:
-    """KL(q || p), q = softmax(teacher), p = softmax(student), nats.  [..., V] x2 -> [...]
+    """Forward KL: KL(q || p), q = softmax(teacher), p = softmax(student), nats.  [..., V] x2 -> [...]
 
     Gradient p - q with respect to the student's logits, none into the teacher. TS-OPSD, equation 2 (FKL); for the
     self-teacher pass `student_logits / teacher_temperature` as the teacher.
@@ -74,7 +74,7 @@ def forward_kl(teacher_logits: Float[Array, "*N V"], student_logits: Float[Array
 
 
 def reverse_kl(teacher_logits: Float[Array, "*N V"], student_logits: Float[Array, "*N V"]) -> Float[Array, "*N"]:
-    """KL(p || q), q = softmax(teacher), p = softmax(student), nats.  [..., V] x2 -> [...]
+    """Reverse KL: KL(p || q), q = softmax(teacher), p = softmax(student), nats.  [..., V] x2 -> [...]
 
     Gradient p (log p - log q - KL), none into the teacher. With the self-teacher of temperature T this is
     (1 - 1/T) p (z - E_p[z]) = -(1 - 1/T) dH/dz: entropy ascent (TS-OPSD, equation 5).
@@ -83,7 +83,7 @@ def reverse_kl(teacher_logits: Float[Array, "*N V"], student_logits: Float[Array
 
 
 def log_ratio(logp: Float[Array, "*N"], old_logp: Float[Array, "*N"]) -> Float[Array, "*N"]:
-    """log(pi / pi_old) clamped to +-20 nats."""
+    """Log-ratio log(pi / pi_old), clamped to +-20 nats; no gradient into the second."""
     return jnp.clip(logp - jax.lax.stop_gradient(old_logp), -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
 
 

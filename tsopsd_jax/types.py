@@ -50,7 +50,15 @@ class Mean:
 
     @classmethod
     def of(cls, values: Float[Array, "..."], mask: Bool[Array, "..."]) -> "Mean":
-        """Sum of `values` where `mask`, and the number of those; what stands outside the mask is never read."""
+        """Add up `values` where `mask`, and count those; what stands outside the mask is never read.
+
+        Raises:
+            ValueError: if the shapes differ.
+        """
+        if jnp.shape(values) != jnp.shape(mask):
+            raise ValueError(
+                f"Mean.of expects values and mask of one shape, got values {jnp.shape(values)} and mask {jnp.shape(mask)}"
+            )
         total = jnp.sum(jnp.where(mask, values, 0.0), dtype=jnp.float32)
         return cls(total, jnp.sum(mask, dtype=jnp.float32))
 
@@ -139,7 +147,7 @@ class Batch:
             "old_logp": jnp.shape(old_logp),
         }
         if len(set(shapes.values())) != 1 or len(shapes["tokens"]) != 2:
-            raise ValueError(f"Batch.of expects four arrays of one shape [B, L], got {shapes}")
+            raise ValueError(f"Batch.of expects tokens, mask, advantage and old_logp of one shape [B, L], got {shapes}")
         mask = jnp.asarray(mask).astype(bool)
         # True up to the last response token of the row: a reversed running "or".
         live = jnp.flip(jnp.cumsum(jnp.flip(mask, axis=1), axis=1, dtype=jnp.int32), axis=1) > 0

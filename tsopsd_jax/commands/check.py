@@ -4,7 +4,7 @@ import argparse
 
 from tsopsd_jax.commands import exit_codes, options
 from tsopsd_jax.config import load_config
-from tsopsd_jax.config.build import divide_cpu, doubts, make_phase, prepare
+from tsopsd_jax.config.build import check_objectives, divide_cpu, doubts, make_phases, prepare
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -23,11 +23,11 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(
             f"expected files of one mesh.cpu_devices, got {asked}: JAX starts once in a process; check them singly"
         )
-    divide_cpu(divisions.pop())
+    divide_cpu(divisions.pop())  # first: an objective's file may use JAX as it is imported
     for path, config in configs.items():
-        for phase in config.phases:
-            make_phase(phase)
         if args.syntax_only:
+            for note in check_objectives(config, make_phases(config)):
+                print(f"{path}: {note}")
             for warning in doubts(config):
                 print(f"{path}: warning: {warning}")
             print(f"{path}: settings are valid")

@@ -10,7 +10,6 @@ from tsopsd_jax.config.schema import (
     ObjectiveSettings,
     OptimizerSettings,
     PhaseSettings,
-    RewardSettings,
     load_config,
 )
 
@@ -24,6 +23,5 @@ __all__ = [
     "ObjectiveSettings",
     "OptimizerSettings",
     "PhaseSettings",
-    "RewardSettings",
     "load_config",
 ]

@@ -14,13 +14,14 @@ from tsopsd_jax.data.encode import encode_prompts
 from tsopsd_jax.distributed import processes
 from tsopsd_jax.distributed.sharding import AnyMesh, make_mesh, row_multiple, tree_shardings
 from tsopsd_jax.huggingface import read_json
-from tsopsd_jax.judge.groups import RewardRule
 from tsopsd_jax.learn.update import make_optimizer, warm_up
 from tsopsd_jax.model import Qwen3, load_pretrained
 from tsopsd_jax.model.hf import INDEX, WEIGHTS
 from tsopsd_jax.model.hf_config import read_config
-from tsopsd_jax.objectives import make_objective
-from tsopsd_jax.rewards import VERIFIERS
+from tsopsd_jax.objectives import Objective, make_objective
+from tsopsd_jax.rewards import VERIFIERS, overlong_penalty
+from tsopsd_jax.rollout import Sampling
+from tsopsd_jax.testing import objective_notes
 from tsopsd_jax.train.phase import Phase
 from tsopsd_jax.train.task import EvaluationPlan, Task
 from tsopsd_jax.types import PyTree
@@ -34,14 +35,62 @@ def make_phase(phase: PhaseSettings) -> Phase:
         raise ValueError(f"phase {phase.name!r}: {error}") from error
 
 
+def make_phases(config: Config) -> list[Phase]:
+    """Make the trainer's phases of a schedule."""
+    return [make_phase(phase) for phase in config.phases]
+
+
+def check_objectives(config: Config, phases: Sequence[Phase]) -> list[str]:
+    """Hold every different objective of a schedule to its contract, once; nothing is sampled.
+
+    Returns:
+        Warnings, a line each.
+
+    Raises:
+        ValueError: naming the phase, the objective, its file and function, and what is broken.
+    """
+    notes: list[str] = []
+    for i, (settings, phase) in enumerate(zip(config.phases, phases, strict=True)):
+        if settings.objective in [earlier.objective for earlier in config.phases[:i]]:
+            continue
+        where = f"phase {settings.name!r}: objective {settings.objective.name!r}"
+        try:
+            notes += [f"warning: {where}: {note}" for note in objective_notes(phase.objective)]
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+    return notes
+
+
+def _check_needs(phase: PhaseSettings, objective: Objective) -> None:
+    """What an objective declares that it needs of its phase."""
+    name, t = phase.objective.name, objective.policy_temperature
+    if objective.uses_advantage and phase.reward is None:
+        raise ValueError(
+            f"reward: objective {name!r} uses advantages and so needs rewards; add a reward section ({{}} for the defaults), or "
+            "let an objective that uses none declare uses_advantage=False"
+        )
+    if t is not None and phase.sampling != Sampling(sampling_temperature=t):
+        raise ValueError(
+            f"sampling: objective {name!r} compares the policy at temperature {t:g} with the policy that sampled; expected "
+            f"sampling_temperature {t:g}, top_p 1, top_k 0, got {phase.sampling}; an objective that is right at any declares "
+            "policy_temperature=None"
+        )
+
+
 def _phase(phase: PhaseSettings) -> Phase:
-    reward, rate = None, phase.optimizer
+    rate = phase.optimizer
+    objective = make_objective(phase.objective.name, phase.objective.hyperparameters)
+    _check_needs(phase, objective)
     if phase.reward is not None:
-        reward = RewardRule(max_response_tokens=phase.max_response_tokens, **_fields(phase.reward))
+        overlong_penalty(
+            phase.max_response_tokens,
+            max_tokens=phase.max_response_tokens,
+            buffer_tokens=phase.reward.overlong_buffer_tokens,
+        )
     return Phase(
         name=phase.name,
         outcome=phase.outcome or f"after {phase.name}",
-        objective=make_objective(phase.objective.name, phase.objective.hyperparameters),
+        objective=objective,
         optimizer=make_optimizer(**_fields(phase.optimizer)),
         reset_optimizer=phase.optimizer_state == "reset",
         sampling=phase.sampling,
@@ -50,10 +99,10 @@ def _phase(phase: PhaseSettings) -> Phase:
         responses_per_prompt=phase.responses_per_prompt,
         rows_at_once=phase.rows_at_once,
         micro_batches=phase.micro_batches,
-        chunk_tokens=phase.chunk_tokens,
+        tile_tokens=phase.chunk_tokens,
         pack=phase.pack,
         measure_start_kl=phase.measure_start_kl,
-        reward=reward,
+        reward=phase.reward,
         stop=phase.stop,
         guard=phase.guard,
         learning_rate=warm_up(learning_rate=rate.learning_rate, warmup_steps=rate.warmup_steps),
@@ -76,7 +125,7 @@ class Parts(NamedTuple):
     notes: list[str]
     """Sentences on what was left out of the training problems."""
     warnings: list[str]
-    """Sentences on settings that can be meant, and rarely are."""
+    """Sentences on settings that can be meant, and rarely are, and on objectives."""
 
 
 def divide_cpu(devices: int | None) -> str | None:
@@ -258,7 +307,7 @@ def prepare(config: Config) -> Parts:
         ValueError: one line naming what is wrong and the remedy.
     """
     late = divide_cpu(config.mesh.cpu_devices)  # first: an objective's file may use JAX as it is imported
-    phases = [make_phase(phase) for phase in config.phases]
+    phases = make_phases(config)
     folder = model_folder(config)
     if not folder.is_dir():
         raise ValueError(f"model.path: expected a Hugging Face model directory, got {folder}: no such directory")
@@ -272,8 +321,8 @@ def prepare(config: Config) -> Parts:
     mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor)
     model = Qwen3(shape, compute_dtype=dtype, remat=config.model.remat, mesh=mesh)
     check_batches(config, mesh)
+    notes = check_objectives(config, phases)  # not before the mesh, which settles the devices
     shardings = tree_shardings(model.param_axes(), model.param_shapes(), mesh)
-    notes: list[str] = []
     task = Task(
         problems=_problems(config.data, config, tokenizer, notes),
         tokenizer=tokenizer,

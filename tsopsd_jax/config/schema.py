@@ -14,7 +14,8 @@ import jax.numpy as jnp
 
 from tsopsd_jax.config import strict
 from tsopsd_jax.data import CHATS, SOURCES, TEMPLATES
-from tsopsd_jax.head import CHUNK_TOKENS
+from tsopsd_jax.head import TILE_TOKENS
+from tsopsd_jax.judge.groups import RewardRule
 from tsopsd_jax.model.qwen3 import REMAT
 from tsopsd_jax.rewards import VERIFIERS
 from tsopsd_jax.rollout import Sampling
@@ -161,23 +162,6 @@ class ObjectiveSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RewardSettings:
-    """Rewards and dynamic sampling, as `judge.groups.RewardRule` takes them."""
-
-    overlong_buffer_tokens: int = 0
-    """[P: 1024]; 0: no penalty"""
-    overlong_factor: float = 1.0
-    """[V: 1.0]"""
-    normalize_std: bool = True
-    max_generation_batches: int = 0
-    """Dynamic sampling draws at most this many batches a step [V: 10]; 0: no dynamic sampling."""
-    surplus: str = "drop"
-    """Informative groups beyond a full batch: drop [V], or keep for the next step."""
-    on_shortage: str = "error"
-    """When the limit is reached: error [V], or fill with uninformative groups (no advantage by accuracy)."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class PhaseSettings:
     """One stretch of the schedule."""
 
@@ -195,8 +179,8 @@ class PhaseSettings:
     """Label of the policy after the phase, in evaluations."""
     sampling: Sampling = field(default_factory=Sampling)
     """[P: temperature 1.0, top-p 1.0]"""
-    reward: RewardSettings | None = None
-    """Rule of the rewards; None: the objective needs none, and its step is one jitted function."""
+    reward: RewardRule | None = None
+    """Rule of the rewards; None: the objective uses no advantages, and its step is one jitted function."""
     optimizer_state: str = "reset"
     """reset or keep, at the phase's start"""
     rows_at_once: int | None = None
@@ -204,7 +188,7 @@ class PhaseSettings:
     micro_batches: int | None = None
     """Pieces of the update; changes memory, not the result. null: what the devices' memory asks for, none with more
     than 16,384 tokens a device (2,048 on a CPU)."""
-    chunk_tokens: int = CHUNK_TOKENS
+    chunk_tokens: int = TILE_TOKENS
     """Tokens whose logits exist at once, on each device."""
     pack: bool = True
     """Several responses in one row of an update of several pieces, where the objective is tokenwise."""
@@ -242,19 +226,11 @@ class PhaseSettings:
                 f"stop: collapsed_below_nats {low} must be under recovered_above_nats {high}: every entropy would end "
                 "the phase"
             )
-        on_policy = self.sampling == Sampling()
-        if self.objective.name == "dapo" and not on_policy:
-            raise ValueError(
-                "sampling: dapo's ratio compares the policy at temperature 1 with the policy that sampled; expected "
-                f"sampling_temperature 1, top_p 1, top_k 0, got {self.sampling}"
-            )
-        if self.measure_start_kl and not on_policy:
+        if self.measure_start_kl and self.sampling != Sampling():
             raise ValueError(
                 "measure_start_kl: the estimate needs responses of the policy at temperature 1; expected "
                 f"sampling_temperature 1, top_p 1, top_k 0, got {self.sampling}"
             )
-        if self.objective.name == "dapo" and self.reward is None:
-            raise ValueError("reward: dapo needs rewards; add a reward section ({} for the defaults)")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""How many pieces an update must be cut into to fit the devices: from shapes, and from the compiled program."""
+"""How many micro-batches an update is cut into to fit the devices: from shapes, and from the compiled program."""
 
 import re
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from tsopsd_jax.distributed import processes
 TOKENS_PER_DEVICE = 16_384
 """Tokens of a micro-batch on each device, at most: enough for full speed; more takes memory and leaves more padding."""
 TOKENS_PER_CPU = 2_048
-"""The same of a CPU, whose caches hold the activations of so many: measured, docs/lab_notes.md."""
+"""Tokens of a micro-batch on a CPU device, at most: its caches hold the activations of this many (docs/lab_notes.md)."""
 
 RESERVE = 0.03
 """Share of a device's memory left to the runtime and to fragmentation."""
@@ -24,14 +24,18 @@ def device_bytes(mesh: jax.sharding.Mesh) -> int | None:
 
 
 def needed_bytes(compiled: Any) -> int:
-    """Peak of a compiled program on each device: arguments, results that are not arguments' buffers, temporaries."""
+    """Memory of a compiled program at its peak on each device: arguments, results in buffers of their own, temporaries."""
     m = compiled.memory_analysis()
     return m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
 
 
 def compile_within(lowered: Any) -> tuple[Any | None, int]:
-    """(the compiled program, its peak on each device), or (None, what it would need) where the compiler finds that no
-    device has so much."""
+    """Compile a program.
+
+    Returns:
+        (the program, its peak on each device), or (None, what it would need) where the compiler finds that no device has
+        that much.
+    """
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -66,15 +70,15 @@ def choose_micro_batches(
     limit_bytes: int | None,
     tokens: int = TOKENS_PER_DEVICE,
 ) -> int:
-    """The fewest pieces of a batch of which none has more than `tokens` tokens on a device and with which the update
+    """Choose the fewest micro-batches of which none has more than `tokens` tokens on a device and with which the update
     fits. More tokens at once would not be faster, and leave more padding.
 
     Args:
-        need_of: number of pieces -> bytes of the update on each device; called only where memory has a limit.
+        need_of: number of micro-batches -> bytes of the update on each device; called only where memory has a limit.
         rows, width: of the batch; rows are a multiple of `shards`.
         shards: devices over which rows are divided.
         limit_bytes: of each device; None: no limit.
-        tokens: of a piece on each device, at most (a single row may have more).
+        tokens: of a micro-batch on each device, at most (a single row may have more).
 
     Raises:
         ValueError: if one row on each device does not fit.

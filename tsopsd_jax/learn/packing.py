@@ -9,7 +9,7 @@ from tsopsd_jax.types import Batch
 
 
 def fill_rows(length: np.ndarray, width: int) -> np.ndarray:
-    """The row of each sequence: longest first, each into the first row that has room for it.
+    """Choose the row of each sequence: longest first, each into the first row that has room for it.
 
     Raises:
         ValueError: for a sequence longer than a row.
@@ -24,7 +24,7 @@ def fill_rows(length: np.ndarray, width: int) -> np.ndarray:
 
 
 def pack(batch: Batch, length: np.ndarray, *, micro_batches: int) -> Batch:
-    """The same sequences in as few rows as they fit in; the other rows are empty. Same shape [B, L], on the host.
+    """Put a batch's sequences into as few rows as they fit in, on the host; the others are empty, the shape stays [B, L].
 
     Rows are filled micro-batch by micro-batch (micro-batch i has the rows i, i + micro_batches, ...), so that the last
     ones are empty and need not be computed.
@@ -32,7 +32,7 @@ def pack(batch: Batch, length: np.ndarray, *, micro_batches: int) -> Batch:
     Args:
         batch: one sequence a row.
         length: [B] tokens of each, prompt and response.
-        micro_batches: pieces of the update, a divisor of the rows.
+        micro_batches: of the update, a divisor of the rows.
     """
     batch = jax.tree.map(np.asarray, batch)
     b, width = batch.tokens.shape
@@ -61,8 +61,8 @@ def pack(batch: Batch, length: np.ndarray, *, micro_batches: int) -> Batch:
 
 
 def useful_fraction(batch: Batch, length: np.ndarray, *, micro_batches: int) -> float:
-    """Tokens of sequences over the positions that an update of the batch computes."""
+    """Share of the positions that an update of the batch computes which hold a token of a sequence."""
     b, width = batch.tokens.shape
     holds = np.asarray(batch.mask).reshape(-1, micro_batches, width).any(axis=(0, 2))
-    pieces = int(np.flatnonzero(holds).max(initial=0)) + 1
-    return float(np.sum(length)) / (pieces * (b // micro_batches) * width)
+    used = int(np.flatnonzero(holds).max(initial=0)) + 1
+    return float(np.sum(length)) / (used * (b // micro_batches) * width)

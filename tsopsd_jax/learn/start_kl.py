@@ -6,7 +6,7 @@ import numpy as np
 
 from tsopsd_jax import losses
 from tsopsd_jax.distributed.sharding import put, row_sharding
-from tsopsd_jax.head import CHUNK_TOKENS, batch_stats
+from tsopsd_jax.head import TILE_TOKENS, batch_stats
 from tsopsd_jax.learn.update import distillation_batch
 from tsopsd_jax.model import Qwen3
 from tsopsd_jax.types import PyTree, Rollout
@@ -25,10 +25,10 @@ class StartKL:
     Args:
         model: the policy's functions; its mesh divides the rows.
         pieces: strided pieces of a rollout's rows that go through the model one after the other.
-        chunk_tokens: tokens whose logits exist at once, on each device.
+        tile_tokens: tokens whose logits exist at once, on each device.
     """
 
-    def __init__(self, model: Qwen3, *, pieces: int, chunk_tokens: int = CHUNK_TOKENS):
+    def __init__(self, model: Qwen3, *, pieces: int, tile_tokens: int = TILE_TOKENS):
         self.pieces = pieces
 
         def total(start: PyTree, rollout: Rollout):
@@ -38,7 +38,7 @@ class StartKL:
                 model.hidden(start, batch.tokens),
                 model.unembed(start),
                 batch,
-                chunk_tokens=chunk_tokens,
+                tile_tokens=tile_tokens,
                 mesh=model.mesh,
             )
             gained = jnp.where(batch.mask, stats["logp"] - batch.old_logp, 0.0)

@@ -10,14 +10,14 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from tsopsd_jax.distributed.sharding import AnyMesh, replicated, tree_shardings
-from tsopsd_jax.head import CHUNK_TOKENS, add, batch_loss, batch_stats
+from tsopsd_jax.head import TILE_TOKENS, batch_loss, batch_stats
 from tsopsd_jax.metric_names import ENTROPY, GRAD_NORM, HELD, LOSS, SKIPPED
 from tsopsd_jax.model.qwen3 import Qwen3
 from tsopsd_jax.objectives import Objective
 from tsopsd_jax.types import Batch, Prompts, PyTree, Rollout, TrainState
 
 MICRO_BATCHES = "micro_batches"
-"""Name of the loop over the pieces of a batch in profiles and compiled programs."""
+"""Name of the loop over micro-batches in profiles and compiled programs."""
 
 
 class UpdateOut(NamedTuple):
@@ -50,7 +50,7 @@ def make_optimizer(
     epsilon: float = 1e-8,
     momentum_dtype: DTypeLike = jnp.float32,
 ) -> optax.GradientTransformation:
-    """AdamW behind a global-norm clip, at the rate of `warm_up`.
+    """Make AdamW behind a global-norm clip, at the rate of `warm_up`.
 
     Weight decay spares the norms' scales and the biases: decaying a scale towards 0 is not decay towards a simpler function.
     `momentum_dtype` is that of the stored first moment. The second stays float32: at beta2 = 0.999 bfloat16 would round
@@ -66,7 +66,7 @@ def make_optimizer(
 
 
 def decay_mask(params: PyTree) -> PyTree:
-    """True for the parameters that weight decay applies to: all but norms and biases."""
+    """Mark the parameters that weight decay applies to: all but norms and biases."""
 
     def decays(path, _):
         name = jax.tree_util.keystr(path)
@@ -76,7 +76,7 @@ def decay_mask(params: PyTree) -> PyTree:
 
 
 def abstract_state(model: Qwen3, optimizer: optax.GradientTransformation, mesh: AnyMesh) -> TrainState:
-    """The train state as ShapeDtypeStructs with their shardings; the optimizer's moments lie where their parameters do."""
+    """Describe the train state by ShapeDtypeStructs with shardings; the optimizer's moments lie where their parameters do."""
     shapes = model.param_shapes()
     shardings = tree_shardings(model.param_axes(), shapes, mesh)
     by_path = {jax.tree_util.keystr(path): s for path, s in jax.tree_util.tree_leaves_with_path(shardings)}
@@ -99,37 +99,37 @@ def abstract_state(model: Qwen3, optimizer: optax.GradientTransformation, mesh: 
 
 
 def fresh_optimizer_state(optimizer: optax.GradientTransformation, like: TrainState, params: PyTree) -> PyTree:
-    """The optimizer's initial state, laid out as in `like` (from `abstract_state`)."""
+    """Make the optimizer's initial state, laid out as in `like` (from `abstract_state`)."""
     layout = jax.tree.map(lambda x: x.sharding, like.opt_state)
     return jax.jit(optimizer.init, out_shardings=layout)(params)
 
 
 def per_token_stats(
-    model: Qwen3, params: PyTree, batch: Batch, objective: Objective, *, chunk_tokens: int = CHUNK_TOKENS
+    model: Qwen3, params: PyTree, batch: Batch, objective: Objective, *, tile_tokens: int = TILE_TOKENS
 ) -> dict[str, Array]:
-    """The objective's statistics of every response token under the learner's own forward pass, {name: [B, L]}."""
+    """Compute the objective's statistics of every response token under the learner's own forward pass, {name: [B, L]}."""
     hidden, unembed = model.hidden(params, batch.tokens, batch.segment), model.unembed(params)
-    return batch_stats(objective.stats, hidden, unembed, batch, chunk_tokens=chunk_tokens, mesh=model.mesh)
+    return batch_stats(objective.stats, hidden, unembed, batch, tile_tokens=tile_tokens, mesh=model.mesh)
 
 
-def make_gradient(model: Qwen3, objective: Objective, *, micro_batches: int = 1, chunk_tokens: int = CHUNK_TOKENS):
-    """(params, batch) -> (gradient, LossOutput, largest |sampler's - learner's log-prob|), averaged once.
+def make_gradient(model: Qwen3, objective: Objective, *, micro_batches: int = 1, tile_tokens: int = TILE_TOKENS):
+    """Make the function (params, batch) -> (gradient, LossOutput, largest |sampler's - learner's log-prob|), averaged once.
 
-    gradient = sum over micro-batches of d(total) / sum of count, so that splitting changes nothing but memory. Pieces
-    are strided rows (piece i: rows i, i + micro_batches, ...), each on all devices; those after the last piece that
-    holds a response token are not computed.
+    gradient = sum over micro-batches of d(total) / sum of count, so that splitting changes nothing but memory.
+    Micro-batches are strided rows (number i: rows i, i + micro_batches, ...), each on all devices; those after the last one
+    that holds a response token are not computed.
     """
 
-    def total(params, piece: Batch):
-        hidden = model.hidden(params, piece.tokens, piece.segment)
+    def total(params, part: Batch):
+        hidden = model.hidden(params, part.tokens, part.segment)
         found = batch_loss(
             objective.stats,
             objective.loss,
             hidden,
             model.unembed(params),
-            piece,
+            part,
             tokenwise=objective.tokenwise,
-            chunk_tokens=chunk_tokens,
+            tile_tokens=tile_tokens,
             mesh=model.mesh,
         )
         return found.out.loss.total, found
@@ -139,16 +139,16 @@ def make_gradient(model: Qwen3, objective: Objective, *, micro_batches: int = 1,
         if micro_batches == 1:
             grads, found = one(params, batch)
         else:
-            pieces = jax.tree.map(lambda x: x.reshape(-1, micro_batches, *x.shape[1:]).swapaxes(0, 1), batch)
-            holds = jnp.any(pieces.mask, axis=(1, 2))
+            parts = jax.tree.map(lambda x: x.reshape(-1, micro_batches, *x.shape[1:]).swapaxes(0, 1), batch)
+            holds = jnp.any(parts.mask, axis=(1, 2))
             used = jnp.max(jnp.where(holds, jnp.arange(1, micro_batches + 1, dtype=jnp.int32), 0))
 
             def take(i):
-                return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), pieces)
+                return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), parts)
 
             def more(i, carry):
                 grads, found = one(params, take(i))
-                return jax.tree.map(jnp.add, carry[0], grads), add(carry[1], found)
+                return jax.tree.map(jnp.add, carry[0], grads), carry[1] + found
 
             zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(one, params, take(0)))
             with jax.named_scope(MICRO_BATCHES):
@@ -165,21 +165,21 @@ def make_update(
     optimizer: optax.GradientTransformation,
     *,
     micro_batches: int = 1,
-    chunk_tokens: int = CHUNK_TOKENS,
+    tile_tokens: int = TILE_TOKENS,
     learning_rate: optax.Schedule | None = None,
 ) -> Update:
-    """update(state, batch, hold_above_nats=inf) -> (state, UpdateOut); pure, to be jitted with a donated state.
+    """Make update(state, batch, hold_above_nats=inf) -> (state, UpdateOut): pure, to be jitted with a donated state.
 
     A gradient that is not finite leaves parameters and optimizer as they were and advances only the step; so does a
     policy whose mean token entropy has reached `hold_above_nats`. A stop rule on entropy then keeps the policy that it
     measured, not one that is an update further.
 
     Args:
-        micro_batches: number of equal strided pieces of the batch's rows; gradients of the pieces are added.
-        chunk_tokens: tokens whose logits exist at once, on each device.
+        micro_batches: number of equal strided parts of the batch's rows, whose gradients are added.
+        tile_tokens: tokens whose logits exist at once, on each device.
         learning_rate: the optimizer's own, to be reported by the update.
     """
-    gradient = make_gradient(model, objective, micro_batches=micro_batches, chunk_tokens=chunk_tokens)
+    gradient = make_gradient(model, objective, micro_batches=micro_batches, tile_tokens=tile_tokens)
 
     def update(
         state: TrainState, batch: Batch, hold_above_nats: Array | float = float("inf")
@@ -216,7 +216,7 @@ def make_update(
 
 
 def distillation_batch(rollout: Rollout) -> Batch:
-    """The batch of an objective without rewards: the responses, with advantage 0."""
+    """Make the batch of an objective without advantages: the responses, with advantage 0."""
     return Batch.of(
         tokens=rollout.tokens,
         mask=rollout.mask,
@@ -228,8 +228,8 @@ def distillation_batch(rollout: Rollout) -> Batch:
 def make_reheat_step(
     sample: Callable[[PyTree, Prompts, Array], Rollout], update: Update
 ) -> Callable[..., tuple[TrainState, UpdateOut, Rollout]]:
-    """The reheater's whole step as one function of (state, prompts, run key, hold_above_nats), to be jitted with a donated state:
-    sample on-policy, self-teacher, full-vocabulary KL, update. No host round trip.
+    """Make the reheater's whole step one function of (state, prompts, run key, hold_above_nats), to be jitted with a donated
+    state: sample on-policy, self-teacher, full-vocabulary KL, update. No host round trip.
 
     Args:
         sample: (params, prompts, key) -> Rollout.

@@ -33,4 +33,4 @@ def ts_opsd(*, direction: str = "forward", teacher_temperature: float = 1.2) -> 
             },
         )
 
-    return Objective(asked, loss, tokenwise=True)
+    return Objective(asked, loss, tokenwise=True, uses_advantage=False, policy_temperature=None)

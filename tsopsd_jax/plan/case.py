@@ -161,7 +161,7 @@ class Case:
             width=self.width,
             micro_batches=used,
             rows=each,
-            chunk_tokens=phase.chunk_tokens,
+            tile_tokens=phase.tile_tokens,
             remat=self.model.remat,
             tokenwise=phase.objective.tokenwise,
         )

@@ -51,14 +51,14 @@ class UpdateShape(NamedTuple):
     """That hold a token; with packed rows, fewer than the batch has."""
     rows: int
     """Of a micro-batch."""
-    chunk_tokens: int
+    tile_tokens: int
     remat: str
     tokenwise: bool
 
     def tiles(self, split: Split) -> int:
         """Tiles of the head for each micro-batch on each device."""
         tokens = self.sequences * self.response / (self.micro_batches * split.rows)
-        return max(1, -(-int(tokens) // self.chunk_tokens))
+        return max(1, -(-int(tokens) // self.tile_tokens))
 
 
 def layer_weights(c: Qwen3Config) -> int:

@@ -126,7 +126,7 @@ class Phase:
     responses_per_prompt: int
     rows_at_once: int | None
     micro_batches: int | None
-    chunk_tokens: int
+    tile_tokens: int
     pack: bool
     measure_start_kl: bool
     reward: RewardRule | None

@@ -76,7 +76,7 @@ class Updater:
             phase.objective,
             phase.optimizer,
             micro_batches=micro_batches,
-            chunk_tokens=phase.chunk_tokens,
+            tile_tokens=phase.tile_tokens,
             learning_rate=phase.learning_rate,
         )
 
