@@ -17,7 +17,7 @@ from tsopsd_jax.config.build import prepare
 from tsopsd_jax.config.places import cache_folder, use_compilation_cache
 from tsopsd_jax.display.live_table import LiveTable, results_table
 from tsopsd_jax.display.page import write_report
-from tsopsd_jax.distributed import processes
+from tsopsd_jax.distributed import heartbeat, processes
 from tsopsd_jax.rundir import object_store
 from tsopsd_jax.rundir.log import read_evaluations, read_metrics
 from tsopsd_jax.train.phase import GuardError
@@ -34,6 +34,12 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--heartbeat-s", type=int, default=100, help="silence after which a process is taken for dead; default 100"
     )
+    parser.add_argument(
+        "--stall-s",
+        type=float,
+        default=1800,
+        help="time in one step, one compilation or one read after which a process is taken to hang; default 1800, 0: never",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -43,6 +49,7 @@ def run(args: argparse.Namespace) -> int:
         processes=args.processes,
         process=args.process,
         heartbeat_s=args.heartbeat_s,
+        stall_s=args.stall_s,
         explain=functools.partial(exit_codes.explain, "train"),
     ):
         return run_file(Path(args.config), args.run_dir or f"runs/{Path(args.config).stem}", args.set, "train")
@@ -90,6 +97,7 @@ def _check_same(config: Config) -> None:
 def _claimed(config: Config, run_dir: Path) -> Iterator[list[str]]:
     """The run directory held and claimed by process 0, for all; what changed in its settings."""
     with contextlib.ExitStack() as stack:
+        heartbeat.tick("reading the run directory")
         changed = []
         if processes.is_first():
             stack.enter_context(claim.held(run_dir))
@@ -109,6 +117,7 @@ def open_trainer(config: Config, run_dir: Path, table: LiveTable) -> Iterator[Tr
     """A trainer in `run_dir`, resuming what stands there; no other process may run there meanwhile."""
     use_compilation_cache(cache_folder(config))
     _check_same(config)
+    heartbeat.tick("reading the model's files and the data")
     parts = prepare(config)
     with _claimed(config, run_dir) as changed:
         trainer = Trainer(

@@ -25,7 +25,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from tsopsd_jax.distributed.heartbeat import GRACE_S, Watch
+from tsopsd_jax.distributed.heartbeat import GRACE_S, Watch, tick
 
 T = TypeVar("T")
 
@@ -42,6 +42,7 @@ def console() -> TextIO:
 
 def exchange(value: Any) -> list[Any]:
     """Every process's `value` (plain JSON), in the order of the processes. All must call it."""
+    tick()
     if jax.process_count() == 1:
         return [value]
     data = np.frombuffer(json.dumps(value).encode(), np.uint8)
@@ -84,17 +85,20 @@ def joined(
     processes: int | None,
     process: int | None,
     heartbeat_s: int,
+    stall_s: float,
     explain: Callable[[BaseException], int],
 ) -> Iterator[None]:
-    """Be one of a run's processes inside the block; where there is only one, do nothing.
+    """Be one of a run's processes inside the block. Where there is only one, it is watched for hanging, no more.
 
     An exception that leaves the block ends this process with the exit code that `explain` returns, and the others with
-    `heartbeat.EXIT_OTHERS`; so does the death of any of them, within `heartbeat_s`.
+    `heartbeat.EXIT_OTHERS`; so does the death of any of them, within `heartbeat_s`, and a main thread that hangs. With
+    one process an exception is the caller's.
 
     Args:
         coordinator: HOST:PORT of process 0; None: found in the environment (TPU metadata, SLURM, Open MPI), or one process.
         processes, process: how many, and which of them this is; None: found in the environment.
         heartbeat_s: silence after which a process is taken for dead.
+        stall_s: time without a `heartbeat.tick` after which this process ends with its stacks; 0: never.
         explain: prints what went wrong; returns the exit code.
 
     Raises:
@@ -102,10 +106,15 @@ def joined(
     """
     if heartbeat_s < 1:
         raise ValueError(f"--heartbeat-s must be at least 1, got {heartbeat_s}")
+    if stall_s and stall_s < 1:
+        raise ValueError(f"--stall-s must be 0 (never) or at least 1, got {stall_s:g}")
     if not _initialised(*_place(coordinator, processes, process), heartbeat_s) or jax.process_count() == 1:
-        yield
+        watch = Watch(index=0, count=1, heartbeat_s=heartbeat_s, stall_s=stall_s, exchange=lambda value: [value])
+        with contextlib.closing(watch):
+            yield
         return
-    watch = Watch(index=jax.process_index(), count=jax.process_count(), heartbeat_s=heartbeat_s, exchange=exchange)
+    index, count = jax.process_index(), jax.process_count()
+    watch = Watch(index=index, count=count, heartbeat_s=heartbeat_s, stall_s=stall_s, exchange=exchange)
     try:
         yield
     except BaseException as error:

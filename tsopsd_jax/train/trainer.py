@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from tsopsd_jax.data.encode import encode_prompts
-from tsopsd_jax.distributed import processes
+from tsopsd_jax.distributed import heartbeat, processes
 from tsopsd_jax.distributed.sharding import put, replicated
 from tsopsd_jax.evaluation.evaluate import evaluate, evaluation_key
 from tsopsd_jax.learn.micro_batches import device_bytes
@@ -90,6 +90,7 @@ class Trainer:
         self.every = checkpoint_every_steps
         key = jax.jit(lambda: jax.random.key(seed), out_shardings=replicated(mesh))()
         self.where = Where(model, mesh, task, key, device_bytes(mesh))
+        heartbeat.tick("looking for checkpoints")
         self.checkpoints = Checkpoints(object_store.checkpoints_of(run_dir), keep=keep_checkpoints)
         self.saved_step = self.checkpoints.latest() or 0
         self.run_state = self._start(load_params)
@@ -122,9 +123,11 @@ class Trainer:
         phase = self.phases[0]  # every phase's optimizer state has the same structure
         like = abstract_state(self.model, phase.optimizer, self.mesh)
         if self.checkpoints.latest() is None:
+            heartbeat.tick("loading the weights")
             params = load_params()
             step = put(np.zeros((), np.int32), replicated(self.mesh))
             return Saved(TrainState(step, params, fresh_optimizer_state(phase.optimizer, like, params)), Progress())
+        heartbeat.tick("restoring a checkpoint")
         start_like = jax.tree.map(lambda x: x.update(dtype=self.model.compute_dtype), like.params)
         return self.checkpoints.restore(like, start_like=start_like)
 
@@ -132,6 +135,7 @@ class Trainer:
         """Save the run as it stands, unless that was done. The start needs no checkpoint: it can be loaded again."""
         if (step := int(self.state.step)) == self.saved_step:
             return
+        heartbeat.tick("saving a checkpoint")
         self._now(elapsed_s=time.monotonic() - self.began)
         self._push()  # first: the log must not be behind the checkpoint
         self.checkpoints.save(self.run_state)
@@ -161,6 +165,7 @@ class Trainer:
             for number, handler in previous.items():
                 signal.signal(number, handler)
             self._compiler.shutdown(wait=False, cancel_futures=True)
+            heartbeat.tick("writing the last checkpoint")
             self.checkpoints.close()
             if self.log is not None:
                 self.log.close()
@@ -201,6 +206,7 @@ class Trainer:
             if self._evaluation_due():  # also where a run goes on that was stopped while it evaluated
                 self._evaluate(f"during {phase.name}")
                 self._leave(self._asked(), "took no step after")
+            heartbeat.tick(f"step {int(self.state.step) + 1}")
             self.run_state, line, entropy = take_step(self.run_state, self._sampling)
             self._compile_ahead()
             line["judge/verifier_killed"] = answers_cut_off() - cut_off
@@ -280,6 +286,8 @@ class Trainer:
         plan, step, done = self.evaluation, int(self.state.step), read_evaluations(self.run_dir)
         if plan is None or processes.from_first(any(r["stage"] == stage and r["step"] == step for r in done)):
             return
+
+        heartbeat.tick(f"evaluating {stage}")
 
         def watch(progress: Any) -> None:
             self.table.sampling(progress)
