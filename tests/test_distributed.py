@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 
+from tsopsd_jax import cli
 from tsopsd_jax.distributed import processes
 from tsopsd_jax.distributed.sharding import make_mesh, put, replicated, row_sharding
 from tsopsd_jax.learn.micro_batches import device_bytes
@@ -77,6 +78,26 @@ def test_limits_that_make_no_sense_are_refused(limits, words):
 def test_the_environment_says_whether_there_are_many(environment, launched, cluster):
     cluster(**environment)
     assert processes._launched() is launched
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        (
+            {"SLURM_STEP_NODELIST": "n1"},
+            "SLURM_NTASKS: expected the number of processes, since SLURM_STEP_NODELIST is set, got nothing;",
+        ),
+        ({"SLURM_STEP_NODELIST": "n1", "SLURM_NTASKS": "2(x2)"}, "SLURM_STEP_NODELIST is set, got 2(x2);"),
+        ({"OMPI_COMM_WORLD_SIZE": ""}, "OMPI_COMM_WORLD_SIZE: expected the number of processes"),
+        ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_MCA_orte_hnp_uri": "4096.0;tcp://10.0.0.1:1"}, "cannot find one another"),
+    ],
+)
+def test_half_of_a_launchers_environment_is_one_line_and_exit_code_2(environment, words, cluster, capsys):
+    cluster(**environment)
+    assert cli.main(["train", str(DEMO)]) == 2
+    said = capsys.readouterr().err
+    assert words in said
+    assert said.count("\n") == 1
 
 
 @pytest.mark.parametrize("many", [True, False])

@@ -136,7 +136,7 @@ def _initialised(coordinator: str | None, processes: int | None, process: int | 
     try:
         # JAX's own heartbeat is the second line of defence: the watch says what happened and what to do.
         jax.distributed.initialize(coordinator, processes, process, heartbeat_timeout_seconds=2 * heartbeat_s)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, KeyError) as error:  # KeyError: a variable that the launcher should have set
         if not told:  # TPUs of one host, without metadata
             return False
         raise ValueError(
@@ -173,11 +173,22 @@ def _first_number(names: tuple[str, ...]) -> int | None:
 
 
 def _launched() -> bool:
-    """Whether Open MPI or SLURM started several processes, so that JAX can find the others by itself."""
-    if "OMPI_COMM_WORLD_SIZE" in os.environ:
-        return int(os.environ["OMPI_COMM_WORLD_SIZE"]) > 1
-    if "SLURM_STEP_NODELIST" in os.environ:  # a step of srun; a batch script by itself is one process
-        return int(os.environ["SLURM_NTASKS"]) > 1
+    """Whether Open MPI or SLURM started several processes, so that JAX can find the others by itself.
+
+    Raises:
+        ValueError: the environment says that there are others, and not how many.
+    """
+    # A step of srun has a list of nodes; a batch script by itself is one process.
+    for sign, size in (("OMPI_COMM_WORLD_SIZE",) * 2, ("SLURM_STEP_NODELIST", "SLURM_NTASKS")):
+        if sign not in os.environ:
+            continue
+        count = _first_number((size,))
+        if count is None:
+            raise ValueError(
+                f"{size}: expected the number of processes, since {sign} is set, got {os.environ.get(size, 'nothing')}; "
+                f"start with srun or mpirun, give --coordinator HOST:PORT --processes N --process I, or unset {sign}"
+            )
+        return count > 1
     return False
 
 
