@@ -1,9 +1,11 @@
 """How a process finds its place, what processes divide, and how they watch one another (without JAX: a second each)."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,12 +14,14 @@ import jax
 import numpy as np
 import pytest
 
+from tsopsd_jax import cli
 from tsopsd_jax.distributed import processes
 from tsopsd_jax.distributed.sharding import make_mesh, put, replicated, row_sharding
 from tsopsd_jax.learn.micro_batches import device_bytes
 from tsopsd_jax.train.signals import StopRequest
 
 ROOT = Path(__file__).resolve().parents[1]
+DEMO = ROOT / "tsopsd_jax" / "assets" / "demo.yaml"
 
 
 @pytest.fixture
@@ -37,11 +41,28 @@ def cluster(monkeypatch):
 def test_one_process_initialises_nothing(cluster, monkeypatch):
     cluster(SLURM_NTASKS="4", SLURM_PROCID="0")  # a batch script: no step of srun
     monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **__: pytest.fail("one process needs no service"))
-    nothing = {"coordinator": None, "processes": None, "process": None}
-    with processes.joined(**nothing, heartbeat_s=5, explain=lambda _: 1):
-        pass
-    with pytest.raises(KeyError), processes.joined(**nothing, heartbeat_s=5, explain=lambda _: 1):
+    nothing = {"coordinator": None, "processes": None, "process": None, "heartbeat_s": 5, "stall_s": 60}
+    with processes.joined(**nothing, explain=lambda _: 1):
+        assert "watch" in [thread.name for thread in threading.enumerate()]
+    with pytest.raises(KeyError), processes.joined(**nothing, explain=lambda _: 1):
         raise KeyError  # an exception is the caller's
+    assert "watch" not in [thread.name for thread in threading.enumerate()]
+
+
+@pytest.mark.parametrize(
+    ("limits", "words"),
+    [
+        ({"heartbeat_s": 0, "stall_s": 60}, "--heartbeat-s must be at least 1, got 0"),
+        ({"heartbeat_s": 5, "stall_s": 0.5}, r"--stall-s must be 0 \(never\) or at least 1, got 0.5"),
+        ({"heartbeat_s": 5, "stall_s": -1}, r"--stall-s must be 0 \(never\) or at least 1, got -1"),
+    ],
+)
+def test_limits_that_make_no_sense_are_refused(limits, words):
+    with (
+        pytest.raises(ValueError, match=words),
+        processes.joined(coordinator=None, processes=None, process=None, explain=lambda _: 1, **limits),
+    ):
+        pass
 
 
 @pytest.mark.parametrize(
@@ -57,6 +78,26 @@ def test_one_process_initialises_nothing(cluster, monkeypatch):
 def test_the_environment_says_whether_there_are_many(environment, launched, cluster):
     cluster(**environment)
     assert processes._launched() is launched
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        (
+            {"SLURM_STEP_NODELIST": "n1"},
+            "SLURM_NTASKS: expected the number of processes, since SLURM_STEP_NODELIST is set, got nothing;",
+        ),
+        ({"SLURM_STEP_NODELIST": "n1", "SLURM_NTASKS": "2(x2)"}, "SLURM_STEP_NODELIST is set, got 2(x2);"),
+        ({"OMPI_COMM_WORLD_SIZE": ""}, "OMPI_COMM_WORLD_SIZE: expected the number of processes"),
+        ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_MCA_orte_hnp_uri": "4096.0;tcp://10.0.0.1:1"}, "cannot find one another"),
+    ],
+)
+def test_half_of_a_launchers_environment_is_one_line_and_exit_code_2(environment, words, cluster, capsys):
+    cluster(**environment)
+    assert cli.main(["train", str(DEMO)]) == 2
+    said = capsys.readouterr().err
+    assert words in said
+    assert said.count("\n") == 1
 
 
 @pytest.mark.parametrize("many", [True, False])
@@ -139,7 +180,7 @@ def test_a_batch_is_laid_out_by_rows():
 PROCESS = """
 import json, os, sys, time
 from pathlib import Path
-from tsopsd_jax.distributed.heartbeat import Watch
+from tsopsd_jax.distributed.heartbeat import Watch, tick
 
 index, count, folder, does = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4]
 turn = iter(range(100))
@@ -154,11 +195,14 @@ def exchange(value):
         time.sleep(0.01)
     return [json.loads((folder / f"{n}.{i}").read_text()) for i in range(count)]
 
-watch = Watch(index=index, count=count, heartbeat_s=float(sys.argv[5]), exchange=exchange)
+watch = Watch(index=index, count=count, heartbeat_s=float(sys.argv[5]), stall_s=float(sys.argv[6]),
+              exchange=exchange)
 (folder / f"ready{index}").touch()
 if does.endswith("leave"):
-    if does.startswith("rest"):
-        time.sleep(5)
+    if does.startswith("work"):
+        for _ in range(100):
+            tick()
+            time.sleep(0.05)
     watch.close()
 elif does.startswith("fail"):
     if does == "fail over unread bytes":  # the others' signs of life
@@ -166,6 +210,14 @@ elif does.startswith("fail"):
         time.sleep(1.5)
     watch.tell("ValueError: no such verifier")
     os._exit(2)
+elif does == "read":
+    tick("restoring a checkpoint")
+    def a_read_that_never_ends():
+        time.sleep(60)
+    a_read_that_never_ends()
+elif does == "step":
+    tick("step 7")
+    time.sleep(60)
 else:
     time.sleep(20)
 """
@@ -177,9 +229,10 @@ def watching(tmp_path):
     is long where it is not what is tested: a busy machine must not fail the test."""
     env, processes = os.environ | {"PYTHONPATH": str(ROOT)}, []
 
-    def start(*does: str, heartbeat_s: float = 30) -> list[subprocess.Popen]:
+    def start(*does: str, heartbeat_s: float = 30, stall_s: float = 0) -> list[subprocess.Popen]:
         for i, what in enumerate(does):
-            command = [sys.executable, "-c", PROCESS, str(i), str(len(does)), str(tmp_path), what, str(heartbeat_s)]
+            command = [sys.executable, "-c", PROCESS, str(i), str(len(does)), str(tmp_path), what]
+            command += [str(heartbeat_s), str(stall_s)]
             processes.append(subprocess.Popen(command, env=env, text=True, stderr=subprocess.PIPE))
         until = time.monotonic() + 60
         while not all((tmp_path / f"ready{i}").is_file() for i in range(len(does))):
@@ -225,8 +278,8 @@ def test_a_silent_process_ends_the_others_after_the_heartbeat(watching):
 
 
 def test_a_pause_of_all_processes_is_nobodys_silence(watching):
-    """As when a machine is moved to another host: all go on after longer than the heartbeat."""
-    processes = watching("rest and leave", "rest and leave", "rest and leave", heartbeat_s=2)
+    """As when a machine is moved to another host: all go on after longer than the heartbeat, and than a stall."""
+    processes = watching("work and leave", "work and leave", "work and leave", heartbeat_s=2, stall_s=3)
     for process in processes:
         process.send_signal(signal.SIGSTOP)
     time.sleep(3)
@@ -246,6 +299,73 @@ def test_an_error_is_told_to_the_others(failing, fail, watching):
     for i in {0, 1, 2} - {failing}:
         assert f"ends: process {failing} of 3" in said[i]
         assert "failed: ValueError: no such verifier; start all processes again" in said[i]
+
+
+def test_a_process_that_hangs_says_at_what_and_ends_with_its_stack(watching):
+    [process] = watching("read", stall_s=2)
+    [code], [said] = outcome([process])
+    assert code == 5
+    notice, end, *stack = said.splitlines()
+    assert re.fullmatch(
+        r"process 0 of 1 \(host .*\) waits: restoring a checkpoint for 1 s; it ends after 2 s \(--stall-s\)", notice
+    )
+    assert "hangs: restoring a checkpoint for 2 s (--stall-s); start all processes again" in end
+    assert any("in a_read_that_never_ends" in line for line in stack)
+
+
+STALLED = """
+import sys, time
+from tsopsd_jax import cli
+from tsopsd_jax.rundir.checkpoints import Checkpoints
+
+def a_read_that_never_ends(self, *_, **__):
+    time.sleep(100)
+
+Checkpoints.latest = lambda self: 1
+Checkpoints.restore = a_read_that_never_ends
+sys.exit(cli.main(["train", *sys.argv[1:]]))
+"""
+
+
+def test_a_run_whose_checkpoint_cannot_be_read_ends(tmp_path):
+    """One process, from the command line."""
+    command = [str(DEMO), "--run-dir", str(tmp_path / "run"), "--stall-s", "12"]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": "1", "XLA_FLAGS": ""}
+    run = subprocess.run(
+        [sys.executable, "-c", STALLED, *command], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert run.returncode == 5, run.stderr
+    assert "waits: restoring a checkpoint for 6 s; it ends after 12 s (--stall-s)" in run.stderr
+    assert "hangs: restoring a checkpoint for 12 s (--stall-s); start all processes again" in run.stderr
+    assert "in a_read_that_never_ends" in run.stderr
+
+
+def test_where_one_process_hangs_the_first_one_says_which(watching):
+    """The others wait for it in their step; the first process's log is the one that is read."""
+    processes = watching("step", "read", stall_s=4)
+    codes, said = outcome(processes)
+    assert codes == [5, 5]
+    assert "process 1 of 2" in next(line for line in said[0].splitlines() if "waits: restoring a checkpoint" in line)
+    assert "waits: step 7 for" in said[0]
+    assert "waits: step 7 for" not in said[1]
+    for text in said:
+        assert "start all processes again with the same command" in text
+        assert " died;" not in text
+    assert "in a_read_that_never_ends" in said[1]
+
+
+def test_who_hangs_ends_those_that_work(watching):
+    codes, said = outcome(watching("work and leave", "read", stall_s=2.5))
+    assert codes == [5, 5]
+    assert "ends: process 1 of 2" in said[0]
+    assert "hangs: restoring a checkpoint for" in said[0]
+    assert "Thread 0x" not in said[0], "its own stack says nothing"
+
+
+def test_work_of_any_length_is_no_stall_while_it_ticks(watching):
+    processes = watching("work and leave", "work and leave", stall_s=4)
+    codes, _ = outcome(processes)
+    assert codes == [0, 0]
 
 
 def test_who_takes_leave_is_not_missed(watching):

@@ -227,7 +227,8 @@ def explain(error):
     return 1
 
 model_dir, out, flags = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
-with processes.joined(coordinator=flags[1], processes=2, process=int(flags[5]), heartbeat_s=20, explain=explain):
+with processes.joined(coordinator=flags[1], processes=2, process=int(flags[5]), heartbeat_s=20, stall_s=0,
+                      explain=explain):
     read, original = [], hf_layout.Layout.read
     def counting(self, tensor, shape, index):
         class Counted:

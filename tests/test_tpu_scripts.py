@@ -3,15 +3,20 @@
 The stubs stand alone on PATH, so that no real gcloud or kubectl can be reached from here.
 """
 
+import contextlib
 import importlib.util
 import json
+import math
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+import tomllib
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -25,7 +30,7 @@ RUNNABLE = [s for s in SCRIPTS if s.name != "common.sh"]
 TOOLS = "bash env cat dirname grep hostname id ln mkdir mktemp mv rm sed sleep touch tr wc"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 PLACE = ("--name", "a", "--zone", "us-east5-a")
-TRAIN = ("--", "tsopsd", "train", "c.yaml", "--set", "x=a b")
+TRAIN = ("--", "tsopsd", "train", "c.yaml", "--run-dir", "gs://bu/r", "--set", "x=a b")
 
 # Records its words, then gives the first answer not yet given whose pattern occurs in them.
 STUB = f"""#!{sys.executable}
@@ -106,6 +111,18 @@ def short(words: list[str]) -> str:
     return " ".join(words)
 
 
+@contextlib.contextmanager
+def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    """HOST:PORT of a server that answers so."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    yield f"127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
 @pytest.fixture
 def cloud(tmp_path):
     return Cloud(tmp_path)
@@ -176,7 +193,7 @@ def test_a_dry_run_prints_what_a_real_one_gives_to_gcloud(cloud):
     )
     assert words.stdout.splitlines() == real
     assert real[-3:] == [
-        "--command=tsopsd/code/tpu/worker.sh start 'tsopsd' 'train' 'c.yaml' '--set' 'x=a b'",
+        "--command=tsopsd/code/tpu/worker.sh start 'tsopsd' 'train' 'c.yaml' '--run-dir' 'gs://bu/r' '--set' 'x=a b'",
         "--zone=us-east5-a",
         "--project=p p",
     ]
@@ -202,6 +219,7 @@ def test_a_dry_run_prints_what_a_real_one_gives_to_gcloud(cloud):
         ("run.sh", PLACE, "expected -- COMMAND"),
         ("resume.sh", (*PLACE, "--type", "v5p-8"), "expected -- COMMAND"),
         ("resume.sh", (*PLACE, "--type", "v5p-8", "--crashes", "x", *TRAIN), "--crashes: expected a number, got x"),
+        ("resume.sh", (*PLACE, "--type", "v5p-8", "--delete", *TRAIN), "--delete expects --watch"),
         ("logs.sh", (*PLACE, "--worker", "x"), "--worker: expected a number or all, got x"),
         ("logs.sh", (*PLACE, "--slice", "1"), "--slice: expected a number below 1 (--slices), got 1"),
     ],
@@ -420,6 +438,7 @@ def test_a_slice_lost_from_an_active_queued_resource_means_a_new_one(cloud, lost
         (("0", "4"), 0, [START]),
         (("2", "1"), 2, []),  # one had bad input, so the other lost it
         (("134", "3"), 3, []),
+        (("5", "6"), 6, []),  # one could not write, so the other lost it
         (("none", "2"), 2, []),
         (("4", "137"), 0, [START]),
         ((), 1, []),  # no worker answered
@@ -450,8 +469,8 @@ def test_watch_goes_on_through_preemption_crash_and_interruption_until_done(clou
     ]
 
 
-@pytest.mark.parametrize("code", [2, 3])
-def test_watch_ends_with_bad_input_and_guards(cloud, code):
+@pytest.mark.parametrize("code", [2, 3, 6])
+def test_watch_ends_with_bad_input_guards_and_full_disks(cloud, code):
     cloud.answer("tpu-vm describe", "READY")
     cloud.answer("tsopsd-status", words(str(code)))
     assert cloud.run("resume.sh", *RESUME, "--watch", *TRAIN).returncode == code
@@ -467,6 +486,73 @@ def test_watch_gives_up_after_so_many_crashes(cloud):
     assert cloud.calls == [DESCRIBE, ASK, START, DESCRIBE, ASK, START, DESCRIBE, ASK]
 
 
+def test_a_command_that_vanishes_again_and_again_is_a_crash_loop(cloud):
+    """Killed with its supervisor, as where memory runs out: there is no exit code."""
+    cloud.answer("tpu-vm describe", *["READY"] * 5)
+    cloud.answer("tsopsd-status", words("bare"), words("none"), words("running"), words("none"))
+    done = cloud.run("resume.sh", *RESUME, "--watch", "--crashes", "1", *TRAIN)
+    assert done.returncode == 1
+    assert "ended without an exit code: killed, or a reboot, as 1 times before; giving up" in done.stderr
+    assert cloud.calls == [DESCRIBE, ASK, *SET_UP, DESCRIBE, ASK, START, *[DESCRIBE, ASK] * 2]
+
+
+def test_a_tpu_that_is_never_reached_is_given_up(cloud):
+    cloud.answer("tpu-vm describe", *["READY"] * 21)
+    cloud.answer("tsopsd-status", *[(255, "ssh: timeout")] * 20)
+    done = cloud.run("resume.sh", *RESUME, "--watch", "--delete", *TRAIN)
+    assert done.returncode == 1
+    assert "no answer in 20 tries; giving up" in done.stderr
+    assert cloud.calls[-2:] == [DESCRIBE, "tpu-vm delete a --quiet"]
+
+
+@pytest.mark.parametrize(
+    ("answers", "code"), [(["0"], 0), (["2"], 2), (["3"], 3), (["6"], 6), (["1", "137"], 1), (["bare", "bare"], 1)]
+)
+def test_however_the_watch_ends_the_tpu_is_deleted(cloud, answers, code):
+    cloud.answer("tpu-vm describe", *["READY"] * (len(answers) + 1))
+    cloud.answer("tsopsd-status", *map(words, answers))
+    cloud.answer("tpu-vm scp", *[(1, "no space left on device")] * 2)
+    done = cloud.run("resume.sh", *RESUME, "--watch", "--delete", "--crashes", "1", *TRAIN)
+    assert done.returncode == code
+    assert cloud.calls[-2:] == [DESCRIBE, "tpu-vm delete a --quiet"]
+
+
+def test_a_tpu_that_will_not_come_is_deleted_too(cloud):
+    cloud.answer("queued-resources describe", "FAILED", "FAILED")
+    done = cloud.run("resume.sh", *RESUME, "--queued", "--watch", "--delete", *TRAIN)
+    assert done.returncode == 2
+    assert cloud.calls == [DESCRIBE_QUEUED, DESCRIBE_QUEUED, "queued-resources delete a --force --quiet"]
+
+
+def test_deleting_is_tried_again_and_a_failure_is_loud(cloud):
+    cloud.answer("tpu-vm describe", *["READY"] * 6)
+    cloud.answer("tsopsd-status", words("0"))
+    cloud.answer("tpu-vm delete", *[(1, "UNAVAILABLE")] * 5)
+    done = cloud.run("resume.sh", *RESUME, "--watch", "--delete", *TRAIN)
+    assert done.returncode == 1
+    assert cloud.calls.count("tpu-vm delete a --quiet") == 5
+    assert "a COSTS until delete.sh succeeds" in done.stderr
+
+
+def test_bad_usage_deletes_nothing_and_neither_does_a_watch_that_is_interrupted(cloud):
+    assert cloud.run("resume.sh", *PLACE, "--watch", "--delete", "--type", "v9-1", *TRAIN).returncode == 2
+    assert cloud.calls == []
+    cloud.answers_file.write_text(json.dumps([("tpu-vm describe", 0, "READY"), ("tsopsd-status", 0, words("running"))]))
+    command = [str(cloud.bin / "bash"), str(TPU / "resume.sh"), *RESUME, "--watch", "--delete", *TRAIN]
+    watch = subprocess.Popen(
+        command, env=cloud.env(TPU_POLL_S="1"), stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    until = time.monotonic() + 60
+    while not (cloud.calls_file.exists() and ASK in cloud.calls):
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    os.killpg(watch.pid, signal.SIGINT)
+    said = watch.communicate(timeout=60)[1]
+    assert watch.returncode == 130, said
+    assert "the run goes on, and the TPU costs until delete.sh" in said
+    assert not any("delete" in call for call in cloud.calls)
+
+
 def test_watch_tries_again_where_gcloud_fails_for_once(cloud):
     cloud.answer("tpu-vm describe", (1, "UNAVAILABLE"), ABSENT, ABSENT, "READY", "READY", "READY")
     cloud.answer("tpu-vm create", (1, "no capacity"))
@@ -476,6 +562,170 @@ def test_watch_tries_again_where_gcloud_fails_for_once(cloud):
     assert done.returncode == 0, done.stderr
     again = [DESCRIBE, CREATE] * 2
     assert cloud.calls == [DESCRIBE, *again, DESCRIBE, ASK, SET_UP[0], DESCRIBE, ASK, *SET_UP, DESCRIBE, ASK]
+
+
+# ----------------------------------------------------------- the run's directory
+
+
+@pytest.mark.parametrize("script", ["run.sh", "resume.sh", "gke/submit.sh"])
+@pytest.mark.parametrize(
+    ("command", "got"),
+    [
+        ("tsopsd train c.yaml", "none"),
+        ("/x/bin/tsopsd train c.yaml --run-dir runs/a", "runs/a"),
+        ("python -m tsopsd_jax train c.yaml --run-dir=/home/a", "/home/a"),
+        ("tsopsd train c.yaml --run-dir gs://bu/a --run-dir b", "b"),
+        ("tsopsd train c.yaml --run-dir gs://MY_BUCKET/a", "gs://MY_BUCKET/a"),
+        ("tsopsd demo", "none"),
+    ],
+)
+def test_a_run_directory_that_goes_with_the_machine_is_refused(cloud, script, command, got):
+    arguments = DRY_RUNS[script][: DRY_RUNS[script].index("--")]
+    done = cloud.run(script, *arguments, "--", *command.split(" "))
+    assert done.returncode == 2
+    assert f"--run-dir: expected gs://BUCKET/FOLDER, got {got}: the disks here go with the machine" in done.stderr
+    assert cloud.calls == []
+
+
+@pytest.mark.parametrize(
+    "command", ["tsopsd train c.yaml --run-dir=gs://bu/a", "tsopsd eval --out x", "tsopsd plan train", "python train x"]
+)
+def test_other_commands_are_left_alone(cloud, command):
+    assert cloud.run("run.sh", *PLACE, "--", *command.split(" ")).returncode == 0
+    assert cloud.calls == [START]
+
+
+# --------------------------------------------------------------------- the README
+
+
+def readme_blocks() -> list[str]:
+    return re.findall(r"```bash\n(.*?)```", (TPU / "README.md").read_text(), re.DOTALL)
+
+
+def test_the_readmes_commands_are_accepted_as_they_stand(cloud):
+    """All its blocks in one shell: ours in dry runs, all other tools stubs."""
+    for tool in ("docker", "pip", "ssh-add", "tsopsd"):
+        cloud.stub(tool)
+    cloud.answers_file.write_text(json.dumps([("rev-parse", 0, COMMIT)] * 9))
+    script = "set -euo pipefail\n" + "\n".join(readme_blocks())
+    done = subprocess.run(
+        [str(cloud.bin / "bash"), "-c", script],
+        env=cloud.env(TPU_DRY_RUN="1"),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    for line in ("tpu-vm create qwen4b", "kubectl create", "queued-resources delete qwen4b"):
+        assert line in done.stdout, line
+
+
+def test_the_readme_plans_the_slice_that_it_creates():
+    """v5p-N counts cores, two a chip; a topology counts chips."""
+    text = (TPU / "README.md").read_text()
+    cores = {int(n) for n in re.findall(r"TPU_TYPE=v5p-(\d+)", text)}
+    chips = {math.prod(map(int, shape.split("x"))) for shape in re.findall(r"topology[= ](?:v5p:)?([\dx]+)", text)}
+    assert chips == {64}
+    assert cores == {128}
+
+
+# ------------------------------------------------------------------ what is installed
+
+INSTALL = re.compile(r"""pip install .*(?:\$\{CODE\}|[ "]\.)(?:\[([a-z0-9,]*)\])?["\s]""")
+EXTRAS = {
+    f"{file.relative_to(ROOT)}: {found[1]}": tuple((found[1] or "").split(","))
+    for file in [TPU / "worker.sh", TPU / "gke" / "Dockerfile", TPU / "README.md"]
+    for found in INSTALL.finditer(file.read_text())
+}
+OPENS = """
+import importlib.metadata as metadata, json, sys
+from pathlib import Path
+from packaging.requirements import Requirement
+
+# The distributions that these requirements bring, as far as they are installed here.
+todo, allowed = [Requirement(each) for each in json.loads(sys.argv[1])], set()
+while todo:
+    one = todo.pop()
+    key = (one.name.lower().replace("_", "-"), frozenset(one.extras))
+    if key in allowed:
+        continue
+    allowed.add(key)
+    try:
+        wants = [Requirement(each) for each in metadata.requires(one.name) or ()]
+    except metadata.PackageNotFoundError:
+        continue
+    todo += [w for w in wants if w.marker is None or any(w.marker.evaluate({"extra": e}) for e in ("", *one.extras))]
+names = {name for name, _ in allowed} | {"tsopsd-jax"}
+homes = metadata.packages_distributions()
+
+class OnlyThose:
+    def find_spec(self, module, *_):
+        homes_of = [home.lower().replace("_", "-") for home in homes.get(module, ())]
+        if homes_of and names.isdisjoint(homes_of):
+            raise ModuleNotFoundError(f"No module named {module!r}: not among what is installed", name=module)
+
+sys.meta_path.insert(0, OnlyThose())
+from tsopsd_jax.rundir import object_store
+print(object_store.folder_of("gs://bu/runs/x", Path(sys.argv[2])))
+"""
+
+
+def requirements(extras: tuple[str, ...]) -> list[str]:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    return [*project["dependencies"], *(each for name in extras for each in project["optional-dependencies"][name])]
+
+
+def test_workers_and_image_install_the_accelerator_and_the_store():
+    assert len(EXTRAS) == 3, "worker.sh, the image, and the README's command to read a run"
+    for place, extras in EXTRAS.items():
+        assert any(each.startswith("gcsfs") for each in requirements(extras)), place
+        if "README" not in place:
+            assert any(each.startswith("jax[tpu]") for each in requirements(extras)), place
+
+
+@pytest.fixture
+def store():
+    """(address, paths): a stand-in for Cloud Storage that holds nothing; the paths that it was asked for."""
+    paths = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            paths.append(self.path)
+            self.send_response(404)
+            self.send_header("Content-Type", "application/json")
+            self.end_headers()
+            self.wfile.write(b'{"error": {"code": 404, "message": "Not Found"}}')
+
+        def log_message(self, *_):
+            pass
+
+    with serving(Handler) as address:
+        yield address, paths
+
+
+@pytest.mark.parametrize(
+    ("extras", "reached"), [*((extras, True) for extras in sorted(set(EXTRAS.values()))), (("tpu",), False)]
+)
+def test_what_is_installed_opens_a_bucket_and_nothing_less_does(store, tmp_path, extras, reached):
+    if importlib.util.find_spec("gcsfs") is None:
+        pytest.skip("gcsfs is not installed (extra dev)")
+    address, paths = store
+    env = os.environ | {"STORAGE_EMULATOR_HOST": f"http://{address}", "PYTHONPATH": str(ROOT)}
+    env |= {"GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"}  # would look for credentials first
+    opened = subprocess.run(
+        [sys.executable, "-c", OPENS, json.dumps(requirements(extras)), str(tmp_path)],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    if reached:
+        assert opened.returncode == 0, opened.stderr
+        assert any("/b/bu/o" in path for path in paths), "the real client asked the store"
+    else:
+        assert 'for gs:// pip install "tsopsd-jax[gcs]"' in opened.stderr
+        assert paths == []
 
 
 # -------------------------------------------------------------------- on a worker
@@ -504,7 +754,7 @@ def test_a_worker_is_set_up_with_a_python_of_its_own(cloud, worker, tmp_path):
     assert cloud.calls[1:] == [
         "python3 -m pip install --quiet --user --upgrade uv",
         f"python3 -m uv venv --quiet --allow-existing --python 3.12 {base}/venv",
-        f"python3 -m uv pip install --quiet --python {base}/venv/bin/python --editable {base}/code[tpu]",
+        f"python3 -m uv pip install --quiet --python {base}/venv/bin/python --editable {base}/code[tpu,gcs]",
         f"gcloud storage rsync --recursive gs://bu/as {base}/assets",
     ]
     assert (base / "code" / "models").readlink() == base / "assets" / "models"
@@ -530,7 +780,7 @@ def test_a_command_is_started_as_a_service_and_its_exit_code_is_told(cloud, work
     service = call[next(i for i, word in enumerate(call) if word.endswith("/python")) :]
     assert worker("status", "sh", "-c", "exit 3").stdout == "tsopsd-status none\n"
     assert subprocess.run(service, env={"PATH": os.environ["PATH"], "GCE_METADATA_HOST": "127.0.0.1:9"}).returncode == 3
-    assert (state / "exit_code").read_text() == "3\n"
+    assert (state / "exit_code").read_text().split() == ["3"]
     assert worker("status", "sh", "-c", "exit 3").stdout == "tsopsd-status 3\n"
     assert worker("status", "another").stdout == "tsopsd-status none\n"  # the code of another command says nothing
     assert worker("start", "sh", "-c", "exit 3").returncode == 0
@@ -585,13 +835,8 @@ def metadata():
         def log_message(self, *_):
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    yield f"127.0.0.1:{server.server_port}", values
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(Handler) as address:
+        yield address, values
 
 
 # Like a run: it answers SIGTERM by finishing what it does, and ends with 4; a second signal would be fatal to it.
@@ -655,13 +900,29 @@ def test_without_a_notice_the_command_is_left_alone(supervisor, metadata, tmp_pa
     assert (tmp_path / "train.log").read_text() == ""
 
 
+@pytest.mark.parametrize(
+    ("code", "says"), [(2, "bad input"), (3, "a guard"), (5, "another process"), (6, "could not write")]
+)
+def test_the_log_says_what_an_exit_code_means(supervisor, tmp_path, code, says):
+    assert supervisor.supervise(["sh", "-c", f"exit {code}"], tmp_path, "127.0.0.1:9") == code
+    assert says in (tmp_path / "train.log").read_text()
+
+
+def test_a_full_disk_does_not_hide_the_exit_code(tmp_path):
+    (tmp_path / "train.log").symlink_to("/dev/full")
+    command = [sys.executable, str(TPU / "supervise.py"), str(tmp_path), "sh", "-c", "echo x; exit 6"]
+    done = subprocess.run(command, env={"PATH": os.environ["PATH"], "GCE_METADATA_HOST": "127.0.0.1:9"})
+    assert done.returncode == 6
+    assert (tmp_path / "exit_code").read_text().split() == ["6"]
+
+
 # ---------------------------------------------------------------------------- GKE
 
 SUBMIT = ("--name", "a", "--image", "eu-docker.pkg.dev/p/r/t:1", "--bucket", "bu", "--topology")
 
 
 def submitted(cloud: Cloud, topology: str, *more: str) -> dict:
-    done = cloud.run("gke/submit.sh", *SUBMIT, topology, *more, "--", "tsopsd", "train", 'a "b" \\c')
+    done = cloud.run("gke/submit.sh", *SUBMIT, topology, *more, "--", "tsopsd", "eval", 'a "b" \\c')
     assert done.returncode == 0, done.stderr
     return yaml.safe_load(cloud.calls_file.with_name("manifest.yaml").read_text())
 
@@ -684,7 +945,7 @@ def test_the_manifest_says_what_a_run_needs(cloud):
     assert slices["replicas"] == 2
     assert (job["parallelism"], job["completions"], job["backoffLimit"]) == (16, 16, 0)  # 64 chips, 4 a host
     [rule] = job["podFailurePolicy"]["rules"]
-    assert (rule["action"], rule["onExitCodes"]["values"]) == ("FailJob", [2, 3])
+    assert (rule["action"], rule["onExitCodes"]["values"]) == ("FailJob", [2, 3, 6])
     pod = job["template"]["spec"]
     assert pod["restartPolicy"] == "Never"  # podFailurePolicy requires it
     assert pod["terminationGracePeriodSeconds"] == 1800
@@ -697,7 +958,7 @@ def test_the_manifest_says_what_a_run_needs(cloud):
     [container] = pod["containers"]
     assert container["name"] == rule["onExitCodes"]["containerName"]
     assert container["image"] == "eu-docker.pkg.dev/p/r/t:1"
-    assert container["command"] == ["tsopsd", "train", 'a "b" \\c']
+    assert container["command"] == ["tsopsd", "eval", 'a "b" \\c']
     assert container["resources"]["limits"] == {"google.com/tpu": 4}
     assert pod["volumes"][0]["csi"]["volumeAttributes"]["bucketName"] == "bu"
 

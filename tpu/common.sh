@@ -48,7 +48,7 @@ run() {
   if [[ -n ${opt[dry-run]} ]]; then as_typed "$@" >&3; else "$@"; fi
 }
 
-SWITCHES=" dry-run queued spot watch yes " # options without a value
+SWITCHES=" delete dry-run queued spot watch yes " # options without a value
 
 # read_options "NAME ..." ARGUMENT... : fill `opt` and COMMAND from the arguments, else from TPU_NAME, ...
 read_options() {
@@ -69,7 +69,7 @@ read_options() {
       --)
         shift
         COMMAND=("$@")
-        return
+        return 0
         ;;
       --*) ;;
       *) die "expected an option, got $1; see --help" ;;
@@ -176,7 +176,7 @@ described() {
   if [[ -n ${opt[dry-run]} ]]; then
     tpu "$1" describe "$2" "--format=value($3)"
     printf '%s\n' "$DRY_STATE"
-    return
+    return 0
   fi
   if answer=$(tpu "$1" describe "$2" "--format=value($3)" 2>"$WORK/errors"); then
     printf '%s\n' "${answer:-UNKNOWN}"
@@ -192,14 +192,14 @@ described() {
 state() {
   local found name
   if [[ -n ${opt[queued]} ]]; then
-    found=$(described queued-resources "${opt[name]}" state.state) || exit
+    found=$(described queued-resources "${opt[name]}" state.state) || exit 2
     if [[ $found != ACTIVE && $found != READY ]]; then
       printf '%s\n' "$found"
-      return
+      return 0
     fi
   fi
   for name in $(node_names); do
-    found=$(described tpu-vm "$name" state) || exit
+    found=$(described tpu-vm "$name" state) || exit 2
     # A queued resource stays ACTIVE for a while after its node has gone.
     [[ $found != ABSENT || -z ${opt[queued]} ]] || found=TERMINATED
     [[ $found == READY ]] || break
@@ -269,6 +269,16 @@ tsopsd/code/tpu/worker.sh setup ${opt[assets]@Q}"
 # start_command : start COMMAND on all workers; it goes on when ssh has ended.
 start_command() { on_workers "tsopsd/code/tpu/worker.sh start ${COMMAND[*]@Q}"; }
 
+# need_command : die unless there is a COMMAND, and its run directory outlives the machine.
 need_command() {
-  ((${#COMMAND[@]})) || die "expected -- COMMAND at the end, such as -- tsopsd train CONFIG --run-dir gs://BUCKET/runs/NAME"
+  local i place=
+  ((${#COMMAND[@]})) || die "expected -- COMMAND at the end, such as -- tsopsd train CONFIG --run-dir gs://my-bucket/runs/NAME"
+  for ((i = 0; i < ${#COMMAND[@]}; i++)); do
+    case ${COMMAND[i]} in
+      --run-dir) place=${COMMAND[i + 1]:-} ;;
+      --run-dir=*) place=${COMMAND[i]#*=} ;;
+    esac
+  done
+  [[ $place =~ ^gs://[a-z0-9][a-z0-9._-]+/. ]] || [[ -z $place && ! " ${COMMAND[*]} " =~ \ (.*/)?tsopsd(_jax)?\ (train|demo)\  ]] ||
+    die "--run-dir: expected gs://BUCKET/FOLDER, got ${place:-none}: the disks here go with the machine, and the run with them"
 }

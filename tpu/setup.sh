@@ -5,7 +5,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 usage() {
   cat <<END
 setup.sh --name NAME --zone ZONE [--ref COMMIT] [--assets gs://BUCKET/FOLDER] [OPTION...]
-On every worker: ~/tsopsd/code (the commit), ~/tsopsd/venv (Python 3.12 by uv, the package with its extra tpu),
+On every worker: ~/tsopsd/code (the commit), ~/tsopsd/venv (Python 3.12 by uv, the package with its extras tpu and gcs),
 ~/tsopsd/assets (a copy of --assets; code/models and code/data point there). May be repeated.
 
 $OPTION_HELP

@@ -18,6 +18,14 @@ from pathlib import Path
 NOTICES = {"preempted": "TRUE", "maintenance-event": "TERMINATE_ON_HOST_MAINTENANCE"}
 """Keys under computeMetadata/v1/instance and the value that announces the end."""
 POLL_S = 1.0
+ENDS = {
+    2: "bad input; it is not started again: mend it, then run.sh",
+    3: "a guard stopped the run; it is not started again: read why, then run.sh",
+    4: "interrupted and saved; the same command resumes it",
+    5: "another process of the run died, or this one hung; started again, it resumes",
+    6: "it could not write, as where a disk is full; it is not started again: make room, then run.sh",
+}
+"""What `tsopsd` says by its exit code, and what `resume.sh` makes of it."""
 
 
 def read_metadata(host: str, key: str) -> str | None:
@@ -42,7 +50,12 @@ def supervise(command: list[str], state: Path, host: str) -> int:
     signals: list[str] = []
     signal.signal(signal.SIGTERM, lambda *_: signals.append("SIGTERM"))
     asked = False
-    with (state / "train.log").open("ab") as log:
+    with (state / "train.log").open("ab", buffering=0) as log:
+
+        def say(text: str) -> None:
+            with contextlib.suppress(OSError):  # a full disk must not hide the exit code
+                log.write(f"supervise: {text}\n".encode())
+
         child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         while True:
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -50,16 +63,19 @@ def supervise(command: list[str], state: Path, host: str) -> int:
                 break
             if not asked and (why := signals[0] if signals else notice(host)):
                 asked = True
-                log.write(f"supervise: {why}: asking the command to save and stop\n".encode())
-                log.flush()
+                say(f"{why}: asking the command to save and stop")
                 child.send_signal(signal.SIGTERM)
+        if code in ENDS:
+            say(f"exit code {code}: {ENDS[code]}")
     return code if code >= 0 else 128 - code
 
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
-    exit_code = supervise(sys.argv[2:], folder, os.environ.get("GCE_METADATA_HOST", "metadata.google.internal"))
     unfinished = folder / "exit_code.tmp"
-    unfinished.write_text(f"{exit_code}\n")
+    unfinished.write_text("\n" * 4)  # room that is left even where the command fills the disk
+    exit_code = supervise(sys.argv[2:], folder, os.environ.get("GCE_METADATA_HOST", "metadata.google.internal"))
+    with unfinished.open("r+") as reserved:
+        reserved.write(f"{exit_code}\n")
     unfinished.replace(folder / "exit_code")
     sys.exit(exit_code)

@@ -32,11 +32,11 @@ setup() {
   local uv=(python3 -m uv) folder
   run env PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --quiet --user --upgrade uv
   run "${uv[@]}" venv --quiet --allow-existing --python 3.12 "$BASE/venv"
-  run "${uv[@]}" pip install --quiet --python "$BASE/venv/bin/python" --editable "${CODE}[tpu]"
+  run "${uv[@]}" pip install --quiet --python "$BASE/venv/bin/python" --editable "${CODE}[tpu,gcs]"
   run mkdir -p "$STATE" "$BASE/assets"
   [[ -z ${1:-} ]] || run gcloud storage rsync --recursive "$1" "$BASE/assets"
   for folder in models data; do run ln -sfn "$BASE/assets/$folder" "$CODE/$folder"; done
-  run "$BASE/venv/bin/python" -c 'import jax, tsopsd_jax'
+  run "$BASE/venv/bin/python" -c 'import gcsfs, jax, tsopsd_jax'
   run touch "$STATE/ready"
 }
 

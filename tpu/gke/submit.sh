@@ -8,8 +8,8 @@ gke/submit.sh --name NAME --image IMAGE --topology KIND:SHAPE --bucket BUCKET [O
 Fill in jobset.yaml and apply it with kubectl. The cluster has JobSet, the Cloud Storage FUSE driver and a node pool for
 each slice (README.md). BUCKET/assets is mounted as models/ and data/. For example:
 
-  gke/submit.sh --name a --image IMAGE --topology v5p:4x4x4 --bucket b -- \\
-    tsopsd train configs/paper/qwen3_4b.yaml --run-dir gs://b/runs/4b
+  gke/submit.sh --name a --image IMAGE --topology v5p:4x4x4 --bucket my-bucket -- \\
+    tsopsd train configs/paper/qwen3_4b.yaml --run-dir gs://my-bucket/runs/4b
 
   --name NAME             of the JobSet (TPU_NAME; so with each option)
   --image IMAGE           as pushed

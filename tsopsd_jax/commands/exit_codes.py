@@ -2,9 +2,9 @@
 
 0: done. 1: our own fault. 2: bad input; one line says what. 3: a guard stopped the run to protect the policy.
 4: a signal stopped the run. It was saved, unless the signal came twice, and the same command resumes it.
-5: another process of the run died or failed (`distributed.heartbeat`); the same command in all of them resumes
-from the last checkpoint. 6: a checkpoint or the log could not be written (a full disk); the same command goes on after room
-was made.
+5: another process of the run died or failed, or this one hung (`distributed.heartbeat`); the same command in all of
+them resumes from the last checkpoint. 6: a checkpoint or the log could not be written (a full disk); the same command
+resumes after room was made.
 """
 
 import errno

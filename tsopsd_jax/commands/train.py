@@ -17,7 +17,7 @@ from tsopsd_jax.config.build import Parts, divide_cpu, prepare
 from tsopsd_jax.config.places import cache_folder, digests_file, model_folder, use_compilation_cache
 from tsopsd_jax.display.live_table import LiveTable, results_table
 from tsopsd_jax.display.page import write_report
-from tsopsd_jax.distributed import processes
+from tsopsd_jax.distributed import heartbeat, processes
 from tsopsd_jax.metric_names import ENTROPY
 from tsopsd_jax.model.fingerprint import fingerprint
 from tsopsd_jax.rundir import object_store
@@ -38,6 +38,12 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--heartbeat-s", type=int, default=100, help="silence after which a process is taken for dead; default 100"
     )
+    parser.add_argument(
+        "--stall-s",
+        type=float,
+        default=1800,
+        help="time in one step, one compilation or one read after which a process is taken to hang; default 1800, 0: never",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -49,6 +55,7 @@ def run(args: argparse.Namespace) -> int:
         processes=args.processes,
         process=args.process,
         heartbeat_s=args.heartbeat_s,
+        stall_s=args.stall_s,
         explain=functools.partial(exit_codes.explain, "train"),
     ):
         place = args.run_dir or f"runs/{Path(args.config).stem}"
@@ -109,6 +116,7 @@ def _inputs(config: Config, parts: Parts) -> dict[str, str]:
 def _claimed(config: Config, run_dir: Path, inputs: dict[str, str], accept_changed: bool) -> Iterator[list[str]]:
     """The run directory held and claimed by process 0, for all; what changed in its settings and inputs."""
     with contextlib.ExitStack() as stack:
+        heartbeat.tick("reading the run directory")
         changed = []
         if processes.is_first():
             stack.enter_context(claim.held(run_dir))
@@ -128,6 +136,7 @@ def open_trainer(config: Config, run_dir: Path, table: LiveTable, *, accept_chan
     """A trainer in `run_dir`, resuming what stands there; no other process may run there meanwhile."""
     use_compilation_cache(cache_folder(config))
     _check_same(strict.plain(config), "configuration")
+    heartbeat.tick("reading the model's files and the data")
     parts = prepare(config)
     inputs = _inputs(config, parts)
     with _claimed(config, run_dir, inputs, accept_changed) as changed:

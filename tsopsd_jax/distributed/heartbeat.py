@@ -4,9 +4,15 @@ A process that is killed leaves the others waiting in a collective. JAX notices 
 exit code 134 and the text of a remote call; it does not hear of an exception at all. So each process holds a connection
 to process 0: one that closes without a farewell, stays silent for the heartbeat, or brings an error ends every process,
 with a sentence that says which process it was and what to do, and with exit code 5.
+
+A process that hangs (a read from a store that never ends, a collective that nobody else enters) still sends its signs of
+life, from the thread that watches. So the main thread says by `tick` what it does. After a minute without a tick the watch
+says which process waits for what; after `stall_s` it ends the process, with all stacks and exit code 5. One process alone
+is watched in the same way.
 """
 
 import contextlib
+import faulthandler
 import json
 import os
 import secrets
@@ -19,27 +25,54 @@ from collections.abc import Callable
 from typing import Any
 
 EXIT_OTHERS = 5
-"""Exit code of a process that ends because another one died or failed."""
+"""Exit code of a process that ends because another one died or failed, or because it hung itself."""
 GRACE_S = 2.0
 """After another process reported an error: time to meet the same error oneself, and to end with its exit code."""
 CONNECT_S = 60.0
+NOTICE_S = 60.0
+"""Without a tick: time until the watch says what the main thread is at."""
 REMEDY = "start all processes again with the same command: the run goes on from its last checkpoint"
 
 
+class _Main:
+    """What the main thread said last."""
+
+    doing = "starting"
+    ticks = 0
+
+
+def tick(doing: str | None = None) -> None:
+    """Say that the main thread goes on, and with what, such as "restoring a checkpoint"; None: with what it did before.
+
+    It is meant for the main thread only, at least once in every `stall_s`: a compilation or a step in one program has no
+    tick inside.
+    """
+    _Main.ticks += 1
+    if doing is not None:
+        _Main.doing = doing
+
+
 class Watch:
-    """Made by all processes together; watches in a thread until it is closed.
+    """Made by all processes together, or by one alone; watches in a thread until it is closed.
 
     Args:
         index, count: of this process, and how many there are.
         heartbeat_s: silence after which a process is taken for dead.
+        stall_s: time without a `tick` after which this process ends; 0: never.
         exchange: value -> the values of all processes, in order.
 
     Raises:
         ConnectionError: this process cannot reach process 0.
     """
 
-    def __init__(self, *, index: int, count: int, heartbeat_s: float, exchange: Callable[[Any], list[Any]]):
-        self.index, self.heartbeat_s = index, heartbeat_s
+    def __init__(
+        self, *, index: int, count: int, heartbeat_s: float, stall_s: float, exchange: Callable[[Any], list[Any]]
+    ):
+        self.index, self.heartbeat_s, self.stall_s = index, heartbeat_s, stall_s
+        self.notice_s = min(NOTICE_S, stall_s / 2) if stall_s else NOTICE_S
+        self.waited_s = 0.0
+        """Since the last tick."""
+        tick()
         self.names = exchange(f"process {index} of {count} (host {socket.gethostname()}, pid {os.getpid()})")
         self.peers = self._accept(count, exchange) if index == 0 else {0: self._connect(exchange)}
         self.doomed = threading.Event()
@@ -115,7 +148,8 @@ class Watch:
                 peer.sendall(json.dumps(message).encode() + b"\n")
 
     def _watch(self) -> None:
-        pause = min(1.0, self.heartbeat_s / 4)
+        pause = min(1.0, self.heartbeat_s / 4, self.notice_s / 4)
+        ticks = _Main.ticks
         silent_s = dict.fromkeys(self.peers, 0.0)
         looked = time.monotonic()
         rest = dict.fromkeys(self.peers, b"")
@@ -128,7 +162,9 @@ class Watch:
                 if time.monotonic() - beaten >= pause:
                     self._send("alive")
                     beaten = time.monotonic()
-                for key, _ in selector.select(pause):
+                if not self.peers:
+                    self._over.wait(pause)
+                for key, _ in selector.select(pause if self.peers else 0):
                     data = _receive(self.peers[key.data])
                     if not data:
                         self._end(f"{self.names[key.data]} died")
@@ -144,9 +180,30 @@ class Watch:
                     silent_s[number] += passed
                     if silent_s[number] > self.heartbeat_s:
                         self._end(f"{self.names[number]} gave no sign of life for {self.heartbeat_s:g} s")
+                if ticks != _Main.ticks:
+                    ticks, self.waited_s = _Main.ticks, 0.0
+                else:
+                    self._wait(passed)
+
+    def _wait(self, passed_s: float) -> None:
+        """The main thread has been at the same thing for this much longer."""
+        noticed, self.waited_s = self.waited_s >= self.notice_s, self.waited_s + passed_s
+        if self.stall_s and self.waited_s >= self.stall_s:
+            reason = f"{self.names[self.index]} hangs: {_Main.doing} for {self.waited_s:.0f} s (--stall-s)"
+            self._end(reason, tell=True)
+        if not noticed and self.waited_s >= self.notice_s:
+            until = f"; it ends after {self.stall_s:g} s (--stall-s)" if self.stall_s else ""
+            text = f"{self.names[self.index]} waits: {_Main.doing} for {self.waited_s:.0f} s{until}"
+            print(text, file=sys.stderr, flush=True)
+            if self.index:
+                self._send({"doing": _Main.doing, "waits": text})
 
     def _hear(self, message: Any) -> bool:
         """Whether it was a farewell."""
+        if isinstance(message, dict) and "waits" in message:  # told to process 0, whose log is the one that is read
+            if message["doing"] != _Main.doing:
+                print(message["waits"], file=sys.stderr, flush=True)
+            return False
         if isinstance(message, dict):
             self.doomed.set()
             if self.index == 0:
@@ -155,10 +212,12 @@ class Watch:
             self._end(message["failed"])
         return message == "bye"
 
-    def _end(self, reason: str) -> None:
+    def _end(self, reason: str, *, tell: bool = False) -> None:
         self.doomed.set()
         print(f"{self.names[self.index]} ends: {reason}; {REMEDY}", file=sys.stderr, flush=True)
-        if self.index == 0:
+        if self.waited_s >= self.notice_s:  # it hangs itself, or waits for the one that does
+            faulthandler.dump_traceback(2)
+        if tell or self.index == 0:
             self._send({"failed": reason})
             self._part()
         sys.stdout.flush()

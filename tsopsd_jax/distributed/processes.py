@@ -25,7 +25,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from tsopsd_jax.distributed.heartbeat import GRACE_S, Watch
+from tsopsd_jax.distributed.heartbeat import GRACE_S, Watch, tick
 
 T = TypeVar("T")
 
@@ -42,6 +42,7 @@ def console() -> TextIO:
 
 def exchange(value: Any) -> list[Any]:
     """Every process's `value` (plain JSON), in the order of the processes. All must call it."""
+    tick()
     if jax.process_count() == 1:
         return [value]
     data = np.frombuffer(json.dumps(value).encode(), np.uint8)
@@ -84,17 +85,20 @@ def joined(
     processes: int | None,
     process: int | None,
     heartbeat_s: int,
+    stall_s: float,
     explain: Callable[[BaseException], int],
 ) -> Iterator[None]:
-    """Be one of a run's processes inside the block; where there is only one, do nothing.
+    """Be one of a run's processes inside the block. Where there is only one, it is watched for hanging, no more.
 
     An exception that leaves the block ends this process with the exit code that `explain` returns, and the others with
-    `heartbeat.EXIT_OTHERS`; so does the death of any of them, within `heartbeat_s`.
+    `heartbeat.EXIT_OTHERS`; so does the death of any of them, within `heartbeat_s`, and a main thread that hangs. With
+    one process an exception is the caller's.
 
     Args:
         coordinator: HOST:PORT of process 0; None: found in the environment (TPU metadata, SLURM, Open MPI), or one process.
         processes, process: how many, and which of them this is; None: found in the environment.
         heartbeat_s: silence after which a process is taken for dead.
+        stall_s: time without a `heartbeat.tick` after which this process ends with its stacks; 0: never.
         explain: prints what went wrong; returns the exit code.
 
     Raises:
@@ -102,10 +106,15 @@ def joined(
     """
     if heartbeat_s < 1:
         raise ValueError(f"--heartbeat-s must be at least 1, got {heartbeat_s}")
+    if stall_s and stall_s < 1:
+        raise ValueError(f"--stall-s must be 0 (never) or at least 1, got {stall_s:g}")
     if not _initialised(*_place(coordinator, processes, process), heartbeat_s) or jax.process_count() == 1:
-        yield
+        watch = Watch(index=0, count=1, heartbeat_s=heartbeat_s, stall_s=stall_s, exchange=lambda value: [value])
+        with contextlib.closing(watch):
+            yield
         return
-    watch = Watch(index=jax.process_index(), count=jax.process_count(), heartbeat_s=heartbeat_s, exchange=exchange)
+    index, count = jax.process_index(), jax.process_count()
+    watch = Watch(index=index, count=count, heartbeat_s=heartbeat_s, stall_s=stall_s, exchange=exchange)
     try:
         yield
     except BaseException as error:
@@ -127,7 +136,7 @@ def _initialised(coordinator: str | None, processes: int | None, process: int | 
     try:
         # JAX's own heartbeat is the second line of defence: the watch says what happened and what to do.
         jax.distributed.initialize(coordinator, processes, process, heartbeat_timeout_seconds=2 * heartbeat_s)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, KeyError) as error:  # KeyError: a variable that the launcher should have set
         if not told:  # TPUs of one host, without metadata
             return False
         raise ValueError(
@@ -164,17 +173,22 @@ def _first_number(names: tuple[str, ...]) -> int | None:
 
 
 def _launched() -> bool:
-    """Whether Open MPI or SLURM started several processes, so that JAX can find the others by itself."""
-    if "OMPI_COMM_WORLD_SIZE" in os.environ:
-        return (_first_number(("OMPI_COMM_WORLD_SIZE",)) or 1) > 1
-    if "SLURM_STEP_NODELIST" in os.environ:  # a step of srun; a batch script by itself is one process
-        tasks = _first_number(("SLURM_NTASKS",))
-        if tasks is None:
+    """Whether Open MPI or SLURM started several processes, so that JAX can find the others by itself.
+
+    Raises:
+        ValueError: the environment says that there are others, and not how many.
+    """
+    # A step of srun has a list of nodes; a batch script by itself is one process.
+    for sign, size in (("OMPI_COMM_WORLD_SIZE",) * 2, ("SLURM_STEP_NODELIST", "SLURM_NTASKS")):
+        if sign not in os.environ:
+            continue
+        count = _first_number((size,))
+        if count is None:
             raise ValueError(
-                "SLURM_STEP_NODELIST speaks of a step of srun: expected its number of tasks in SLURM_NTASKS, got none; set it, "
-                "or give --coordinator HOST:PORT --processes N --process I, or unset SLURM_STEP_NODELIST"
+                f"{size}: expected the number of processes, since {sign} is set, got {os.environ.get(size, 'nothing')}; "
+                f"start with srun or mpirun, give --coordinator HOST:PORT --processes N --process I, or unset {sign}"
             )
-        return tasks > 1
+        return count > 1
     return False
 
 

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from tsopsd_jax.distributed import processes
+from tsopsd_jax.distributed import heartbeat, processes
 from tsopsd_jax.distributed.sharding import put, replicated
 from tsopsd_jax.learn.start_kl import start_policy
 from tsopsd_jax.learn.update import abstract_state, fresh_optimizer_state
@@ -74,6 +74,7 @@ class Trainer:
     ):
         self.shared, self.phases, self.run_dir, self.table = shared, phases, run_dir, table
         self.every = checkpoint_every_steps
+        heartbeat.tick("looking for checkpoints")
         self.checkpoints = Checkpoints(object_store.checkpoints_of(run_dir), keep=keep_checkpoints)
         self.run_state = self._start(load_params)
         self.saved_step = self.run_state.step
@@ -99,6 +100,7 @@ class Trainer:
             if self.log is not None:
                 closing.callback(self.log.close)
             closing.callback(self.checkpoints.close)
+            closing.callback(heartbeat.tick, "writing the last checkpoint")
             closing.callback(self.steps.close)
             closing.enter_context(self.signals.heard())
             self._evaluate()
@@ -147,6 +149,7 @@ class Trainer:
             if self._evaluate():  # also where a run goes on that was stopped while it evaluated
                 self._leave("took no step after")
             self.checkpoints.check()
+            heartbeat.tick(f"step {self.run_state.step + 1}")
             self.run_state, seen = step(self.run_state, self._between_segments)
             self.steps.compile_after(at)
             self._log(phase, seen)
@@ -212,6 +215,8 @@ class Trainer:
         if stage is None:
             return False
 
+        heartbeat.tick(f"evaluating {stage}")
+
         def watch(progress: Any) -> None:
             self.table.sampling(progress)
             self._leave("left the evaluation of")  # no step is lost: the next start evaluates again
@@ -237,8 +242,10 @@ class Trainer:
         model, mesh = self.shared.model, self.shared.mesh
         optimizer = self.phases[0].optimizer  # every phase's optimizer state has the same structure
         like = abstract_state(model, optimizer, mesh)
+        heartbeat.tick("restoring a checkpoint")
         run, damaged = self.checkpoints.restore_newest(like, start_like=like.params)
         if run is None:
+            heartbeat.tick("loading the weights")
             params = load_params()
             step = put(np.zeros((), np.int32), replicated(mesh))
             return RunState(TrainState(step, params, fresh_optimizer_state(optimizer, like, params)), Progress())
@@ -251,6 +258,7 @@ class Trainer:
         """Save the run as it stands, unless that was done. The start needs no checkpoint: it can be loaded again."""
         if (step := self.run_state.step) == self.saved_step:
             return
+        heartbeat.tick("saving a checkpoint")
         self.run_state = self.run_state.at(elapsed_s=time.monotonic() - self.began)
         if self.log is not None:  # first: the log must not be behind the checkpoint
             self.log.flush()
