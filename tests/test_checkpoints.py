@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import gc
 import json
 import re
 import resource
@@ -21,9 +22,16 @@ from tsopsd_jax.rundir.checkpoints import Checkpoints, DamagedError, SaveError, 
 from tsopsd_jax.rundir.run_state import Progress, RunState
 from tsopsd_jax.types import Rollout, TrainState
 
-LEFT_BY_ORBAX = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-"""Coroutines and event loops, where reading or writing failed."""
+# Coroutines and event loops that Orbax leaves where reading or writing failed.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 EVERYWHERE = jax.sharding.PartitionSpec()
+
+
+@pytest.fixture(autouse=True)
+def collected():
+    """What a test leaves is collected in it, not in one of another file that does not expect it."""
+    yield
+    gc.collect()
 
 
 def groups() -> Groups:
@@ -173,7 +181,6 @@ DAMAGE = {
 }
 
 
-@LEFT_BY_ORBAX
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(kind, damaged):
     harm, says = DAMAGE[kind]
@@ -264,7 +271,6 @@ def written(checkpoints: Checkpoints) -> None:
         time.sleep(0.01)
 
 
-@LEFT_BY_ORBAX
 def test_a_save_that_fails_is_an_error_and_what_was_saved_before_stays(tmp_path):
     checkpoints = Checkpoints(tmp_path / "c", keep=1)
     checkpoints.save(run_at(1))
