@@ -2,6 +2,7 @@
 
 import contextlib
 import signal
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +10,7 @@ import numpy as np
 import pytest
 
 from tsopsd_jax.rewards import VERIFIERS, overlong_penalty, verify_countdown, verify_last_number, verify_math
-from tsopsd_jax.rewards.answers import final_answer
-from tsopsd_jax.rewards.math import settle
+from tsopsd_jax.rewards import math as verifier
 
 
 @contextlib.contextmanager
@@ -198,6 +198,8 @@ def test_countdown_never_raises():
         ("Answer: 90^\\circ", "90"),
         ("Answer: \\$5", "5"),
         ("Answer: 2 \\sqrt{2}", "2\\sqrt{2}"),
+        ("Answer: 34e1", "340"),
+        ("Answer: ３４", "34"),  # digits of another width
         ("Answer: " + "9" * 290, "9" * 290),
     ],
 )
@@ -226,8 +228,9 @@ def test_math_right(response, gold):
         ("Answer: 1\\frac{3}{2}", "5/2"),  # not a mixed number
         ("Answer: 12,34", "1234"),  # not thousands
         ("Answer: (1,2)", "(2,1)"),
-        ("Answer: 34e1", "340"),
-        ("Answer: ３４", "34"),  # digits of another width
+        ("Answer: 34e1", "341"),
+        ("Answer: ３５", "34"),  # digits of another width
+        ("Answer: ٣٤", "34"),  # digits of another script
         ("Answer: Evelyn", "Evelyne"),
         ("\\boxed{34", "34"),  # never closed
         ("\\boxed{}", ""),
@@ -267,7 +270,8 @@ def test_math_is_linear_in_hostile_text(name):
         assert verify_math("Answer: 34", HOSTILE[name]) == 0.0
 
 
-def test_what_plain_rules_do_never_raises():
+def test_what_plain_rules_do_never_raises(monkeypatch):
+    monkeypatch.setattr(verifier, "WORKERS", SimpleNamespace(order=lambda *_: None))
     rng = np.random.default_rng(0)
     pieces = [
         "Answer:",
@@ -291,7 +295,7 @@ def test_what_plain_rules_do_never_raises():
     for _ in range(5000):
         response = "".join(rng.choice(pieces, size=rng.integers(0, 12)))
         gold = "".join(rng.choice(pieces, size=rng.integers(0, 4)))
-        assert settle(final_answer("Answer: " + response) or "", gold) in (True, False, None)
+        assert verify_math("Answer: " + response, gold) in (0.0, 1.0)
 
 
 def test_verifiers_by_name():

@@ -10,7 +10,7 @@ _LONGEST_CHARACTERS = 200
 
 
 def verify_countdown(response: str, gold: str) -> float:
-    """1.0 if the steps `a op b = c ; ...` use each number of `gold` exactly once and reach its target.
+    """Score 1.0 if the steps `a op b = c ; ...` use each number of `gold` exactly once and reach its target.
 
     Args:
         response: text such as `3 * 7 = 21 ; 11 + 2 = 13 ; 21 + 13 = 34`, words separated by spaces. Each step

@@ -9,7 +9,7 @@ _LONGEST_CHARACTERS = 30
 
 
 def verify_last_number(response: str, gold: str) -> float:
-    """1.0 if the last number in the response equals `gold`, itself a number, else 0.0.
+    """Score 1.0 if the last number in the response equals `gold`, itself a number, else 0.0.
 
     Integers and decimals in ASCII digits, with thousands separators or without, compared exactly; a number of more than
     30 characters is wrong. Never raises, and takes time linear in the response's length.

@@ -15,7 +15,7 @@ def overlong_penalty(
     buffer_tokens: int,
     factor: float = 1.0,
 ) -> Float[Array | np.ndarray, "..."]:
-    """Soft overlong punishment: min(-(length - (max - buffer)) / buffer * factor, 0), the shape of the input.
+    """Soft penalty of long responses: min(-(length - (max - buffer)) / buffer * factor, 0), the shape of the input.
 
     Args:
         length_tokens: response lengths in tokens (not characters), the stop token included.

@@ -1,4 +1,4 @@
-"""Symbolic comparison of two answers in worker processes with hard limits of time and memory."""
+"""Comparison of two formulas in worker processes with hard limits of time and memory."""
 
 import atexit
 import json
@@ -16,18 +16,23 @@ _START_S = 120.0
 _GRACE_S = 1.0
 """A worker whose parent is gone ends this long after the limit: until then the parent does the killing."""
 _ANSWERS_PER_WORKER = 2000
-"""The parser's tables grow with what it has seen; a worker is replaced before they matter."""
+"""mpmath's tables of constants grow with the precision it has seen; a worker is replaced before they matter."""
+_REPLIES = {b"-1": -1, b"0": 0, b"1": 1}
+
+
+class CutOff(Exception):
+    """A comparison ended with its worker: out of time, out of memory, or killed."""
 
 
 class Workers:
-    """As many worker processes as threads that call `equal` at once, each started when it is first needed.
+    """As many worker processes as threads that call `order` at once, each started when it is first needed.
 
     A worker has a session of its own (the terminal's Ctrl-C does not reach it), holds no file but its pipes, and ends
     with its parent, however that ends: its input is then at an end.
 
     Args:
         wall_s: seconds that one comparison may take.
-        memory_bytes: address space of a worker; it needs about an eighth of the default to start.
+        memory_bytes: address space of a worker; it needs about a tenth of the default to start.
     """
 
     def __init__(self, *, wall_s: float = 5.0, memory_bytes: int = 2**29):
@@ -39,28 +44,31 @@ class Workers:
         atexit.register(self.close)
         os.register_at_fork(after_in_child=self._idle.clear)  # a child must not write into its parent's pipes
 
-    def equal(self, answer: str, gold: str) -> bool:
-        """Whether math-verify holds the two LaTeX strings equal; False, and counted, where it came to no end.
+    def order(self, a: tuple, b: tuple) -> int | None:
+        """Order two trees (`trees`): -1, 0 or 1, 0 also for equal formulas; None where they differ and have no order.
 
         Raises:
-            RuntimeError: no worker could be started: the installation's fault, whatever the strings say.
+            CutOff: it came to no end; `cut_off` counts it.
+            RuntimeError: no worker could be started: the installation's fault, whatever the trees say.
         """
-        worker, verdict = self._take(), None
+        worker, reply = self._take(), None
         try:
-            verdict = worker.ask(answer, gold, self.wall_s)
+            reply = worker.ask(a, b, self.wall_s)
         finally:
             with self._lock:
-                if verdict is None:
+                if reply is None:
                     self.cut_off += 1
                 elif worker.answered < _ANSWERS_PER_WORKER:
                     self._idle.append(worker)
                     worker = None
             if worker is not None:
                 worker.end()
-        return bool(verdict)
+        if reply is None:
+            raise CutOff
+        return _REPLIES.get(reply)
 
     def close(self) -> None:
-        """End the idle workers; `equal` starts new ones."""
+        """End the idle workers; `order` starts new ones."""
         while self._idle:
             self._idle.pop().end()
 
@@ -79,8 +87,8 @@ class _Worker:
     """One process, and what it says."""
 
     def __init__(self, wall_s: float, memory_bytes: int):
-        # -P: without the program's folder on the path, whose math.py is not the standard library's. A fixed hash seed:
-        # what sympy does must not depend on the order of its sets.
+        # -P: without the program's folder on the path, whose math.py is not the standard library's. A fixed hash seed,
+        # and mpmath on Python's own integers: a verdict must not depend on the machine.
         self.process = subprocess.Popen(
             [sys.executable, "-P", str(_PROGRAM), str(wall_s), str(memory_bytes)],
             stdin=subprocess.PIPE,
@@ -88,7 +96,7 @@ class _Worker:
             stderr=subprocess.DEVNULL,
             bufsize=0,
             start_new_session=True,
-            env=os.environ | {"PYTHONHASHSEED": "0"},
+            env=os.environ | {"PYTHONHASHSEED": "0", "MPMATH_NOGMPY": "1"},
         )
         self.answered = 0
         said = self._line(_START_S)
@@ -97,18 +105,18 @@ class _Worker:
             raise RuntimeError(
                 f"expected the verifier's worker to start within {_START_S:.0f} s, got "
                 f"{(said or b'no reply').decode(errors='replace')!r} (exit code {self.process.returncode}); check that "
-                "`python -c 'import math_verify'` works here"
+                "`python -c 'import mpmath'` works here"
             )
 
-    def ask(self, answer: str, gold: str, wall_s: float) -> bool | None:
-        """The verdict, or None if there is none in time."""
+    def ask(self, a: tuple, b: tuple, wall_s: float) -> bytes | None:
+        """Its reply, or None if there is none in time."""
         assert self.process.stdin is not None
         try:
-            self.process.stdin.write(json.dumps([answer, gold]).encode() + b"\n")
+            self.process.stdin.write(json.dumps([a, b]).encode() + b"\n")
         except BrokenPipeError:
             return None
         self.answered += 1
-        return {b"1": True, b"0": False}.get(self._line(wall_s) or b"")
+        return self._line(wall_s)
 
     def end(self) -> None:
         """Kill it and wait, so that it leaves no zombie."""
