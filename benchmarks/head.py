@@ -60,9 +60,11 @@ def jax_case(name: str, tokens: Any, tile: int):
         return losses.forward_kl(jax.lax.stop_gradient(z) / T, z)
 
     def one_pass(objective):
-        return lambda h, w: (
-            token_loss(objective.stats, objective.loss, tiling_for(tile), h, w, batch).out.loss.total / n
-        )
+        def loss(h, w):
+            found: Any = token_loss(objective.stats, objective.loss, tiling_for(tile), h, w, batch)
+            return found.out.loss.total / n
+
+        return loss
 
     def two_passes(h, w):
         objective = OBJECTIVES["ts_opsd"]()

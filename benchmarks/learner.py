@@ -66,8 +66,7 @@ def our_update(asked: dict[str, Any], objective: str, *, tile: int = 1024, micro
 
     model = our_model(asked, **settings)
     optimizer = make_optimizer(learning_rate=1e-6)
-    cut = {"micro_batches": micro_batches, "tile_tokens": tile}
-    made = make_update(model, OBJECTIVES[objective](), optimizer, **cut)
+    made = make_update(model, OBJECTIVES[objective](), optimizer, micro_batches=micro_batches, tile_tokens=tile)
     assert model.mesh is not None
     like = abstract_state(model, optimizer, model.mesh)
     layout = jax.tree.map(lambda x: x.sharding, like)
@@ -247,7 +246,8 @@ def supervised(asked: dict[str, Any], rounds: int) -> dict[str, Any]:
 
     reheat = our_update(asked, "ts_opsd")
     times: dict[str, list[float]] = {"supervised": [], "reheat": []}
-    plain(), reheat(batch)
+    plain()
+    reheat(batch)
     for _ in range(rounds):
         times["supervised"].append(plain())
         times["reheat"].append(reheat(batch))

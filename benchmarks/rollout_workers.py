@@ -94,7 +94,7 @@ def work_transformers(asked: dict[str, Any], dtype: str) -> None:
         **{k: v for k, v in asked.items() if k not in ("rows", "prompt_tokens", "response_tokens", "cpu_devices")}
     )
     torch.manual_seed(0)
-    model = transformers.Qwen3ForCausalLM(config).to(getattr(torch, dtype)).eval()
+    model: Any = transformers.Qwen3ForCausalLM(config).to(getattr(torch, dtype)).eval()
     prompts = torch.from_numpy(our_prompts(asked).tokens).long()
     n = asked["response_tokens"]
     settings = {

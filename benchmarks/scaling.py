@@ -23,7 +23,7 @@ from tsopsd_jax.commands.plan import no_compilation_cache, shape_folder
 from tsopsd_jax.config import Config, load_config
 from tsopsd_jax.model.hf_config import read_config
 from tsopsd_jax.plan.chips import topology
-from tsopsd_jax.plan.compiled import Programs
+from tsopsd_jax.plan.compiled import CompiledPrograms
 from tsopsd_jax.plan.planner import Means, make_plan
 from tsopsd_jax.plan.report import as_json
 
@@ -52,7 +52,7 @@ def measure(chips: int) -> dict[str, Any]:
 
     with no_compilation_cache():
         place = topology(f"{KIND}:{SLICES[chips]}")
-        plan = as_json(make_plan(config_for(chips), shape, place, means=Means(), programs=Programs(note)))
+        plan = as_json(make_plan(config_for(chips), shape, place, means=Means(), programs=CompiledPrograms(note)))
     return {
         "chips": chips,
         "topology": plan["topology"],

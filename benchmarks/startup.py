@@ -79,13 +79,14 @@ def work(config: str, overrides: list[str], folder: Path) -> None:
     ) as trainer:
         until_now("weights onto the mesh")
         spent.update(dict.fromkeys(EVENTS, 0.0))
-        evaluate = trainer._evaluate_stage
+        evaluate = trainer.evaluations.evaluate
 
-        def evaluated() -> None:
-            evaluate()
+        def evaluated(*asked: Any) -> str | None:
+            scores = evaluate(*asked)
             until_now("evaluation of the base")
+            return scores
 
-        trainer._evaluate_stage = evaluated
+        vars(trainer.evaluations)["evaluate"] = evaluated
         trainer.run()
 
 

@@ -18,14 +18,14 @@ from peers import about
 from tsopsd_jax.rewards import answers_cut_off, verify_math
 from tsopsd_jax.rewards.answers import final_answer
 from tsopsd_jax.rewards.compare import Comparison
-from tsopsd_jax.rewards.formula import parse
-from tsopsd_jax.rewards.math import WORKERS, equal, read
+from tsopsd_jax.rewards.formula import parse_formula
+from tsopsd_jax.rewards.math import WORKERS, equal, read_answer
 from tsopsd_jax.rewards.trees import SCALARS, Unreadable
 
 OUT = Path(__file__).parent / "results" / "verifier_cpu.json"
 REASONING = "We substitute $x = 3k + 1$ and collect terms, so that $\\frac{a_n}{b_n}$ stays bounded. "
 RESPONSE_CHARACTERS = 3500  # about 1,000 tokens
-ROOTS = parse("\\sqrt{8}"), parse("2\\sqrt{2}")
+ROOTS = parse_formula("\\sqrt{8}"), parse_formula("2\\sqrt{2}")
 
 
 def responses(count: int) -> list[tuple[str, str]]:
@@ -62,7 +62,7 @@ def per_second(verify, threads: int, seconds: float) -> float:
 def symbolic_only(response: str, gold: str) -> float:
     """The peer: no rules, a worker for every answer that is a formula."""
     try:
-        trees = parse(read(final_answer(response) or "")), parse(read(gold))
+        trees = parse_formula(read_answer(final_answer(response) or "")), parse_formula(read_answer(gold))
         return float(all(tree[0] in SCALARS for tree in trees) and WORKERS.order(*trees) == 0)
     except Unreadable:
         return 0.0

@@ -41,8 +41,8 @@ MUTANTS = [
     Mutant(
         "fingerprint: blocks hashed in any order",
         "model/fingerprint.py",
-        'b"".join(threads.map(block, range(0, size, BLOCK_BYTES)))',
-        'b"".join(sorted(threads.map(block, range(0, size, BLOCK_BYTES))))',
+        'b"".join(threads.map(block, range(0, size, READ_BYTES)))',
+        'b"".join(sorted(threads.map(block, range(0, size, READ_BYTES))))',
         "test_fingerprint.py -k in_order",
     ),
     Mutant(
@@ -215,9 +215,9 @@ MUTANTS = [
     ),
     Mutant(
         "events are pushed before they are written",
-        "train/trainer.py",
-        "            self.log.flush()\n",
-        "",
+        "rundir/log.py",
+        "        self.flush()\n        object_store",
+        "        object_store",
         "test_object_store.py -k hold_back",
     ),
     Mutant(
@@ -552,8 +552,8 @@ MUTANTS = [
     Mutant(
         "the log in the store is behind the checkpoint",
         "train/trainer.py",
-        "            self.log.flush()\n            object_store.push(self.run_dir)\n        self.checkpoints.save",
-        "            self.log.flush()\n        self.checkpoints.save",
+        "            self.log.push()\n        self.checkpoints.save",
+        "            pass\n        self.checkpoints.save",
         "test_object_store.py -k pushed_before",
     ),
     Mutant(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tsopsd_jax.data import load_problems
-from tsopsd_jax.data.arithmetic import SPLITS, WORDINGS, is_held_out, random_problem, rows
+from tsopsd_jax.data.arithmetic import SPLITS, WORDINGS, is_held_out_sum, random_problem, rows
 from tsopsd_jax.rewards import verify_last_number
 
 
@@ -46,7 +46,7 @@ def test_training_and_test_problems_share_no_calculation():
         for split in SPLITS
     ]
     assert not splits[0] & splits[1]
-    assert is_held_out("+", 3, 8) == is_held_out("+", 8, 3)
+    assert is_held_out_sum("+", 3, 8) == is_held_out_sum("+", 8, 3)
 
 
 def test_what_is_drawn():

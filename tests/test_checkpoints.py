@@ -19,7 +19,7 @@ from tsopsd_jax.distributed.sharding import make_mesh
 from tsopsd_jax.judge.groups import Groups
 from tsopsd_jax.rundir import digests
 from tsopsd_jax.rundir.checkpoints import Checkpoints, DamagedError, SaveError, read_progress
-from tsopsd_jax.rundir.run_state import Progress, RunState
+from tsopsd_jax.rundir.run_state import RunProgress, RunState
 from tsopsd_jax.types import Rollout, TrainState
 
 # Coroutines and event loops that Orbax leaves where reading or writing failed.
@@ -51,7 +51,7 @@ def run_at(step: int, *, mesh=None, spec=("fsdp", "tensor")) -> RunState:
         jax.device_put(jnp.int32(step), place(EVERYWHERE)), params, (jax.tree.map(lambda x: 0.1 * x, params),)
     )
     start = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
-    return RunState(state, Progress(phase=1, position=step, entropies_nats=(0.25, float("nan"))), groups(), start)
+    return RunState(state, RunProgress(phase=1, position=step, entropies_nats=(0.25, float("nan"))), groups(), start)
 
 
 def like(run: RunState):

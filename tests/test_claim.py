@@ -9,7 +9,7 @@ import yaml
 
 from tsopsd_jax.config import Config, claim, strict
 from tsopsd_jax.data import Problem
-from tsopsd_jax.rundir.run_state import Progress
+from tsopsd_jax.rundir.run_state import RunProgress
 
 
 def config_of(*assignments: str) -> Config:
@@ -52,7 +52,7 @@ def reached(monkeypatch):
     """reached(phase): the run's newest checkpoint goes on with that phase."""
 
     def at(phase: int) -> None:
-        monkeypatch.setattr(claim, "read_progress", lambda _: Progress(phase=phase))
+        monkeypatch.setattr(claim, "read_progress", lambda _: RunProgress(phase=phase))
 
     return at
 

@@ -12,7 +12,6 @@ from pathlib import Path
 import byte_model
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from test_data import write_jsonl
 
@@ -113,7 +112,7 @@ def built(place):
     return build
 
 
-def adam(run) -> dict[str, np.ndarray]:
+def adam(run) -> dict[str, list]:
     """Updates of two steps by the phase's optimizer, and how its first moment is stored."""
     optimizer = run.phases[0].optimizer
     params = {"w": jnp.asarray([1.0, -2.0])}

@@ -144,7 +144,8 @@ def test_paper_numbers(path):
     assert reheat["prompts_per_step"] * reheat["responses_per_prompt"] == 1024  # sequences a step
     # "resumed with identical hyperparameters" (section 4.1): only the name and what ends the phase may differ
     for key in ("name", "outcome", "stop"):
-        rl.pop(key), again.pop(key)
+        rl.pop(key)
+        again.pop(key)
     assert strict.first_difference(rl, again) is None
 
 

@@ -92,17 +92,17 @@ def test_killed_and_resumed_equals_uninterrupted(toy, tmp_path):
 
 def test_a_torn_end_is_cut_off_and_a_broken_middle_is_named(tmp_path):
     out = tmp_path / "out.jsonl"
-    resumable_jsonl.claim(out, {"seed": 0})
+    resumable_jsonl.claim_output(out, {"seed": 0})
     out.write_bytes(b'{"id": "\xc2\x85"}\n{"id": "b"}\n{"id": "c')
     assert [line["id"] for line in resumable_jsonl.lines(out)] == ["\x85", "b"]
-    resumable_jsonl.claim(out, {"seed": 0})
+    resumable_jsonl.claim_output(out, {"seed": 0})
     assert out.read_bytes() == b'{"id": "\xc2\x85"}\n{"id": "b"}\n'
     with out.open("a") as file:
         file.write('{"id": "c"}')  # whole, but for its newline
-    resumable_jsonl.claim(out, {"seed": 0})
+    resumable_jsonl.claim_output(out, {"seed": 0})
     assert out.read_bytes().endswith(b'{"id": "c"}\n')
     out.write_bytes(b'{"id": "a"}\n{"id\n{"id": "c"}\n')
-    for read in (resumable_jsonl.lines, lambda path: resumable_jsonl.claim(path, {"seed": 0})):
+    for read in (resumable_jsonl.lines, lambda path: resumable_jsonl.claim_output(path, {"seed": 0})):
         with pytest.raises(ValueError, match=r"out\.jsonl:2: remove that line"):
             read(out)
 

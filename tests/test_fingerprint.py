@@ -49,7 +49,7 @@ def test_halves_that_change_places_are_noticed(folder):
 
 
 def test_large_files_are_hashed_once_and_again_when_they_change(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "BLOCK_BYTES", 4)
+    monkeypatch.setattr(module, "READ_BYTES", 4)
     cache, hashed = tmp_path / "cache" / "digests.json", []
     original = module._digest
     monkeypatch.setattr(module, "_digest", lambda file, *rest: hashed.append(file.name) or original(file, *rest))
@@ -68,7 +68,7 @@ def test_large_files_are_hashed_once_and_again_when_they_change(folder, tmp_path
 
 
 def test_blocks_are_joined_in_order(folder, monkeypatch):
-    monkeypatch.setattr(module, "BLOCK_BYTES", 3)
+    monkeypatch.setattr(module, "READ_BYTES", 3)
     file = folder / "model-00001-of-00002.safetensors"
     before = fingerprint(folder)
     file.write_bytes(b"st firhalf")  # the same blocks of three bytes, in another order

@@ -1,6 +1,7 @@
 """The head: tiles change nothing, gradients pass, no [tokens, V] exists, and the one shift by one is right."""
 
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -186,8 +187,9 @@ def compiled(n, *, one_pass, v=3000, tile=16, d=24, block=None):
 
     def total(hidden, unembed, batch):
         if one_pass:
-            return token_loss(ALL, loss_of, tiling, hidden, unembed, batch).out.loss.total
-        stats = token_stats(ALL, tiling, hidden, unembed, batch.tokens[0], batch.mask[0])
+            found: Any = token_loss(ALL, loss_of, tiling, hidden, unembed, batch)
+            return found.out.loss.total
+        stats: Any = token_stats(ALL, tiling, hidden, unembed, batch.tokens[0], batch.mask[0])
         return loss_of({name: x[None] for name, x in stats.items()}, batch).loss.total
 
     rows = [jax.ShapeDtypeStruct((1, n), t) for t in (jnp.int32, bool, jnp.float32, jnp.float32)]

@@ -49,24 +49,6 @@ WALLS = {"config": {"config", "plan", "commands", "cli"}, "commands": {"commands
 MAX_LINES = 400
 METRIC = r"(policy|reward|rollout|loss|optim|learner|judge|time|perf|control|evaluation)/[a-z_]+"
 
-TWICE = {
-    *(
-        "main",
-        "prepare",
-        "read_settings",
-        "claim",
-        "checkpoints_of",
-        "DTYPES",
-        "T",
-        "build",
-        "Difference",
-        "first_difference",
-    ),
-    *("is_held_out", "read", "read_json", "Layout", "Watch", "sample", "ENTROPY", "Segment", "draw", "IMPLEMENTATIONS"),
-    *("Attend", "Progress"),
-}
-"""Public names that still stand for two things. Rename one of the two, or make them one, and take it out; add none."""
-
 
 def name_of(file: Path) -> str:
     """tsopsd_jax/model/hf.py -> model.hf; a package's __init__ is the package."""
@@ -251,11 +233,7 @@ def test_a_public_name_is_defined_once():
         for name in public_names(file):
             if not (module.startswith("commands.") and name in ("add", "run")):  # what every command has
                 places.setdefault(name, set()).add(module)
-    twice = {name: modules for name, modules in places.items() if len(modules) > 1}
-    assert set(twice) <= TWICE, (
-        f"defined more than once: { {n: sorted(m) for n, m in twice.items() if n not in TWICE} }"
-    )
-    assert set(twice) >= TWICE, f"defined once by now, to be taken out of TWICE: {sorted(TWICE - set(twice))}"
+    assert {name: sorted(modules) for name, modules in places.items() if len(modules) > 1} == {}
 
 
 def test_no_attribute_is_looked_up_with_a_default():

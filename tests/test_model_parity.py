@@ -4,6 +4,7 @@ import json
 import shutil
 import warnings
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -223,7 +224,8 @@ def test_an_exported_policy_stops_where_training_did(chat, tmp_path):
     def generated() -> list[int]:
         from transformers import AutoTokenizer
 
-        theirs, tokenizer = load_theirs(out), AutoTokenizer.from_pretrained(out)
+        theirs: Any = load_theirs(out)
+        tokenizer = AutoTokenizer.from_pretrained(out)
         ids = tokenizer.apply_chat_template(
             [{"role": "user", "content": "two"}], add_generation_prompt=True, return_tensors="pt", return_dict=True
         )

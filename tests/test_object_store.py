@@ -11,7 +11,7 @@ from fsspec.implementations.local import LocalFileSystem
 from tsopsd_jax.config import claim
 from tsopsd_jax.rundir import object_store
 from tsopsd_jax.rundir.log import RunLog
-from tsopsd_jax.rundir.run_state import Progress, RunState
+from tsopsd_jax.rundir.run_state import RunProgress, RunState
 from tsopsd_jax.rundir.status import read_status
 from tsopsd_jax.train.trainer import Trainer
 
@@ -38,7 +38,7 @@ def test_a_local_directory_is_itself(tmp_path):
     folder = object_store.folder_of(str(tmp_path / "run"), tmp_path / "cache")
     assert folder == tmp_path / "run"
     assert object_store.address(folder) is None
-    assert str(object_store.checkpoints_of(folder)) == str(tmp_path / "run" / "checkpoints")
+    assert str(object_store.checkpoints_address(folder)) == str(tmp_path / "run" / "checkpoints")
     object_store.fetch(folder)
     object_store.push(folder)
     assert not folder.exists()
@@ -58,7 +58,7 @@ def test_what_one_machine_pushed_another_fetches(buckets, tmp_path):
     assert {n: (there / n).read_bytes() for n in contents} == contents
     assert {n: (buckets / "one/runs/x" / n).read_bytes() for n in contents} == contents
     assert not (buckets / "one/runs/x/.lock").exists()
-    assert str(object_store.checkpoints_of(there)) == "gs://one/runs/x/checkpoints"
+    assert str(object_store.checkpoints_address(there)) == "gs://one/runs/x/checkpoints"
     assert object_store.folder_of("gs://one/runs/y", tmp_path / "here") != here
 
 
@@ -103,13 +103,12 @@ def test_reading_takes_a_copy(buckets, tmp_path):
         assert folder == tmp_path
 
 
-def test_the_log_is_pushed_before_the_checkpoint(monkeypatch):
+def test_the_log_is_pushed_before_the_checkpoint():
     done = []
-    monkeypatch.setattr(object_store, "push", lambda _: done.append("log"))
     checkpoints = SimpleNamespace(save=lambda *_: done.append("checkpoint"))
     run = SimpleNamespace(
-        run_state=RunState(SimpleNamespace(step=3), Progress()),
-        run_dir=None,
+        run_state=RunState(SimpleNamespace(step=3), RunProgress()),
+        log=SimpleNamespace(push=lambda: done.append("log")),
         saved_step=2,
         began=0.0,
         checkpoints=checkpoints,
@@ -124,8 +123,8 @@ def test_the_log_is_pushed_before_the_checkpoint(monkeypatch):
 def test_what_the_mirrors_hold_back_is_flushed_before_it_is_pushed(tmp_path):
     folder = object_store.folder_of("gs://five/x", tmp_path)
     (folder / "events").mkdir()
-    log = SimpleNamespace(flush=lambda: (folder / "events" / "a.1").write_bytes(b"event"))
-    Trainer._push(SimpleNamespace(log=log, run_dir=folder))
+    log = SimpleNamespace(flush=lambda: (folder / "events" / "a.1").write_bytes(b"event"), run_dir=folder)
+    RunLog.push(log)
     assert epath.Path("gs://five/x/events/a.1").read_bytes() == b"event"
 
 

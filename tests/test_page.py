@@ -10,7 +10,7 @@ import pytest
 
 from tsopsd_jax.display import plots
 from tsopsd_jax.display.page import write_report
-from tsopsd_jax.display.plots import Segment, smoothed, thinned
+from tsopsd_jax.display.plots import Stretch, smoothed, thinned
 
 CONFIG = """\
 seed: 3
@@ -334,7 +334,7 @@ def test_smoothing_is_a_mean_within_a_phase():
     # Segments of 100 and 3 steps: half windows of 100 // 50 = 2 and 3 // 50 = 0
     values = np.concatenate([np.arange(100.0), [500.0, np.nan, 700.0]])
     values[50] = np.nan
-    result = smoothed(values, [Segment("a", 0, 100), Segment("b", 100, 103)])
+    result = smoothed(values, [Stretch("a", 0, 100), Stretch("b", 100, 103)])
     assert result[10] == 10.0  # (8 + 9 + 10 + 11 + 12) / 5
     assert result[0] == 1.0  # (0 + 1 + 2) / 3
     assert result[99] == 98.0  # (97 + 98 + 99) / 3: nothing of the next phase

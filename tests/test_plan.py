@@ -20,7 +20,7 @@ from tsopsd_jax.plan import chips
 from tsopsd_jax.plan.case import Part
 from tsopsd_jax.plan.chips import GPUS, TPUS, Topology
 from tsopsd_jax.plan.collectives import Moved, Program
-from tsopsd_jax.plan.compiled import Compiled, Programs, _measured
+from tsopsd_jax.plan.compiled import Compiled, CompiledPrograms, _measured
 from tsopsd_jax.plan.planner import Means, make_plan, search
 from tsopsd_jax.plan.report import as_json, as_text
 from tsopsd_jax.plan.roofline import axis_rate, seconds
@@ -398,7 +398,7 @@ def compiled(config_file):
     shape = read_config(config_file.parent.parent / "models" / "small" / "config.json")
     texts = {}
 
-    class Kept(Programs):
+    class Kept(CompiledPrograms):
         def compile(self, name, lowered):
             found = super().compile(name, lowered)
             texts[name] = found.text
@@ -474,7 +474,7 @@ def test_the_formula_is_near_the_compiler(compiled, config_file):
 def test_search_ranks_what_fits_first(config_file):
     config = load_config(config_file, [])
     place = chips.topology("h100:4")
-    plans = search(config, found_config(), place, means=Means(), programs=Programs(lambda _: None))
+    plans = search(config, found_config(), place, means=Means(), programs=CompiledPrograms(lambda _: None))
     assert {tuple(p.split) for p in plans} == {
         (4, 1, 1),
         (2, 2, 1),
@@ -485,6 +485,6 @@ def test_search_ranks_what_fits_first(config_file):
     times = [sum(p.step_seconds.values()) for p in plans]
     assert times == sorted(times)
     tight = dataclasses.replace(place, chip=dataclasses.replace(place.chip, hbm_bytes=plans[0].peak))
-    ranked = search(config, found_config(), tight, means=Means(), programs=Programs(lambda _: None))
+    ranked = search(config, found_config(), tight, means=Means(), programs=CompiledPrograms(lambda _: None))
     assert [p.fits for p in ranked] == sorted((p.fits for p in ranked), reverse=True)
     assert tuple(ranked[-1].split) in {tuple(p.split) for p in plans if p.peak > plans[0].peak * 0.97}

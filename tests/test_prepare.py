@@ -258,7 +258,7 @@ def test_the_hub_that_cannot_be_reached(tmp_path, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
     with pytest.raises(ValueError) as error:
-        prepare.prepare("math_500", tmp_path, watch=quiet)
+        prepare.prepare_dataset("math_500", tmp_path, watch=quiet)
     message = str(error.value)
     assert (
         "could not fetch HuggingFaceH4/MATH-500 from the Hugging Face hub (ConnectionError: no route to it)" in message
@@ -277,13 +277,13 @@ def test_the_hub_is_asked_for_the_files_of_the_layout(tmp_path, monkeypatch):
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    prepared = prepare.prepare("math_500", tmp_path / "datasets", watch=quiet)
+    prepared = prepare.prepare_dataset("math_500", tmp_path / "datasets", watch=quiet)
     assert prepared.tallies["test"].kept == 1
     (options,) = [asked.pop("HuggingFaceH4/MATH-500")]
     assert options["repo_type"] == "dataset"
     assert {"test.jsonl", "*/test.jsonl"} <= set(options["allow_patterns"])
     with pytest.raises(ValueError, match="aime_2026: no repository on the Hugging Face hub is known for it"):
-        prepare.prepare("aime_2026", tmp_path, watch=quiet)
+        prepare.prepare_dataset("aime_2026", tmp_path, watch=quiet)
 
 
 @pytest.mark.parametrize(
@@ -311,24 +311,26 @@ def test_equal_problems_have_equal_fingerprints():
         render("dapo_answer", "Let x^2 = 4. Find x."),
     )
     assert {selection.normalised(text) for text in same} == {"letx^2=4.findx."}
-    assert len({selection.fingerprint(text) for text in same}) == 1
+    assert len({selection.problem_fingerprint(text) for text in same}) == 1
     for other in ("Let $x^3 = 4$. Find $x$.", "Let $x^2 = -4$. Find $x$.", "Let $x^{24}$. Find $x$."):
-        assert selection.fingerprint(other) != selection.fingerprint(same[0])
-    assert selection.fingerprint("\\frac{1}{23}") != selection.fingerprint("\\frac{12}{3}")
-    assert selection.fingerprint("How many?") == "01b5b5372c8f6913"  # of sha256("howmany?"); stored ones depend on it
+        assert selection.problem_fingerprint(other) != selection.problem_fingerprint(same[0])
+    assert selection.problem_fingerprint("\\frac{1}{23}") != selection.problem_fingerprint("\\frac{12}{3}")
+    assert (
+        selection.problem_fingerprint("How many?") == "01b5b5372c8f6913"
+    )  # of sha256("howmany?"); stored ones depend on it
     stored = selection.fingerprints("amc_2023", "nowhere")
     assert len(stored) == 40
 
 
 def test_a_sample_is_seeded_and_without_replacement():
     problems = [Problem(str(i), f"p{i}", "1") for i in range(100)]
-    drawn = selection.sample(problems, 40, seed=3)
+    drawn = selection.drawn(problems, 40, seed=3)
     assert len({p.id for p in drawn}) == 40
-    assert drawn == sorted(drawn, key=lambda p: int(p.id)) == selection.sample(problems, 40, seed=3)
-    assert drawn != selection.sample(problems, 40, seed=4)
-    assert selection.sample(problems, 100, seed=3) == problems
+    assert drawn == sorted(drawn, key=lambda p: int(p.id)) == selection.drawn(problems, 40, seed=3)
+    assert drawn != selection.drawn(problems, 40, seed=4)
+    assert selection.drawn(problems, 100, seed=3) == problems
     with pytest.raises(ValueError, match="at most the 100 problems there are, got 101"):
-        selection.sample(problems, 101, seed=3)
+        selection.drawn(problems, 101, seed=3)
 
 
 @pytest.mark.shared_data
@@ -339,7 +341,7 @@ def test_all_problems_of_the_overlap_are_found(shared_data):
     known = [selection.fingerprints("amc_2023", shared_data)]
     for name in ("math_500", "aime_2024", "aime_2025", "aime_2026", "olymmath_en", "gsm8k"):
         problems = load_problems(name, path=shared_data / name, split=evaluation_split(name))
-        known.append({selection.fingerprint(p.prompt) for p in problems})
+        known.append({selection.problem_fingerprint(p.prompt) for p in problems})
     train = load_problems("dapo_math_17k", path=data)
     left = {p.id for p in selection.without(train, known)}
     assert {p.id for p in train} - left == listed

@@ -16,8 +16,8 @@ import pytest
 from tsopsd_jax.rewards import answers_cut_off, verify_math
 from tsopsd_jax.rewards import math as verifier
 from tsopsd_jax.rewards.answers import final_answer, labelled, option_of
-from tsopsd_jax.rewards.formula import parse
-from tsopsd_jax.rewards.math import read
+from tsopsd_jax.rewards.formula import parse_formula
+from tsopsd_jax.rewards.math import read_answer
 from tsopsd_jax.rewards.symbolic import CutOff, Workers
 from tsopsd_jax.rewards.trees import Unreadable
 from tsopsd_jax.rewards.units import measured, read_unit
@@ -25,7 +25,7 @@ from tsopsd_jax.rewards.units import measured, read_unit
 PAIRS = Path(__file__).parent / "golden" / "verify_pairs.jsonl"
 ENDLESS = "\\sum_{k=1}^{10^{12}} \\sin k"
 """The one kind of formula whose cost only a worker's limits bound."""
-ROOTS = parse("\\sqrt{8}"), parse("2\\sqrt{2}")
+ROOTS = parse_formula("\\sqrt{8}"), parse_formula("2\\sqrt{2}")
 
 
 @pytest.fixture
@@ -117,7 +117,7 @@ def test_final_answer(response, answer):
     ],
 )
 def test_units_are_told_from_variables(answer, text, unit):
-    (found,) = measured(read(answer))
+    (found,) = measured(read_answer(answer))
     assert (found.text, found.unit) == (text, read_unit(unit) if unit else None)
 
 
@@ -135,7 +135,7 @@ def test_what_could_mean_two_things_is_no_formula():
         "x_{1",
     ):
         with pytest.raises(Unreadable):
-            parse(text)
+            parse_formula(text)
 
 
 def test_options():
@@ -284,15 +284,19 @@ def test_another_number_in_the_same_place_is_wrong(shape):
 @pytest.mark.parametrize("digits", [5, 50, 500, 1500])
 def test_a_difference_in_a_late_digit_is_seen(digits, workers_of):
     workers = workers_of()
-    near = parse(f"\\sqrt{{2}}+10^{{-{digits}}}") if digits < 1000 else parse(f"\\sqrt{{2}}+2^{{-{3 * digits}}}")
-    assert workers.order(near, parse("\\sqrt{2}")) == 1
-    assert workers.order(near, parse("\\sqrt{2}+0")) == 1
-    assert workers.order(parse("\\sqrt{3+2\\sqrt{2}}"), parse("1+\\sqrt{2}")) == 0
+    near = (
+        parse_formula(f"\\sqrt{{2}}+10^{{-{digits}}}")
+        if digits < 1000
+        else parse_formula(f"\\sqrt{{2}}+2^{{-{3 * digits}}}")
+    )
+    assert workers.order(near, parse_formula("\\sqrt{2}")) == 1
+    assert workers.order(near, parse_formula("\\sqrt{2}+0")) == 1
+    assert workers.order(parse_formula("\\sqrt{3+2\\sqrt{2}}"), parse_formula("1+\\sqrt{2}")) == 0
 
 
 # --- workers ---
 
-SLOW = parse(ENDLESS), parse("34")
+SLOW = parse_formula(ENDLESS), parse_formula("34")
 
 
 def test_an_answer_over_the_limit_costs_its_worker_and_is_counted(workers_of):

@@ -9,7 +9,7 @@ from typing import Any
 from tsopsd_jax.commands import exit_codes
 from tsopsd_jax.config.places import datasets_folder
 from tsopsd_jax.data.layouts import LAYOUTS, prepared_folder
-from tsopsd_jax.data.prepare import prepare
+from tsopsd_jax.data.prepare import prepare_dataset
 from tsopsd_jax.data.sources import SOURCES
 
 
@@ -47,7 +47,9 @@ def _prepare(args: Any, directory: Path) -> None:
     def watch(rows: Iterable[Any], what: str, total: int | None) -> Iterable[Any]:
         return track(rows, what, total=total, console=Console(stderr=True), transient=True)
 
-    prepared = prepare(args.name, directory, source=args.source, skip_malformed=args.skip_malformed, watch=watch)
+    prepared = prepare_dataset(
+        args.name, directory, source=args.source, skip_malformed=args.skip_malformed, watch=watch
+    )
     for split, files in prepared.files.items():
         for file in files:
             print(f"{args.name} {split}: read {file}")

@@ -167,7 +167,7 @@ def _add_missing(
     mesh = make_mesh(tensor=tensor)
     model, params = policy.load(mesh)
     for file, fact in zip(files, facts, strict=True):
-        resumable_jsonl.claim(file, fact)
+        resumable_jsonl.claim_output(file, fact)
     engine = Engine(
         model,
         mesh,
@@ -260,8 +260,10 @@ def _facts(policy: Policy, benchmark: Benchmark, settings: GenerateSettings) -> 
 def _check_alike(file: Path, facts: dict[str, Any]) -> None:
     """Other models' responses to the same benchmark can stand beside these in one table."""
     for other in file.parent.glob("*.jsonl"):
-        theirs, mine = ({name: of[name] for name in ALIKE} for of in (resumable_jsonl.read_settings(other), facts))
-        if differs := resumable_jsonl.first_difference(theirs, mine):
+        theirs, mine = (
+            {name: of[name] for name in ALIKE} for of in (resumable_jsonl.read_output_settings(other), facts)
+        )
+        if differs := resumable_jsonl.first_changed(theirs, mine):
             raise ValueError(
                 f"{other} has other settings ({differs}), and one table compares like with like; choose another --out"
             )

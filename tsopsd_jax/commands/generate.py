@@ -115,7 +115,7 @@ def generate(
     with writing(out):
         if again:
             resumable_jsonl.remove(out)
-        resumable_jsonl.claim(out, facts)
+        resumable_jsonl.claim_output(out, facts)
         return _add_missing(settings, requests, tokenizer, prompted, out, slots=slots, tensor=tensor, table=table)
 
 

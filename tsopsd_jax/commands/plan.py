@@ -16,7 +16,7 @@ from tsopsd_jax.config import Config, load_config
 from tsopsd_jax.config.places import model_folder
 from tsopsd_jax.model.hf_config import read_config
 from tsopsd_jax.plan.chips import topology
-from tsopsd_jax.plan.compiled import Programs
+from tsopsd_jax.plan.compiled import CompiledPrograms
 from tsopsd_jax.plan.planner import Means, make_plan, search
 from tsopsd_jax.plan.report import as_json, as_text, ranking
 
@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     if folder != model_folder(config):
         _note(f"{model_folder(config)} is not here; its shape is taken from {folder}")
     shape, place = read_config(folder / "config.json"), topology(args.topology)
-    means, programs = Means(args.mean_tokens, args.mean_prompt_tokens), Programs(_note)
+    means, programs = Means(args.mean_tokens, args.mean_prompt_tokens), CompiledPrograms(_note)
     with no_compilation_cache():
         if args.search:
             plans = search(config, shape, place, means=means, programs=programs)

@@ -244,7 +244,7 @@ def _problems(data: DataSettings, config: Config, tokenizer: Tokenizer, notes: l
         raise ValueError("data: exclude and drop_longer leave no problem")
     if data.sample is not None:
         notes.append(f"a sample of {data.sample:,} of {len(problems):,} problems")
-        problems = selection.sample(problems, data.sample, seed=config.seed)
+        problems = selection.drawn(problems, data.sample, seed=config.seed)
     return problems[: data.first]
 
 

@@ -41,7 +41,7 @@ def read_settings(file: Path) -> dict[str, Any]:
         ValueError: the file holds something else.
     """
     try:
-        found = strict.read(file)
+        found = strict.read_yaml(file)
     except ValueError as error:
         raise ValueError(
             f"{file}: expected a run's configuration, got invalid YAML ({error}); "
@@ -54,7 +54,7 @@ def read_settings(file: Path) -> dict[str, Any]:
 
 def _check_ours(run_dir: Path) -> None:
     """Check that a run directory is absent, empty or a run's, and that Orbax, which takes a path for a pattern, can read it."""
-    where = object_store.checkpoints_of(run_dir)
+    where = object_store.checkpoints_address(run_dir)
     if odd := sorted(set("*?[") & set(str(where))):
         raise ValueError(
             f"{where}: expected a path without {' '.join(odd)}, in which checkpoints could not be read again; choose another "
@@ -87,7 +87,7 @@ def held(run_dir: Path) -> Iterator[None]:
 
 def _phase_reached(run_dir: Path) -> int | None:
     """Find the index of the phase in which the run resumes; None if it has neither a checkpoint nor a logged step."""
-    if (progress := read_progress(object_store.checkpoints_of(run_dir))) is not None:
+    if (progress := read_progress(object_store.checkpoints_address(run_dir))) is not None:
         return progress.phase
     metrics = run_dir / METRICS_FILE
     return 0 if metrics.is_file() and metrics.stat().st_size else None
@@ -95,7 +95,7 @@ def _phase_reached(run_dir: Path) -> int | None:
 
 def _check_not_lost(run_dir: Path) -> None:
     """A run whose checkpoints were removed would start over and drop its log."""
-    where, metrics = object_store.checkpoints_of(run_dir), run_dir / METRICS_FILE
+    where, metrics = object_store.checkpoints_address(run_dir), run_dir / METRICS_FILE
     if not (metrics.is_file() and metrics.stat().st_size):
         return
     removed = object_store.address(run_dir) is None and not where.exists()  # it is made before the first step

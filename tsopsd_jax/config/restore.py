@@ -65,7 +65,7 @@ def checkpoints_of(run_dir: Path) -> Iterator[Checkpoints]:
         ValueError: no run, or it has none.
     """
     config = resolved_config(run_dir)
-    where = object_store.checkpoints_of(run_dir)
+    where = object_store.checkpoints_address(run_dir)
     if not where.exists():
         raise ValueError(f"{run_dir} has no checkpoints")
     checkpoints = Checkpoints(where, keep=config.keep_checkpoints)

@@ -298,7 +298,7 @@ def load_config(path: str | Path, overrides: list[str]) -> Config:
     if not path.is_file():
         raise ValueError(f"configuration {path}: no such file")
     try:
-        data = strict.read(path)
+        data = strict.read_yaml(path)
     except ValueError as error:
         raise ValueError(f"configuration {path}: not valid YAML: {error}") from error
     try:

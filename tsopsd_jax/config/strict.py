@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import yaml
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 _TAG = "tag:yaml.org,2002:"
 _CORE = {
@@ -96,7 +96,7 @@ def parse(text: str) -> Any:
         raise ValueError("it is nested too deeply, or holds itself") from error
 
 
-def read(file: Path) -> Any:
+def read_yaml(file: Path) -> Any:
     """Parse a file in UTF-8.
 
     Raises:
@@ -110,7 +110,7 @@ def dump(data: Any) -> str:
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False)
 
 
-def build(cls: type[T], data: Any, *, where: str = "") -> T:
+def build(cls: type[_T], data: Any, *, where: str = "") -> _T:
     """Build an instance of the dataclass `cls` from nested plain data.
 
     Raises:

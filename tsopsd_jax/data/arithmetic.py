@@ -42,10 +42,10 @@ def random_problem(rng: np.random.Generator) -> tuple[str, str, bool]:
     answer = {"+": a + b, "-": a - b, "*": a * b}[operation]
     wordings = WORDINGS[operation]
     wording = wordings[int(rng.integers(len(wordings)))]
-    return wording.format(a=a, b=b), str(answer), is_held_out(operation, a, b)
+    return wording.format(a=a, b=b), str(answer), is_held_out_sum(operation, a, b)
 
 
-def is_held_out(operation: str, a: int, b: int) -> bool:
+def is_held_out_sum(operation: str, a: int, b: int) -> bool:
     """Whether a problem belongs to the test set: one in 4, by a checksum that knows neither order nor wording."""
     return zlib.crc32(f"{operation} {sorted((a, b))}".encode()) % _HELD_OUT_ONE_IN == 0
 

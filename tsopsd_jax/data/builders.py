@@ -51,7 +51,7 @@ class ProblemSet(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             yield row, problem._asdict()
 
 
-def build(name: str, splits: Mapping[str, Iterable[Problem]], directory: str | Path) -> Path:
+def build_dataset(name: str, splits: Mapping[str, Iterable[Problem]], directory: str | Path) -> Path:
     """Write a data set and return its folder; one that exists there is replaced when the new one is whole.
 
     Built beside the final place and moved there by a rename: nothing half-built is ever found there.
@@ -126,7 +126,7 @@ def _lock(folder: Path, *, wait: bool) -> int:
     return handle
 
 
-def read(name: str, directory: str | Path, *, split: str, first: int | None) -> list[Problem]:
+def read_dataset(name: str, directory: str | Path, *, split: str, first: int | None) -> list[Problem]:
     """Read the first `first` problems (None: all) of a split of a prepared data set; `a+b`: of both.
 
     Raises:

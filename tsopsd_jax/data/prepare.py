@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from tsopsd_jax.data.layouts import LAYOUTS, Layout, Problem, Tally, count_rows, numbered_rows, read_problems
 from tsopsd_jax.data.sources import GENERATED, find_files, known_source
 
-Watch = Callable[[Iterable[Any], str, int | None], Iterable[Any]]
+OnRows = Callable[[Iterable[Any], str, int | None], Iterable[Any]]
 """(rows, what they are, how many if known) -> the same rows, showing progress."""
 
 
@@ -21,8 +21,8 @@ class Prepared(NamedTuple):
     """Split -> the files that were read."""
 
 
-def prepare(
-    name: str, directory: Path, *, source: Path | None = None, skip_malformed: bool = False, watch: Watch
+def prepare_dataset(
+    name: str, directory: Path, *, source: Path | None = None, skip_malformed: bool = False, watch: OnRows
 ) -> Prepared:
     """Read the published files of a data set and write it under `directory`, replacing one that exists there.
 
@@ -60,11 +60,11 @@ def prepare(
             split: _problems(name, split, paths, tallies[split], skip_malformed=skip_malformed, watch=watch)
             for split, paths in files.items()
         }
-    return Prepared(builders.build(name, splits, directory), tallies, files)
+    return Prepared(builders.build_dataset(name, splits, directory), tallies, files)
 
 
 def _problems(
-    name: str, split: str, paths: list[Path], tally: Tally, *, skip_malformed: bool, watch: Watch
+    name: str, split: str, paths: list[Path], tally: Tally, *, skip_malformed: bool, watch: OnRows
 ) -> Iterator[Problem]:
     layout = LAYOUTS[name]
     rows = watch(numbered_rows(paths, layout.columns), f"{name} {split}", count_rows(paths))

@@ -26,7 +26,7 @@ def normalised(prompt: str) -> str:
     return re.sub(r"\{(\w)\}", r"\1", text)
 
 
-def fingerprint(prompt: str) -> str:
+def problem_fingerprint(prompt: str) -> str:
     """Digest a problem's normalised text to 16 hexadecimal digits, equal for equal problems."""
     return hashlib.sha256(normalised(prompt).encode()).hexdigest()[:16]
 
@@ -44,16 +44,16 @@ def fingerprints(name: str, directory: str | Path) -> set[str]:
         problems = load_problems("jsonl", path=name)
     else:
         problems = load_problems(name, split=evaluation_split(name), directory=directory)
-    return {fingerprint(problem.prompt) for problem in problems}
+    return {problem_fingerprint(problem.prompt) for problem in problems}
 
 
 def without(problems: Sequence[Problem], excluded: Iterable[set[str]]) -> list[Problem]:
     """Leave out the problems that equal one of those whose fingerprints are given."""
     known = set().union(*excluded)
-    return [problem for problem in problems if fingerprint(problem.prompt) not in known]
+    return [problem for problem in problems if problem_fingerprint(problem.prompt) not in known]
 
 
-def sample(problems: Sequence[Problem], count: int, *, seed: int) -> list[Problem]:
+def drawn(problems: Sequence[Problem], count: int, *, seed: int) -> list[Problem]:
     """Draw `count` of the problems without replacement, kept in their order; a seed always draws the same ones.
 
     Raises:

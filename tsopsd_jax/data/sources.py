@@ -177,8 +177,8 @@ def _read_prepared(name: str, directory: str | Path | None, *, split: str, first
                 f"data set {name} is not prepared in {directory}: run `tsopsd data prepare {name}` "
                 "(with --from PATH for files that you have), or set the path of its file"
             )
-        builders.build(name, GENERATED[name](), directory)
-    return builders.read(name, directory, split=split, first=first)
+        builders.build_dataset(name, GENERATED[name](), directory)
+    return builders.read_dataset(name, directory, split=split, first=first)
 
 
 def countdown_splits() -> dict[str, list[Problem]]:

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tsopsd_jax.display.numbers import DASH, count, duration, finite, fixed
-from tsopsd_jax.display.screen import plain
+from tsopsd_jax.display.screen import in_ascii
 from tsopsd_jax.metric_names import ACCURACY, ENTROPY, GRAD_NORM, LENGTH, REWARD, TOKENS_PER_S
 from tsopsd_jax.rollout import Progress
 
@@ -248,7 +248,7 @@ class _Lines:
 
     def _print(self, text: str) -> None:
         self._said = time.monotonic()
-        self._stream.write(plain(text, self._stream.encoding or "utf-8") + "\n")
+        self._stream.write(in_ascii(text, self._stream.encoding or "utf-8") + "\n")
         self._stream.flush()
 
 

@@ -14,7 +14,7 @@ import yaml
 from tsopsd_jax.display import run_status
 from tsopsd_jax.display.html_parts import details, escape, shorten, table
 from tsopsd_jax.display.numbers import DASH, count, duration, finite, fixed
-from tsopsd_jax.display.plots import Panel, Segment, Series, draw
+from tsopsd_jax.display.plots import Panel, Series, Stretch, draw_panels
 from tsopsd_jax.metric_names import (
     ACCURACY,
     ENTROPY,
@@ -43,7 +43,7 @@ class Metrics(NamedTuple):
 
     step: np.ndarray
     columns: Mapping[str, np.ndarray]
-    segments: Sequence[Segment]
+    segments: Sequence[Stretch]
 
 
 def write_report(run_dir: str | Path, out: Path | None = None) -> Path:
@@ -68,7 +68,7 @@ def write_report(run_dir: str | Path, out: Path | None = None) -> Path:
         status=run_status.banner(status, skipped=_total(metrics, SKIPPED), steps=len(metrics.step)),
         facts=_facts(metrics),
         phases=_phase_table(metrics, plan, colours, status),
-        plots=draw(metrics.step, _panels(metrics, _thresholds(plan)), metrics.segments, colours),
+        plots=draw_panels(metrics.step, _panels(metrics, _thresholds(plan)), metrics.segments, colours),
         plot_label=escape(f"entropy, reward, gradient norm and response length over steps; phases {phases}"),
         evaluations=_evaluation_table(evaluations),
         examples=_examples(evaluations),
@@ -88,7 +88,7 @@ def write_report(run_dir: str | Path, out: Path | None = None) -> Path:
 def _read_metrics(run_dir: Path) -> Metrics:
     steps: list[float] = []
     columns: dict[str, list[float]] = {key: [] for key in KEYS}
-    segments: list[Segment] = []
+    segments: list[Stretch] = []
     phase_step = math.inf
     for record in read_metrics(run_dir):
         if (step := finite(record.get("step"))) is None:
@@ -99,7 +99,7 @@ def _read_metrics(run_dir: Path) -> Metrics:
         if segments and segments[-1].phase == phase and not phase_step < before:
             segments[-1] = segments[-1]._replace(end=index + 1)
         else:
-            segments.append(Segment(phase, index, index + 1))
+            segments.append(Stretch(phase, index, index + 1))
         steps.append(step)
         for key, values in columns.items():
             values.append(_column(record.get(key)))
@@ -215,7 +215,7 @@ def _until(phase: Mapping[str, Any]) -> str:
     return " or ".join(text.format(stop[key]) for key, text in words if stop.get(key) is not None)
 
 
-def _phase_colours(segments: Sequence[Segment], plan: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+def _phase_colours(segments: Sequence[Stretch], plan: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     """Phase -> name of its colour: warm for reheating, cool for the others in the order of their appearance."""
     cool = itertools.cycle(("blue", "violet", "teal", "slate"))
     colours: dict[str, str] = {}

@@ -49,7 +49,7 @@ STYLE = {
 }
 
 
-class Segment(NamedTuple):
+class Stretch(NamedTuple):
     """Steps `first <= index < end` of the log, taken in one go of one phase."""
 
     phase: str
@@ -75,8 +75,8 @@ class Panel(NamedTuple):
     logarithmic: bool = False
 
 
-def draw(
-    step: np.ndarray, panels: Sequence[Panel], segments: Sequence[Segment], phase_colours: Mapping[str, str]
+def draw_panels(
+    step: np.ndarray, panels: Sequence[Panel], segments: Sequence[Stretch], phase_colours: Mapping[str, str]
 ) -> str:
     """Draw the panels over `step`, phases shaded and named, as an `<svg>` element to be put into a page."""
     # Lazy: matplotlib takes a second, which only a report should cost.
@@ -108,7 +108,7 @@ def draw(
     return _for_page(buffer.getvalue().decode("utf-8", "replace"))
 
 
-def _draw_panel(axis: Any, panel: Panel, step: np.ndarray, segments: Sequence[Segment], *, title_pt: float) -> None:
+def _draw_panel(axis: Any, panel: Panel, step: np.ndarray, segments: Sequence[Stretch], *, title_pt: float) -> None:
     for text, x, where, look in (
         (panel.title, 0, "figure fraction", {"fontsize": 10, "fontweight": "bold", "color": COLOURS["ink"]}),
         (panel.unit, 1, "axes fraction", {"ha": "right", "color": COLOURS["muted"]}),
@@ -149,7 +149,7 @@ def _draw_panel(axis: Any, panel: Panel, step: np.ndarray, segments: Sequence[Se
         )
 
 
-def _draw_series(axis: Any, series: Series, step: np.ndarray, segments: Sequence[Segment], logarithmic: bool) -> bool:
+def _draw_series(axis: Any, series: Series, step: np.ndarray, segments: Sequence[Stretch], logarithmic: bool) -> bool:
     """Draw single steps faintly and their moving mean strongly; false if there is nothing to draw."""
     values = np.where(series.values > 0, series.values, np.nan) if logarithmic else series.values
     if not np.isfinite(values).any():
@@ -184,14 +184,14 @@ def _draw_lines(axis: Any, lines: Mapping[str, float]) -> None:
         )
 
 
-def _spans(step: np.ndarray, segments: Sequence[Segment]) -> list[tuple[float, float]]:
+def _spans(step: np.ndarray, segments: Sequence[Stretch]) -> list[tuple[float, float]]:
     """Begin and end of each segment; neighbours meet half way between their steps."""
     ends = [(step[segment.end - 1] + step[segment.end]) / 2 for segment in segments[:-1]]
     edges = [step[0] - 0.5, *ends, step[-1] + 0.5]
     return list(itertools.pairwise(edges))
 
 
-def _shade(axis: Any, step: np.ndarray, segments: Sequence[Segment], phase_colours: Mapping[str, str]) -> None:
+def _shade(axis: Any, step: np.ndarray, segments: Sequence[Stretch], phase_colours: Mapping[str, str]) -> None:
     if len(segments) > MAX_SHADED:
         return
     for phase, colour in phase_colours.items():
@@ -204,7 +204,7 @@ def _shade(axis: Any, step: np.ndarray, segments: Sequence[Segment], phase_colou
             )
 
 
-def _name_phases(axis: Any, step: np.ndarray, segments: Sequence[Segment], phase_colours: Mapping[str, str]) -> float:
+def _name_phases(axis: Any, step: np.ndarray, segments: Sequence[Stretch], phase_colours: Mapping[str, str]) -> float:
     """A phase's name over its span, in one of two rows or not at all; returns the height of the rows in points."""
     width_pt = WIDTH_IN * 72 * (RIGHT - LEFT)
     per_step_pt = width_pt / (step[-1] - step[0] + 1)
@@ -232,7 +232,7 @@ def _name_phases(axis: Any, step: np.ndarray, segments: Sequence[Segment], phase
     return 11.0 * sum(math.isfinite(end) for end in taken_pt)
 
 
-def smoothed(values: np.ndarray, segments: Sequence[Segment]) -> np.ndarray:
+def smoothed(values: np.ndarray, segments: Sequence[Stretch]) -> np.ndarray:
     """Return the centred moving mean of `values`, [N] -> [N], over a 25th of each segment, never across its ends, NaN left out."""
     result = np.full(len(values), np.nan)
     for _, first, end in segments:

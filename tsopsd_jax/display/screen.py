@@ -18,7 +18,7 @@ def _plain(error: UnicodeError) -> tuple[str, int]:
 codecs.register_error("tsopsd.plain", _plain)
 
 
-def plain(text: str, encoding: str) -> str:
+def in_ascii(text: str, encoding: str) -> str:
     """Write `text` in the characters that `encoding` has."""
     return text.encode(encoding, "tsopsd.plain").decode(encoding)
 

@@ -27,7 +27,7 @@ from jax.experimental import multihost_utils
 
 from tsopsd_jax.distributed.heartbeat import GRACE_S, Watch, tick
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
 def is_first() -> bool:
@@ -52,7 +52,7 @@ def exchange(value: Any) -> list[Any]:
     return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
 
 
-def from_first(value: T) -> T:
+def from_first(value: _T) -> _T:
     """Process 0's `value` (plain JSON), wherever this is called. All must call it."""
     return exchange(value if is_first() else None)[0]
 
@@ -62,13 +62,13 @@ def is_mine(row: int) -> bool:
     return row % jax.process_count() == jax.process_index()
 
 
-def divided(function: Callable[[int], T], count: int) -> list[T]:
+def divided(function: Callable[[int], _T], count: int) -> list[_T]:
     """[function(0), ..., function(count - 1)] (plain JSON), each worked out by one process. All must call it."""
     parts = exchange([function(row) for row in range(count) if is_mine(row)])
     return [parts[row % len(parts)][row // len(parts)] for row in range(count)]
 
 
-def first_then_others(function: Callable[[], T]) -> T:
+def first_then_others(function: Callable[[], _T]) -> _T:
     """function() in process 0, and when it is done in the others: for what leaves files that others then find."""
     if not is_first():
         exchange(None)

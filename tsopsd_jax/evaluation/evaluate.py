@@ -174,7 +174,7 @@ def evaluate(
     return summarise(found, samples=samples, k=samples) | {"examples": shown}
 
 
-class Difference(NamedTuple):
+class PairedDifference(NamedTuple):
     """A mean difference and the bounds of its 95 % interval."""
 
     mean: float
@@ -182,7 +182,7 @@ class Difference(NamedTuple):
     high: float
 
 
-def paired_bootstrap(differences: Sequence[np.ndarray], *, seed: int) -> list[Difference]:
+def paired_bootstrap(differences: Sequence[np.ndarray], *, seed: int) -> list[PairedDifference]:
     """The mean of each benchmark's per-problem differences, and of all benchmarks' means, with percentile intervals.
 
     Problems are drawn with replacement within their benchmark, `RESAMPLES` times; both policies of a pair are taken
@@ -201,4 +201,4 @@ def paired_bootstrap(differences: Sequence[np.ndarray], *, seed: int) -> list[Di
     )  # [benchmarks, RESAMPLES]
     exact = np.asarray([d.mean() for d in differences])
     bounds = np.percentile(np.concatenate([means, means.mean(axis=0, keepdims=True)]), [2.5, 97.5], axis=1)
-    return [Difference(*map(float, each)) for each in zip([*exact, exact.mean()], *bounds, strict=True)]
+    return [PairedDifference(*map(float, each)) for each in zip([*exact, exact.mean()], *bounds, strict=True)]

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tsopsd_jax.evaluation.evaluate import Difference, Response, paired_bootstrap, pass_per_problem, summarise
+from tsopsd_jax.evaluation.evaluate import PairedDifference, Response, paired_bootstrap, pass_per_problem, summarise
 from tsopsd_jax.rundir import files, resumable_jsonl
 
 
@@ -50,7 +50,7 @@ def read_out(out: Path) -> list[Evaluated]:
             Response(at, "", row["tokens"], row["stopped"], row["correct"], row["entropy_nats"])
             for at, (_, row) in enumerate(sorted(rows.items()))
         ]
-        found.append(Evaluated(file.stem, file.parent.name, resumable_jsonl.read_settings(file), responses))
+        found.append(Evaluated(file.stem, file.parent.name, resumable_jsonl.read_output_settings(file), responses))
     return sorted(found, key=lambda e: (e.settings[resumable_jsonl.BEGUN], e.benchmark))
 
 
@@ -165,5 +165,5 @@ def compare(out: Path, first: str, second: str, *, k: int | None, seed: int) -> 
     return _grid(titles, [[name, _points(a), _points(b)] for name, a, b in zip(names, *columns, strict=False)])
 
 
-def _points(d: Difference) -> str:
+def _points(d: PairedDifference) -> str:
     return f"{100 * d.mean:+.2f} [{100 * d.low:+.2f}, {100 * d.high:+.2f}]"

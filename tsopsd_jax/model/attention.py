@@ -22,7 +22,7 @@ from jaxtyping import Array
 
 from tsopsd_jax.distributed.sharding import ROW_AXES
 
-IMPLEMENTATIONS = ("xla", "cudnn", "splash")
+CAUSAL_ATTENTION = ("xla", "cudnn", "splash")
 SPLASH_MULTIPLE = 128
 BLOCK_POSITIONS = 256
 """Rows up to this length are one block of `xla`."""
@@ -89,7 +89,7 @@ def causal_attention(
             raise ValueError("attention: cudnn takes rows of one sequence, got segments; use xla")
         return jax.nn.dot_product_attention(q_BTNH, k_BTKH, v_BTKH, is_causal=True, implementation="cudnn")
     if implementation != "splash":
-        raise ValueError(f"attention: expected auto or one of {', '.join(IMPLEMENTATIONS)}, got {implementation!r}")
+        raise ValueError(f"attention: expected auto or one of {', '.join(CAUSAL_ATTENTION)}, got {implementation!r}")
     if q_BTNH.shape[1] % SPLASH_MULTIPLE:
         raise ValueError(f"attention: splash takes a multiple of {SPLASH_MULTIPLE} positions, got {q_BTNH.shape[1]}")
     kernel = functools.partial(_splash, interpret=interpret)

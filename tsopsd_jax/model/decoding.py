@@ -20,7 +20,7 @@ from tsopsd_jax.types import PyTree
 LayerCache = tuple[Array, Array]
 """Keys [B, K, H, C] and values [B, K, C, H] of a layer."""
 
-Attend = Callable[[Array, Array, Array, PyTree], tuple[Array, LayerCache]]
+AttendCache = Callable[[Array, Array, Array, PyTree], tuple[Array, LayerCache]]
 """(q_BTNH, k_BTKH, v_BTKH, what it has of the layer's cache) -> (out_BTNH, the layer's new cache)"""
 
 Causal = Callable[[Array, Array, Array], Array]
@@ -110,7 +110,7 @@ def decode(
     view: PyTree,
     tokens: Int[Array, " B"],
     position: Int[Array, " B"],
-    attend: Attend,
+    attend: AttendCache,
     caches: Sequence[PyTree],
 ) -> tuple[Array, tuple[LayerCache, ...]]:
     """Decode one token per row, each at its own position.
@@ -125,7 +125,7 @@ def decode(
 
 
 def _trunk(
-    model: Qwen3, view: PyTree, tokens_BT: Array, positions_BT: Array, attend: Attend, caches: Sequence[PyTree]
+    model: Qwen3, view: PyTree, tokens_BT: Array, positions_BT: Array, attend: AttendCache, caches: Sequence[PyTree]
 ) -> tuple[Array, tuple[LayerCache, ...]]:
     c, new = model.config, []
     turn = rotation(positions_BT.reshape(-1), c.head_dim, c.rope_theta, c.yarn)  # once for all layers
@@ -140,7 +140,7 @@ def _trunk(
 
 
 def _layer(
-    model: Qwen3, attend: Attend, b: int, w: PyTree, x_DM: Array, turn: tuple[Array, Array], cache
+    model: Qwen3, attend: AttendCache, b: int, w: PyTree, x_DM: Array, turn: tuple[Array, Array], cache
 ) -> tuple[Array, LayerCache]:
     c = model.config
     cos_MH, sin_MH = turn

@@ -14,7 +14,7 @@ PARTS = {
     "template": ("chat_template.jinja", "chat_template.json"),
 }
 """Name -> the files that make it up. (The index of sharded weights says nothing that their headers do not.)"""
-BLOCK_BYTES = 64 << 20
+READ_BYTES = 64 << 20
 """What a thread reads at once: a file's digest is that of its blocks' digests, so that one large file uses all cores."""
 
 
@@ -53,7 +53,7 @@ def _joined(files: list[Path], known: dict[str, list], threads: ThreadPoolExecut
     for file in files:
         stat = file.stat()
         mark, key = [stat.st_size, stat.st_mtime_ns, stat.st_ino], str(file.resolve())
-        if stat.st_size < BLOCK_BYTES or known.get(key, [])[:3] != mark:
+        if stat.st_size < READ_BYTES or known.get(key, [])[:3] != mark:
             known[key] = [*mark, _digest(file, stat.st_size, threads)]
         whole.update(f"{file.name} {known[key][3]}\n".encode())
     return whole.hexdigest()[:16]
@@ -63,9 +63,9 @@ def _digest(file: Path, size: int, threads: ThreadPoolExecutor) -> str:
     def block(start: int) -> bytes:
         with file.open("rb") as stream:
             stream.seek(start)
-            return hashlib.sha256(stream.read(BLOCK_BYTES)).digest()
+            return hashlib.sha256(stream.read(READ_BYTES)).digest()
 
-    return hashlib.sha256(b"".join(threads.map(block, range(0, size, BLOCK_BYTES)))).hexdigest()
+    return hashlib.sha256(b"".join(threads.map(block, range(0, size, READ_BYTES)))).hexdigest()
 
 
 def _read(cache: Path | None) -> dict[str, list]:
@@ -80,7 +80,7 @@ def _write(cache: Path | None, known: dict[str, list]) -> None:
     """Remember the large files; a cache that cannot be written costs time, nothing else."""
     if cache is None:
         return
-    large = {key: mark for key, mark in known.items() if mark[0] >= BLOCK_BYTES}
+    large = {key: mark for key, mark in known.items() if mark[0] >= READ_BYTES}
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
         partial = cache.with_name(f"{cache.name}.{os.getpid()}")

@@ -26,7 +26,7 @@ from tsopsd_jax.distributed import processes
 from tsopsd_jax.distributed.sharding import tree_shardings
 from tsopsd_jax.huggingface import read_json
 from tsopsd_jax.model.hf_config import config_json, read_config
-from tsopsd_jax.model.hf_layout import DTYPES, EMBED, HEAD, Stored, cast, stored_tensors
+from tsopsd_jax.model.hf_layout import EMBED, HEAD, STORED_DTYPES, Stored, cast, stored_tensors
 from tsopsd_jax.model.qwen3 import Qwen3
 from tsopsd_jax.types import PyTree
 
@@ -98,8 +98,8 @@ def _check_tensors(model: Qwen3, stored: dict[str, Any], folder: Path) -> None:
     for name, shape in expected.items():
         if (got := tuple(stored[name].get_shape())) != shape:
             raise ValueError(f"{folder}: tensor {name}: expected shape {shape} from config.json, got {got}")
-        if (kind := stored[name].get_dtype()) not in DTYPES:
-            raise ValueError(f"{folder}: tensor {name}: expected a dtype among {list(DTYPES)}, got {kind}")
+        if (kind := stored[name].get_dtype()) not in STORED_DTYPES:
+            raise ValueError(f"{folder}: tensor {name}: expected a dtype among {list(STORED_DTYPES)}, got {kind}")
     if model.config.tie_word_embeddings and HEAD.name in stored:
         vocab, rows = model.config.vocab_size, max(1, 2**24 // model.config.hidden_size)
         for at in range(0, vocab, rows):
@@ -167,7 +167,7 @@ def load_pretrained(path: str | Path, *, dtype: Any = jnp.float32, mesh: Mesh | 
             odds with the config; the message names the file or the tensor.
     """
     folder, target = Path(path), np.dtype(dtype)
-    if target not in DTYPES.values():
+    if target not in STORED_DTYPES.values():
         raise ValueError(f"load_pretrained: expected dtype float32, bfloat16 or float16, got {target.name}")
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such directory; expected a local Hugging Face model directory")
@@ -223,7 +223,7 @@ def _fetch(tensor: Stored, params: PyTree) -> np.ndarray:
 
 def _write_safetensors(path: Path, entries: list[tuple[str, tuple[int, ...]]], dtype: np.dtype, values) -> None:
     """The safetensors format, tensor by tensor: u64 header size, JSON header padded to 8 bytes, the data."""
-    kind = {v: k for k, v in DTYPES.items()}[dtype]
+    kind = {v: k for k, v in STORED_DTYPES.items()}[dtype]
     header: dict[str, Any] = {"__metadata__": {"format": "pt", "producer": _PRODUCER}}
     end = 0
     for name, shape in entries:
@@ -339,7 +339,7 @@ def save_pretrained(
     """
     folder, native = Path(path).resolve(), _check_params(model, params)
     target = native if dtype is None else np.dtype(dtype)
-    if target not in DTYPES.values():
+    if target not in STORED_DTYPES.values():
         raise ValueError(f"save_pretrained: expected dtype float32, bfloat16 or float16, got {target.name}")
     if max_shard_bytes <= 0:
         raise ValueError(f"save_pretrained: expected max_shard_bytes above 0, got {max_shard_bytes}")

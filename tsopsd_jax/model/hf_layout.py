@@ -10,14 +10,14 @@ from einops import rearrange
 
 from tsopsd_jax.model.qwen3 import Qwen3
 
-DTYPES = {
+STORED_DTYPES = {
     "F32": np.dtype(np.float32),
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F16": np.dtype(np.float16),
 }
 
 
-class Layout(NamedTuple):
+class WeightLayout(NamedTuple):
     """One tensor on disk: axes as `stored`, "NH D" being N heads of H merged, against `ours`, "DNH"."""
 
     name: str
@@ -56,24 +56,24 @@ class Layout(NamedTuple):
         return " ".join(f"({' '.join(group)})" for group in self.stored.split())
 
 
-EMBED = Layout("model.embed_tokens.weight", "V D", "VD")
-HEAD = Layout("lm_head.weight", "V D", "DV")
-NORM = Layout("model.norm.weight", "D", "D")
+EMBED = WeightLayout("model.embed_tokens.weight", "V D", "VD")
+HEAD = WeightLayout("lm_head.weight", "V D", "DV")
+NORM = WeightLayout("model.norm.weight", "D", "D")
 LAYER = {
-    "attention_norm": Layout("input_layernorm.weight", "D", "D"),
-    "q": Layout("self_attn.q_proj.weight", "NH D", "DNH"),
-    "k": Layout("self_attn.k_proj.weight", "KH D", "DKH"),
-    "v": Layout("self_attn.v_proj.weight", "KH D", "DKH"),
-    "q_bias": Layout("self_attn.q_proj.bias", "NH", "NH"),
-    "k_bias": Layout("self_attn.k_proj.bias", "KH", "KH"),
-    "v_bias": Layout("self_attn.v_proj.bias", "KH", "KH"),
-    "q_norm": Layout("self_attn.q_norm.weight", "H", "H"),
-    "k_norm": Layout("self_attn.k_norm.weight", "H", "H"),
-    "o": Layout("self_attn.o_proj.weight", "D NH", "NHD"),
-    "mlp_norm": Layout("post_attention_layernorm.weight", "D", "D"),
-    "gate": Layout("mlp.gate_proj.weight", "F D", "DF"),
-    "up": Layout("mlp.up_proj.weight", "F D", "DF"),
-    "down": Layout("mlp.down_proj.weight", "D F", "FD"),
+    "attention_norm": WeightLayout("input_layernorm.weight", "D", "D"),
+    "q": WeightLayout("self_attn.q_proj.weight", "NH D", "DNH"),
+    "k": WeightLayout("self_attn.k_proj.weight", "KH D", "DKH"),
+    "v": WeightLayout("self_attn.v_proj.weight", "KH D", "DKH"),
+    "q_bias": WeightLayout("self_attn.q_proj.bias", "NH", "NH"),
+    "k_bias": WeightLayout("self_attn.k_proj.bias", "KH", "KH"),
+    "v_bias": WeightLayout("self_attn.v_proj.bias", "KH", "KH"),
+    "q_norm": WeightLayout("self_attn.q_norm.weight", "H", "H"),
+    "k_norm": WeightLayout("self_attn.k_norm.weight", "H", "H"),
+    "o": WeightLayout("self_attn.o_proj.weight", "D NH", "NHD"),
+    "mlp_norm": WeightLayout("post_attention_layernorm.weight", "D", "D"),
+    "gate": WeightLayout("mlp.gate_proj.weight", "F D", "DF"),
+    "up": WeightLayout("mlp.up_proj.weight", "F D", "DF"),
+    "down": WeightLayout("mlp.down_proj.weight", "D F", "FD"),
 }
 """The tensors of one layer; an architecture has those that its parameters have."""
 
@@ -81,7 +81,7 @@ LAYER = {
 class Stored(NamedTuple):
     """One tensor on disk: which parameter, which layer of it, and that layer's shape in our axes."""
 
-    layout: Layout
+    layout: WeightLayout
     path: tuple[str, ...]
     layer: int | None
     shape: tuple[int, ...]
@@ -120,7 +120,7 @@ def check_finite(values: np.ndarray, name: str) -> None:
 
     Their bits tell: an exponent of ones. Integers compare some ten times as fast as bfloat16, which numpy has no loops for.
     """
-    kind = next(kind for kind, dtype in DTYPES.items() if dtype == values.dtype)
+    kind = next(kind for kind, dtype in STORED_DTYPES.items() if dtype == values.dtype)
     bits = values.reshape(-1).view(np.uint32 if kind == "F32" else np.uint16)
     infinity = {"F32": 0x7F800000, "BF16": 0x7F80, "F16": 0x7C00}[kind]
     without_sign = bits.dtype.type(np.iinfo(bits.dtype).max >> 1)

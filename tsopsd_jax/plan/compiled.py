@@ -28,7 +28,7 @@ class Compiled(NamedTuple):
     text: str | None
 
 
-class Programs:
+class CompiledPrograms:
     """Compiles, each program once; `note` is told before each."""
 
     def __init__(self, note: Callable[[str], None]):
@@ -44,7 +44,7 @@ class Programs:
         return self._known[key]
 
 
-def compile_parts(case: Case, programs: Programs, *, limit_bytes: int) -> list[Part]:
+def compile_parts(case: Case, programs: CompiledPrograms, *, limit_bytes: int) -> list[Part]:
     """The parts of a step on the case's mesh; an update in as few micro-batches as fit into `limit_bytes`, unless the
     phase names their number."""
     pieces = case.phase.micro_batches or _fewest(case, programs, limit_bytes)
@@ -64,7 +64,7 @@ def compile_parts(case: Case, programs: Programs, *, limit_bytes: int) -> list[P
     return [*sampling, _measured(estimated["update"], case, update, inside=inside, loops=loops)]
 
 
-def _sampling(case: Case, programs: Programs, estimated: dict[str, Part]) -> list[Part]:
+def _sampling(case: Case, programs: CompiledPrograms, estimated: dict[str, Part]) -> list[Part]:
     engine = Engine(
         case.model,
         case.mesh,
@@ -99,12 +99,12 @@ def _updater(case: Case, pieces: int) -> Updater:
     return Updater(case.model, phase, case.mesh, max_prompt_tokens=case.max_prompt_tokens, limit_bytes=None)
 
 
-def _update(case: Case, programs: Programs, pieces: int) -> Compiled:
+def _update(case: Case, programs: CompiledPrograms, pieces: int) -> Compiled:
     lowered = _updater(case, pieces).lowered()
     return programs.compile(f"{case.names[0]}: update in {pieces} micro-batches", lowered)
 
 
-def _fewest(case: Case, programs: Programs, limit_bytes: int) -> int:
+def _fewest(case: Case, programs: CompiledPrograms, limit_bytes: int) -> int:
     """The fewest micro-batches that fit, as training chooses them; one row on each device if none do."""
     rows, shards = case.phase.rows, case.split.rows
 

@@ -13,7 +13,7 @@ from tsopsd_jax.model import Qwen3, Qwen3Config
 from tsopsd_jax.plan import estimate
 from tsopsd_jax.plan.case import Case, Part
 from tsopsd_jax.plan.chips import Topology
-from tsopsd_jax.plan.compiled import Programs, compile_parts
+from tsopsd_jax.plan.compiled import CompiledPrograms, compile_parts
 from tsopsd_jax.plan.roofline import Seconds, seconds
 from tsopsd_jax.plan.work import Lengths, Split
 
@@ -61,7 +61,7 @@ class Plan:
 
 
 def make_plan(
-    config: Config, shape: Qwen3Config, topology: Topology, *, means: Means, programs: Programs | None
+    config: Config, shape: Qwen3Config, topology: Topology, *, means: Means, programs: CompiledPrograms | None
 ) -> Plan:
     """The plan of a configuration on its own mesh.
 
@@ -161,7 +161,9 @@ def by_formula(config: Config, shape: Qwen3Config, topology: Topology, *, means:
     return sorted(found, key=lambda pair: _rank(pair[1]))
 
 
-def search(config: Config, shape: Qwen3Config, topology: Topology, *, means: Means, programs: Programs) -> list[Plan]:
+def search(
+    config: Config, shape: Qwen3Config, topology: Topology, *, means: Means, programs: CompiledPrograms
+) -> list[Plan]:
     """Plans of `by_formula`, best first; for TPUs the first few of them, compiled."""
     rough = by_formula(config, shape, topology, means=means)
     if topology.devices is None:

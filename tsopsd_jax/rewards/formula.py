@@ -23,7 +23,7 @@ _ENDS = frozenset({
 })  # fmt: skip
 
 
-def parse(text: str) -> tuple:
+def parse_formula(text: str) -> tuple:
     """Read the whole of `text`.
 
     Raises:

@@ -11,11 +11,11 @@ from functools import lru_cache
 from tsopsd_jax.rewards import words
 from tsopsd_jax.rewards.answers import LONGEST_ANSWER_CHARACTERS, final_answer, labelled, lone_formula, option_of
 from tsopsd_jax.rewards.compare import Comparison, TooMuch, scaled
-from tsopsd_jax.rewards.formula import parse
+from tsopsd_jax.rewards.formula import parse_formula
 from tsopsd_jax.rewards.markup import clean, remove_spaces, unwrap_text
 from tsopsd_jax.rewards.symbolic import CutOff, Workers
 from tsopsd_jax.rewards.trees import SCALARS, Unreadable
-from tsopsd_jax.rewards.units import Measured, Unit, measured, read_unit
+from tsopsd_jax.rewards.units import Quantity, Unit, measured, read_unit
 
 WORKERS = Workers()
 
@@ -87,7 +87,7 @@ def equal(answer: str, gold: str, comparison: Comparison) -> bool:
     if option is not None:
         return option_of(answer) == option
     answer = labelled(answer)[1]
-    given, wanted = read(answer), read(gold)
+    given, wanted = read_answer(answer), read_answer(gold)
     if not given or not wanted:
         return False
     keys = [remove_spaces(unwrap_text(text)) for text in (given, wanted)]
@@ -103,12 +103,12 @@ def equal(answer: str, gold: str, comparison: Comparison) -> bool:
     return any(_same(mine, other, comparison) for mine in _readings(given) for other in _readings(wanted))
 
 
-def read(answer: str) -> str:
+def read_answer(answer: str) -> str:
     """The cleaned LaTeX of an answer, without lead-in and what stands around it."""
     text = lone_formula(_LEAD_IN.sub("", answer.strip('*`"“” \n#').removeprefix("__").removesuffix("__"), count=1))
     text = clean(text).strip("*`").rstrip(".,;:\\ ").strip("*` ")
     text = re.sub(r"\A(?:\\approx|=|\\colon|:) ?", "", _LEAD_IN.sub("", text))
-    return words.number(text) or text
+    return words.number_in_words(text) or text
 
 
 def _readings(text: str) -> list[str]:
@@ -131,18 +131,18 @@ def _same(given: str, wanted: str, comparison: Comparison) -> bool:
     return any(_same_measured(a, b, comparison) for a in mine for b in other)
 
 
-def _letter_unit(parts: list[Measured]) -> list[Measured]:
+def _letter_unit(parts: list[Quantity]) -> list[Quantity]:
     """`7000 g` beside `7 kg`: a lone letter is a unit only where the other side has one that measures the same."""
     for i, part in enumerate(parts):
         match = re.fullmatch(r"([0-9.]+) ?([A-Za-z])", part.text)
         other = parts[1 - i].unit
         unit = read_unit(match[2]) if match and part.unit is None else None
         if match and unit is not None and other is not None and unit.measures == other.measures:
-            parts[i] = Measured(match[1], unit, part.factor)
+            parts[i] = Quantity(match[1], unit, part.factor)
     return parts
 
 
-def _same_measured(given: Measured, wanted: Measured, comparison: Comparison) -> bool:
+def _same_measured(given: Quantity, wanted: Quantity, comparison: Comparison) -> bool:
     given, wanted = _letter_unit([given, wanted])
     one, other = given.unit, wanted.unit
     percents = [part.text.endswith("%") for part in (given, wanted)]
@@ -179,7 +179,7 @@ def _same_percent(percent: tuple, plain: tuple, comparison: Comparison) -> bool:
 @lru_cache(4096)
 def _tree(text: str) -> tuple | None:
     try:
-        return parse(text)
+        return parse_formula(text)
     except (Unreadable, ArithmeticError, ValueError):
         return None
 
@@ -189,7 +189,7 @@ def _based(text: str) -> tuple[str, int] | None:
     match = _BASE.fullmatch(text)
     if match is None:
         return None
-    base = words.number(match[2]) or match[2]
+    base = words.number_in_words(match[2]) or match[2]
     return (match[1], int(base)) if base.isdigit() and len(base) < 4 else None
 
 

@@ -28,11 +28,11 @@ _POINTS, _TRIES, _LEAST_AGREED = 8, 40, 3
 _COUNTING = ("factorial", "binom", "falling", "sum", "prod", "gcd", "lcm")
 
 
-class Undefined(Exception):
+class _Undefined(Exception):
     """No value, or none that can be told at this precision."""
 
 
-def main(wall_s: float, memory_bytes: int) -> None:
+def serve(wall_s: float, memory_bytes: int) -> None:
     """Serve until stdin ends."""
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # whatever a library prints must not look like a reply
@@ -50,7 +50,7 @@ def main(wall_s: float, memory_bytes: int) -> None:
         signal.setitimer(signal.ITIMER_REAL, wall_s)
         try:
             order = compare(*json.loads(line))
-        except (Undefined, ValueError, OverflowError, ZeroDivisionError, NotImplementedError):
+        except (_Undefined, ValueError, OverflowError, ZeroDivisionError, NotImplementedError):
             order = None
         signal.setitimer(signal.ITIMER_REAL, 0)
         replies.write("x\n" if order is None else f"{order}\n")
@@ -81,7 +81,7 @@ class Intervals:
             self.point = point
             try:
                 order = self._order(a, b, real=real)
-            except (Undefined, ValueError, ZeroDivisionError):
+            except (_Undefined, ValueError, ZeroDivisionError):
                 continue
             if order != 0:
                 return None
@@ -99,13 +99,13 @@ class Intervals:
             self.iv.prec = bits
             try:
                 left, right = self.value(a), self.value(b)
-            except Undefined:  # by this many bits: what is divided by may still turn out not to be zero
+            except _Undefined:  # by this many bits: what is divided by may still turn out not to be zero
                 if bits >= _DEFINED_BITS:
                     raise
                 bits *= 4
                 continue
             if real and (self._is_complex(left) or self._is_complex(right)):
-                raise Undefined
+                raise _Undefined
             difference = left - right
             if self._is_complex(difference):
                 if not (self._has_zero(difference.real) and self._has_zero(difference.imag)):
@@ -129,7 +129,7 @@ class Intervals:
         if kind == "c":
             constants = {"pi": lambda: +self.iv.pi, "e": lambda: self.iv.exp(1), "i": lambda: self.iv.mpc(0, 1)}
             if tree[1] not in constants:
-                raise Undefined
+                raise _Undefined
             return constants[tree[1]]()
         if kind == "f":
             return self._seen(self._function(tree[1], tree[2:]))
@@ -169,14 +169,14 @@ class Intervals:
             pair = {"sinh": (up - down, self.two), "cosh": (up + down, self.two), "tanh": (up - down, up + down)}
             return self._divided(*pair[name])
         if any(self._is_complex(value) for value in values):
-            raise Undefined
+            raise _Undefined
         return self._real_function(name, values)
 
     def _real_function(self, name: str, values: list) -> Any:
         x, iv = values[0], self.iv
         if name in ("asin", "acos"):
             if x.b < -1 or x.a > 1:
-                raise Undefined
+                raise _Undefined
             sine = iv.atan2(x, self._root(1 - x**2, ["q", 2, 1]))
             return sine if name == "asin" else iv.pi / 2 - sine
         if name in ("atan", "acot"):
@@ -189,11 +189,11 @@ class Intervals:
             return iv.mpf(self._whole(x, math.floor if name == "floor" else math.ceil))
         numbers = [self._whole(value, None) for value in values]
         if min(numbers) < 0 or max(numbers) > _LARGEST_FACTORIAL:
-            raise Undefined
+            raise _Undefined
         functions = {"factorial": math.factorial, "binom": math.comb, "falling": math.perm}
         functions |= {"gcd": math.gcd, "lcm": math.lcm}
         if name not in functions:
-            raise Undefined
+            raise _Undefined
         return iv.mpf(functions[name](*numbers))
 
     def _series(self, name: str, variable: list, first: list, last: list, body: list) -> Any:
@@ -213,27 +213,27 @@ class Intervals:
 
     def _divided(self, a, b) -> Any:
         if self._contains_zero(b):
-            raise Undefined
+            raise _Undefined
         return a / b
 
     def _power(self, base, exponent) -> Any:
         try:
             whole = self._whole(exponent, None)
-        except Undefined:
+        except _Undefined:
             whole = None
         if whole is not None:
             if abs(whole) > _LARGEST_EXPONENT or (whole == 0 and self._contains_zero(base)):
-                raise Undefined
+                raise _Undefined
             return base**whole if whole >= 0 else self._divided(self.one, base ** (-whole))
         if not self._is_complex(base) and base.a == base.b == 0:
             if self._is_complex(exponent) or not exponent.a > 0:
-                raise Undefined
+                raise _Undefined
             return self.zero
         return self._exp(exponent * self._log(base))
 
     def _root(self, x, index: list) -> Any:
         if index[0] != "q" or index[2] != 1 or not 2 <= index[1] <= 1000:
-            raise Undefined
+            raise _Undefined
         degree = index[1]
         if self._is_complex(x):
             return self._exp(self._log(x) / degree)
@@ -250,7 +250,7 @@ class Intervals:
 
     def _log(self, x) -> Any:
         if self._contains_zero(x):
-            raise Undefined
+            raise _Undefined
         if not self._is_complex(x):
             return self.iv.log(x) if x.a > 0 else self.iv.mpc(self.iv.log(-x), +self.iv.pi)
         return self.iv.log(x)
@@ -258,20 +258,20 @@ class Intervals:
     def _exp(self, x) -> Any:
         real = x.real if self._is_complex(x) else x
         if self._magnitude(real) > 40:
-            raise Undefined
+            raise _Undefined
         return self.iv.exp(x)
 
     def _whole(self, x, rounding) -> int:
         """The whole number in an interval, or that all of its numbers are rounded to."""
         if self._is_complex(x) or self._magnitude(x) > 64:
-            raise Undefined
+            raise _Undefined
         low, high = _fraction(x.a), _fraction(x.b)
         if rounding is None:
             if low != high or low != int(low):
-                raise Undefined
+                raise _Undefined
             return int(low)
         if rounding(low) != rounding(high):
-            raise Undefined
+            raise _Undefined
         return rounding(low)
 
     def _seen(self, x) -> Any:
@@ -280,7 +280,7 @@ class Intervals:
             if not self._has_zero(part):
                 size = abs(self._magnitude(part))
                 if size > 4 * _LARGEST_EXPONENT:
-                    raise Undefined
+                    raise _Undefined
                 self.bits = max(self.bits, size)
         return x
 
@@ -396,4 +396,4 @@ def _bounds(tree: list, roots: set[str]) -> tuple[int, int, int]:
 
 
 if __name__ == "__main__":
-    main(float(sys.argv[1]), int(sys.argv[2]))
+    serve(float(sys.argv[1]), int(sys.argv[2]))

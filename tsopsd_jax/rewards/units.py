@@ -118,7 +118,7 @@ _MONEY = re.compile(
 )
 
 
-class Measured(NamedTuple):
+class Quantity(NamedTuple):
     """An answer's text without its unit, the unit (None: it has none), and a factor said in words (`million`)."""
 
     text: str
@@ -126,13 +126,13 @@ class Measured(NamedTuple):
     factor: Fraction = Fraction(1)
 
 
-def measured(text: str) -> list[Measured]:
+def measured(text: str) -> list[Quantity]:
     """The ways to read a text as a number with a unit: one, or for `3 hours 20 minutes` one for each of its units."""
     if parts := _compound(text):
         first = parts[0][1]
         total = sum((Fraction(count) * unit.size for count, unit in parts), Fraction(0))
         return [
-            Measured(f"({total / unit.size})", unit) for _, unit in sorted(parts, key=lambda part: part[1] != first)
+            Quantity(f"({total / unit.size})", unit) for _, unit in sorted(parts, key=lambda part: part[1] != first)
         ]
     if match := _MONEY.match(text):
         (inner,) = measured(match[1] + text[match.end() :])
@@ -142,17 +142,17 @@ def measured(text: str) -> list[Measured]:
         value, tail = text[: match.start()].strip(), match["unit"]
         multiple, tail = _multiple(tail)
         if not tail.strip():
-            return [Measured(value, None, multiple)]
+            return [Quantity(value, None, multiple)]
         unit = (
             read_unit(re.sub(r"° ?(?:([CF])|\\text\{ ?([CF]) ?\})", r" °\1\2", tail)) if _is_unit(value, tail) else None
         )
         if unit is not None:
             if re.search(r"\\(?:arc)?(?:sin|cos|tan|cot|sec|csc)(?![a-z])", value) and "°" in tail:
                 break  # the sine of an angle is no angle
-            return [Measured(value, unit, multiple)]
+            return [Quantity(value, unit, multiple)]
         # Perhaps only the end of it: in `5x \text{ cm}` x is no unit.
         match = _TAIL.search(text, match.start() + 1) if match.start() + 1 < len(text) else None
-    return [Measured(text, None)]
+    return [Quantity(text, None)]
 
 
 def _multiple(tail: str) -> tuple[Fraction, str]:

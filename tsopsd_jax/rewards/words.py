@@ -25,7 +25,7 @@ _LETTERS = re.compile(r"[A-Za-z' -]+")
 _TIME = re.compile(r"([0-9]{1,2}):([0-9]{2})(?::([0-9]{2}))?(?:([ap])\.?m\.?)?")
 
 
-def number(text: str) -> str | None:
+def number_in_words(text: str) -> str | None:
     """The digits of a number spelled out (`twenty-one`), or None."""
     word = re.sub(r"\\text\{([^{}]*)\}", r"\1", text).strip().lower()
     return str(_NUMBERS[word]) if word in _NUMBERS else None

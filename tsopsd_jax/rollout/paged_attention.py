@@ -22,7 +22,7 @@ from tsopsd_jax.distributed.sharding import ROW_AXES
 from tsopsd_jax.model.decoding import LayerCache
 from tsopsd_jax.types import AnyArray
 
-IMPLEMENTATIONS = ("xla", "pallas")
+PAGED_ATTENTION = ("xla", "pallas")
 
 Paged = Callable[[Array, LayerCache, AnyArray], "Partial"]
 """`pages_attention` with an implementation chosen."""
@@ -58,8 +58,8 @@ def pages_attention(
     Raises:
         ValueError: for an implementation that is unknown.
     """
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"paged attention: expected one of {', '.join(IMPLEMENTATIONS)}, got {implementation!r}")
+    if implementation not in PAGED_ATTENTION:
+        raise ValueError(f"paged attention: expected one of {', '.join(PAGED_ATTENTION)}, got {implementation!r}")
     owner = jnp.asarray(owner)
     shard: Callable[..., Any] = functools.partial(_pallas, interpret=interpret) if implementation == "pallas" else _xla
     q_SBKGH = einops.rearrange(q_BKGH, "(S B) K G H -> S B K G H", S=owner.shape[0])

@@ -19,7 +19,7 @@ from etils import epath
 from tsopsd_jax.distributed import processes
 from tsopsd_jax.judge.groups import Groups
 from tsopsd_jax.rundir import digests
-from tsopsd_jax.rundir.run_state import Progress, RunState
+from tsopsd_jax.rundir.run_state import RunProgress, RunState
 from tsopsd_jax.types import PyTree, Rollout, TrainState
 
 # Orbax logs the traceback of each error in each of its threads, besides raising it; here errors are told in one line.
@@ -200,7 +200,7 @@ class Checkpoints:
         self._manager.reload()
 
 
-def read_progress(directory: epath.PathLike) -> Progress | None:
+def read_progress(directory: epath.PathLike) -> RunProgress | None:
     """Where the newest checkpoint whose progress can be read stands; None if there is none. A process reads it by itself."""
     if not epath.Path(directory).exists():
         return None
@@ -231,7 +231,7 @@ def _read(path: epath.Path, **items: Any) -> Any:
         return reader.restore(path, args=ocp.args.Composite(**items))
 
 
-def _read_progress(path: epath.Path) -> tuple[dict[str, str], Progress]:
+def _read_progress(path: epath.Path) -> tuple[dict[str, str], RunProgress]:
     """A checkpoint's digests, and its progress, which is what was written."""
     got = _read(path, digests=ocp.args.JsonRestore(), progress=ocp.args.JsonRestore())
     if problem := _difference({"progress": digests.of_json(got["progress"])}, got["digests"]):
@@ -307,10 +307,10 @@ def _fields(state: TrainState) -> dict[str, Any]:
     return {f.name: vars(state)[f.name] for f in dataclasses.fields(TrainState)}
 
 
-def _progress(stored: dict[str, Any]) -> Progress:
+def _progress(stored: dict[str, Any]) -> RunProgress:
     values = dict(stored)
     values["entropies_nats"] = tuple(values["entropies_nats"])
-    return Progress(**values)
+    return RunProgress(**values)
 
 
 def _flat(groups: Groups) -> dict[str, np.ndarray]:

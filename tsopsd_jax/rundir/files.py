@@ -47,7 +47,7 @@ def json_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
                 broken = number
 
 
-def read(path: Path) -> list[dict[str, Any]]:
+def read_objects(path: Path) -> list[dict[str, Any]]:
     """Read the objects of a file of JSON lines; none if it is absent. Raises as `json_lines` does."""
     return [record for _, record in json_lines(path)] if path.is_file() else []
 

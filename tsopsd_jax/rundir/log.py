@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from tsopsd_jax.rundir import files
+from tsopsd_jax.rundir import files, object_store
 from tsopsd_jax.rundir.status import Status
 from tsopsd_jax.rundir.trackers import Tracker, open_mirrors
 
@@ -41,16 +41,16 @@ class RunLog:
     """
 
     def __init__(self, run_dir: str | Path, *, last_step: int, tracker: Tracker = TENSORBOARD):
-        self._run_dir, self._step = Path(run_dir), last_step
-        self._run_dir.mkdir(parents=True, exist_ok=True)
+        self.run_dir, self._step = Path(run_dir), last_step
+        self.run_dir.mkdir(parents=True, exist_ok=True)
         logged = {}
         for name in (METRICS_FILE, EVALUATIONS_FILE):
-            records = files.read(self._run_dir / name)
+            records = files.read_objects(self.run_dir / name)
             logged[name] = max((record.get("step", 0) for record in records), default=-1)
-            files.mend(self._run_dir / name, lambda record: record.get("step", 0) <= last_step)
-        self.status = Status(self._run_dir, last_step=last_step, lines=files.read(self._run_dir / METRICS_FILE))
-        self._mirrors = open_mirrors(self._run_dir, tracker, last_step=last_step, logged=logged)
-        self._file = (self._run_dir / METRICS_FILE).open("ab")
+            files.mend(self.run_dir / name, lambda record: record.get("step", 0) <= last_step)
+        self.status = Status(self.run_dir, last_step=last_step, lines=files.read_objects(self.run_dir / METRICS_FILE))
+        self._mirrors = open_mirrors(self.run_dir, tracker, last_step=last_step, logged=logged)
+        self._file = (self.run_dir / METRICS_FILE).open("ab")
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Append one step's line (`step` an integer above all before it; values scalars, strings or None).
@@ -76,7 +76,7 @@ class RunLog:
 
     def write_evaluation(self, record: Mapping[str, Any]) -> None:
         """Add an evaluated stage, as `append_evaluation` does, and mirror what was measured as `evaluation/NAME`."""
-        append_evaluation(self._run_dir, record)
+        append_evaluation(self.run_dir, record)
         measured = {f"evaluation/{name}": _plain(record.get(name)) for name in MEASURED}
         self._show(EVALUATIONS_FILE, record["step"], measured | {"evaluation/stage": record.get("stage")})
 
@@ -90,6 +90,11 @@ class RunLog:
         self.status.write()
         for mirror in self._mirrors:
             mirror.flush()
+
+    def push(self) -> None:
+        """Flush, and copy the run directory's files to the store that it lies on, if any."""
+        self.flush()
+        object_store.push(self.run_dir)
 
     def close(self) -> None:
         """Flush and close the file and its mirrors; a second call does nothing."""
@@ -117,7 +122,7 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
     path = Path(run_dir) / METRICS_FILE
     if not path.is_file():
         raise ValueError(f"expected a run directory with {METRICS_FILE}, got {run_dir}: no such file in it")
-    return files.read(path)
+    return files.read_objects(path)
 
 
 def append_evaluation(run_dir: str | Path, record: Mapping[str, Any]) -> None:
@@ -142,7 +147,7 @@ def read_evaluations(run_dir: str | Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: if a line before the last is not JSON.
     """
-    return files.read(Path(run_dir) / EVALUATIONS_FILE)
+    return files.read_objects(Path(run_dir) / EVALUATIONS_FILE)
 
 
 def _identity(evaluation: Mapping[str, Any]) -> str:

@@ -57,7 +57,7 @@ def address(folder: Path) -> epath.Path | None:
     return epath.Path(file.read_text().strip()) if file.is_file() else None
 
 
-def checkpoints_of(folder: Path) -> epath.Path:
+def checkpoints_address(folder: Path) -> epath.Path:
     """Return the directory of a run's checkpoints, on the store or in the local folder."""
     return (address(folder) or epath.Path(folder.resolve())) / "checkpoints"
 

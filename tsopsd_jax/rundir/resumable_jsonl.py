@@ -17,7 +17,7 @@ def settings_file(out: Path) -> Path:
     return out.with_name(out.name + ".settings.json")
 
 
-def read_settings(out: Path) -> dict[str, Any]:
+def read_output_settings(out: Path) -> dict[str, Any]:
     """Read the settings that `out` was begun with.
 
     Raises:
@@ -31,7 +31,7 @@ def read_settings(out: Path) -> dict[str, Any]:
     return json.loads(beside.read_text(encoding="utf-8"))
 
 
-def first_difference(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> str | None:
+def first_changed(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> str | None:
     """Describe the first setting that differs as `name: theirs != mine`; None if none does."""
     for name in [n for n in {**mine, **theirs} if n != BEGUN]:
         if mine.get(name) != theirs.get(name):
@@ -45,7 +45,7 @@ def check_ours(out: Path, settings: Mapping[str, Any]) -> None:
     Raises:
         ValueError: another program wrote it, or other settings (the first is named).
     """
-    if out.exists() and (differs := first_difference(read_settings(out), settings)):
+    if out.exists() and (differs := first_changed(read_output_settings(out), settings)):
         raise ValueError(
             f"{out} was begun with other settings ({differs}); choose another --out, or --again to replace it"
         )
@@ -58,17 +58,17 @@ def remove(out: Path) -> None:
         ValueError: another program wrote `out`.
     """
     if out.exists():
-        read_settings(out)
+        read_output_settings(out)
         out.unlink()
     settings_file(out).unlink(missing_ok=True)
 
 
 def lines(out: Path) -> list[dict[str, Any]]:
     """Read the lines of `out`, without a half-written last one; none if it is absent."""
-    return files.read(out)
+    return files.read_objects(out)
 
 
-def claim(out: Path, settings: Mapping[str, Any]) -> None:
+def claim_output(out: Path, settings: Mapping[str, Any]) -> None:
     """Make `out` and the file of its settings if it is absent; else cut off a half-written last line.
 
     Raises:

@@ -8,7 +8,7 @@ from tsopsd_jax.types import PyTree, TrainState
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Progress:
+class RunProgress:
     """Where a run stands, apart from the train state. All of it is plain JSON."""
 
     phase: int = 0
@@ -26,7 +26,7 @@ class Progress:
     elapsed_s: float = 0.0
     """Wall time of the run, interruptions left out."""
 
-    def after_step(self, *, entropy_nats: float, skipped: bool, window_steps: int) -> "Progress":
+    def after_step(self, *, entropy_nats: float, skipped: bool, window_steps: int) -> "RunProgress":
         """The progress one step on; `window_steps` entropies are kept."""
         return dataclasses.replace(
             self,
@@ -35,16 +35,16 @@ class Progress:
             skipped_in_row=self.skipped_in_row + 1 if skipped else 0,
         )
 
-    def next_phase(self) -> "Progress":
+    def next_phase(self) -> "RunProgress":
         """The progress at the beginning of the phase after this one."""
-        return Progress(phase=self.phase + 1, position=self.position, phase_position=self.position)
+        return RunProgress(phase=self.phase + 1, position=self.position, phase_position=self.position)
 
 
 class RunState(NamedTuple):
     """All that a run goes on from. No random key is part of it: keys follow from the seed and the step."""
 
     state: TrainState
-    progress: Progress
+    progress: RunProgress
     leftover: Groups | None = None
     """Groups that dynamic sampling left for the next step."""
     start: PyTree | None = None

@@ -9,7 +9,6 @@ from tsopsd_jax.data.encode import encode_prompts
 from tsopsd_jax.distributed import processes
 from tsopsd_jax.evaluation.evaluate import evaluate, evaluation_key
 from tsopsd_jax.rollout import Engine
-from tsopsd_jax.rundir import object_store
 from tsopsd_jax.rundir.log import RunLog, read_evaluations
 from tsopsd_jax.rundir.run_state import RunState
 from tsopsd_jax.train.phase import Phase
@@ -74,8 +73,7 @@ class Evaluations:
         where = {"stage": stage, "step": run.step, "phase_step": run.progress.phase_step, **plan.facts()}
         if self.log is not None:
             self.log.write_evaluation(where | record)
-            self.log.flush()
-            object_store.push(self.run_dir)
+            self.log.push()
         scores = (f"{name}@{plan.samples} {100 * record[f'{name}_at_k']:.1f} %" for name in ("avg", "pass"))
         return f"{stage}: {', '.join(scores)}"
 

@@ -21,7 +21,7 @@ from tsopsd_jax.metric_names import ENTROPY, SKIPPED
 from tsopsd_jax.rundir import object_store, status
 from tsopsd_jax.rundir.checkpoints import Checkpoints
 from tsopsd_jax.rundir.log import RunLog
-from tsopsd_jax.rundir.run_state import Progress, RunState
+from tsopsd_jax.rundir.run_state import RunProgress, RunState
 from tsopsd_jax.rundir.trackers import Tracker
 from tsopsd_jax.train.compile_ahead import PhaseSteps
 from tsopsd_jax.train.evaluations import Evaluations
@@ -75,7 +75,7 @@ class Trainer:
         self.shared, self.phases, self.run_dir, self.table = shared, phases, run_dir, table
         self.every = checkpoint_every_steps
         heartbeat.tick("looking for checkpoints")
-        self.checkpoints = Checkpoints(object_store.checkpoints_of(run_dir), keep=keep_checkpoints)
+        self.checkpoints = Checkpoints(object_store.checkpoints_address(run_dir), keep=keep_checkpoints)
         self.run_state = self._start(load_params)
         self.saved_step = self.run_state.step
         self.began = time.monotonic() - self.progress.elapsed_s
@@ -233,7 +233,7 @@ class Trainer:
         return self.run_state.state
 
     @property
-    def progress(self) -> Progress:
+    def progress(self) -> RunProgress:
         """Where the run stands."""
         return self.run_state.progress
 
@@ -248,7 +248,7 @@ class Trainer:
             heartbeat.tick("loading the weights")
             params = load_params()
             step = put(np.zeros((), np.int32), replicated(mesh))
-            return RunState(TrainState(step, params, fresh_optimizer_state(optimizer, like, params)), Progress())
+            return RunState(TrainState(step, params, fresh_optimizer_state(optimizer, like, params)), RunProgress())
         for line in damaged:
             self.table.note(f"{line}; it is kept aside, and the run goes on from step {run.step}")
         self.checkpoints.set_aside(run.step)
@@ -261,8 +261,7 @@ class Trainer:
         heartbeat.tick("saving a checkpoint")
         self.run_state = self.run_state.at(elapsed_s=time.monotonic() - self.began)
         if self.log is not None:  # first: the log must not be behind the checkpoint
-            self.log.flush()
-            object_store.push(self.run_dir)
+            self.log.push()
         self.checkpoints.save(self.run_state)
         self.saved_step = step
 
