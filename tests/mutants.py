@@ -398,22 +398,22 @@ MUTANTS = [
     Mutant(
         "anagrams are the same word",
         "rewards/words.py",
-        "        return a == b",
-        "        return sorted(a) == sorted(b)",
+        "> 2:\n        return a == b",
+        "> 2:\n        return sorted(a) == sorted(b)",
         "test_verifier.py -k labels",
     ),
     Mutant(
         "small differences are zero",
         "rewards/symbolic_worker.py",
-        "if self._magnitude(difference) < -min(given * degree, _MOST_BITS):",
-        "if self._magnitude(difference) < -50:",
+        "-min(given * degree, most)",
+        "-50",
         "test_verifier.py -k late_digit",
     ),
     Mutant(
         "formulas are compared at positive points only",
         "rewards/exact.py",
-        "-size if (turn >> place % 3) & 1 else size",
-        "size",
+        "-value if (turn >> place % 3) & 1 else value",
+        "value",
         "test_verifier.py -k labels",
     ),
     Mutant(

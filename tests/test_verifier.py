@@ -360,7 +360,7 @@ def test_old_workers_are_replaced_without_losing_an_answer(workers_of, monkeypat
 
 PARENT = """
 import sys, threading
-from tsopsd_jax.rewards.formula import parse
+from tsopsd_jax.rewards.formula import parse_formula as parse
 from tsopsd_jax.rewards.symbolic import Workers
 workers = Workers(wall_s=2.0)
 assert workers.order(parse("x+x"), parse("2x")) == 0

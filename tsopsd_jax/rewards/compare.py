@@ -91,8 +91,8 @@ class Comparison:
         if kinds == ("ratio", "ratio"):
             return self._same_ratio(a[1:], b[1:])
         for one, other in ((a, b), (b, a)):
-            if one[0] in ("set", "list") and len(one) == 2 and other[0] in SCALARS | {"seq"}:
-                return self._same(one[1], other)
+            if one[0] == "set" and len(one) > 1 and other[0] in SCALARS | {"seq"}:
+                return all(self._same(item, other) for item in one[1:])
         return same_region(a, b, self.order)
 
     def _alternatives(self, tree: tuple) -> tuple:

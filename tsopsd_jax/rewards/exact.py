@@ -79,7 +79,9 @@ def points(names: set[str]) -> Iterator[dict[str, Fraction]]:
         for place, name in enumerate(sorted(names)):
             seed = (seed * 6364136223846793005 + 1442695040888963407) % 2**64
             size = ((seed >> 33) % 2_500_009 + 1) * (1 if turn % 8 < 4 else 997)
-            point[name] = Fraction(-size if (turn >> place % 3) & 1 else size, 1_000_003)
+            # Once a whole number: there floors and ceilings differ.
+            value = Fraction(size % 7 + 2) if turn % 8 == 5 else Fraction(size, 1_000_003)
+            point[name] = -value if (turn >> place % 3) & 1 else value
         yield point
 
 

@@ -29,6 +29,8 @@ def parse_formula(text: str) -> tuple:
     Raises:
         Unreadable: see above.
     """
+    if "--" in text:  # a dash between two numbers
+        raise Unreadable
     reader = _Reader(_TOKEN.findall(text))
     tree = reader.items(None)
     if reader.token is not None or not _well_formed(tree):
@@ -60,7 +62,7 @@ class _Reader(Commands):
             separators.add(self.next())
             if self.token in ("\\and", "\\or"):
                 separators.add(self.next())
-            if self.token == close:
+            if self.token == close and len(found) > 1:
                 break
             found.append(self.item())
         if len(found) == 1:
@@ -217,6 +219,9 @@ class _Reader(Commands):
         if token in CONSTANTS and self.token != "_":
             return ("c", CONSTANTS[token])
         if token.isascii() and token.isalpha():  # a word of four letters or more is one name, no product
+            if token in "fgh" and self.token == "(":  # a function's value is no product
+                self.next()
+                return ("v", f"{token}{self.bracketed('(')}")
             return self.counted(token) or ("v", token + self.subscript())
         if token.startswith("\\"):
             return self.command(token[1:])

@@ -129,7 +129,7 @@ def clean(answer: str) -> str:
     text = _without_space_characters(text)
     text = _SUPERSCRIPTS.sub(lambda match: f"^{{{match[1]}{match[2].replace('^', '')}}}", text)
     text = text.replace("\\$", "\\text{dollar}").replace("$", " ")
-    text = re.sub(r"(?<!\\)\\[()\[\]]", "", text).replace("\\%", "%").replace("\\&", "&").replace("\\#", "#")
+    text = re.sub(r"(?<!\\)\\[()\[\]]", " ", text).replace("\\%", "%").replace("\\&", "&").replace("\\#", "#")
     text = _THIN_THOUSANDS.sub("", text)
     text = _unwrapped(text)
     text = _SPACING.sub(" ", text.replace("\\\\", "\0")).replace("\0", "\\\\").replace("{,}", ",").replace("{}", "")

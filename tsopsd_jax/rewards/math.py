@@ -34,7 +34,7 @@ _NAME = re.compile(
 _THOUSANDS = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,])")
 _BLANK_THOUSANDS = re.compile(r"[+-]?[0-9]{1,3}(?: [0-9]{3})+(?:\.[0-9]+)?")
 _BASE = re.compile(r"\(?([0-9A-F]+)\)?_(?:\{? ?(?:\\text\{)? ?([0-9]+|[a-z]+) ?\}?\}?)")
-_MODULAR = re.compile(r"(?:[a-zA-Z] ?\\equiv ?)?(-?[0-9]+) ?\\text\{mod\} ?([0-9]+)")
+_MODULAR = re.compile(r"(?:[a-zA-Z] ?(?:\\equiv|=) ?)?(-?[0-9]+) ?\\text\{mod\} ?([0-9]+)")
 _SHORT_EXPONENT = re.compile(r"(?<=[0-9])e(?=[+-][0-9](?![0-9]))")
 DEGREE, RADIAN = Unit((("degree", 1),), Fraction(1)), Unit((("radian", 1),), Fraction(1))
 
@@ -98,7 +98,9 @@ def equal(answer: str, gold: str, comparison: Comparison) -> bool:
         return verdict
     if (bases := [_based(text) for text in (given, wanted)]) != [None, None]:
         return _same_base(bases, keys)
-    if ("=" in given) != ("=" in wanted):  # x = 5 where 5 is asked for, and the other way round
+    if ("=" in given) != (
+        "=" in wanted
+    ) and "\\text{mod}" not in given + wanted:  # x = 5 where 5 is asked for, and the other way round
         given, wanted = _NAME.sub("", given, count=1), _NAME.sub("", wanted, count=1)
     return any(_same(mine, other, comparison) for mine in _readings(given) for other in _readings(wanted))
 

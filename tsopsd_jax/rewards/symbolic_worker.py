@@ -21,11 +21,12 @@ import sys
 from fractions import Fraction
 from typing import Any
 
-_LEAST_BITS, _DEFINED_BITS, _MOST_BITS = 80, 1280, 20_000
+_LEAST_BITS, _DEFINED_BITS, _POINT_BITS, _MOST_BITS = 80, 1280, 1280, 20_000
 _LARGEST_EXPONENT = 2**40
 _LARGEST_FACTORIAL = 5000
 _POINTS, _TRIES, _LEAST_AGREED = 8, 40, 3
-_COUNTING = ("factorial", "binom", "falling", "sum", "prod", "gcd", "lcm")
+_OF_WHOLE = {"factorial": math.factorial, "binom": math.comb, "falling": math.perm, "gcd": math.gcd, "lcm": math.lcm}
+_COUNTING = (*_OF_WHOLE, "sum", "prod")
 
 
 class _Undefined(Exception):
@@ -91,7 +92,7 @@ class Intervals:
         return None
 
     def _order(self, a: list, b: list, *, real: bool) -> int | None:
-        """At the point. With `real`, Undefined where one of both is no real number."""
+        """At the point. With `real`, _Undefined where one of both is no real number."""
         degree, size = _separation(a, b)
         self.bits = 0
         bits = _LEAST_BITS
@@ -115,7 +116,9 @@ class Intervals:
             given = max(size, 2 * self.bits) + _LEAST_BITS
             if given > _MOST_BITS or bits > 2 * _MOST_BITS:
                 return None
-            if self._magnitude(difference) < -min(given * degree, _MOST_BITS):
+            # At the points of a formula the roots are of no whole numbers, and several points must agree.
+            most = max(given, _POINT_BITS) if self.point else _MOST_BITS
+            if self._magnitude(difference) < -min(given * degree, most):
                 return 0
             bits *= 2
 
@@ -188,13 +191,9 @@ class Intervals:
         if name in ("floor", "ceil"):
             return iv.mpf(self._whole(x, math.floor if name == "floor" else math.ceil))
         numbers = [self._whole(value, None) for value in values]
-        if min(numbers) < 0 or max(numbers) > _LARGEST_FACTORIAL:
+        if name not in _OF_WHOLE or min(numbers) < 0 or max(numbers) > _LARGEST_FACTORIAL:
             raise _Undefined
-        functions = {"factorial": math.factorial, "binom": math.comb, "falling": math.perm}
-        functions |= {"gcd": math.gcd, "lcm": math.lcm}
-        if name not in functions:
-            raise _Undefined
-        return iv.mpf(functions[name](*numbers))
+        return iv.mpf(_OF_WHOLE[name](*numbers))
 
     def _series(self, name: str, variable: list, first: list, last: list, body: list) -> Any:
         """A finite sum or product, term by term: only the worker's limits end a long one."""
@@ -209,7 +208,7 @@ class Intervals:
         return total
 
     def _quotient(self, above: int, below: int) -> Any:
-        return self.iv.mpf(above) / self.iv.mpf(below) if below != 1 else self.iv.mpf(above)
+        return self.iv.mpf(above) / self.iv.mpf(below)
 
     def _divided(self, a, b) -> Any:
         if self._contains_zero(b):
@@ -225,24 +224,21 @@ class Intervals:
             if abs(whole) > _LARGEST_EXPONENT or (whole == 0 and self._contains_zero(base)):
                 raise _Undefined
             return base**whole if whole >= 0 else self._divided(self.one, base ** (-whole))
-        if not self._is_complex(base) and base.a == base.b == 0:
+        if not self._is_complex(base) and self._has_zero(base):  # zero, as far as this precision tells
             if self._is_complex(exponent) or not exponent.a > 0:
                 raise _Undefined
-            return self.zero
+            high = self.iv.mpf(max(abs(base.a), base.b))
+            return self.iv.mpf([0, self._exp(exponent * self._log(high)).b]) if high > 0 else self.zero
         return self._exp(exponent * self._log(base))
 
     def _root(self, x, index: list) -> Any:
         if index[0] != "q" or index[2] != 1 or not 2 <= index[1] <= 1000:
             raise _Undefined
         degree = index[1]
-        if self._is_complex(x):
+        if self._is_complex(x) or (x.b < 0 and degree in range(4, 1001, 2)):
             return self._exp(self._log(x) / degree)
         if x.b < 0:
-            if degree % 2:
-                return -self._root(-x, index)
-            if degree == 2:
-                return self.iv.mpc(0, self.iv.sqrt(-x))
-            return self._exp(self._log(x) / degree)
+            return -self._root(-x, index) if degree % 2 else self.iv.mpc(0, self.iv.sqrt(-x))
         if x.a <= 0:  # zero, as far as this precision tells
             high = self._root(self.iv.mpf(max(abs(x.a), x.b)), index) if x.b > 0 or x.a < 0 else self.zero
             return self.iv.mpf([0 if degree % 2 == 0 else -high.b, high.b])
@@ -351,6 +347,8 @@ def _points(names: list[str], whole: bool):
             sign = -1 if (attempt >> place % 3) & 1 else 1
             # Small ones too, where an arcsine has values.
             below = 2_500_013 if attempt % 2 else 1_000_003
+            if attempt % 8 == 5:  # where floors and ceilings differ
+                size, below = size % 7 + 2, 1
             point[name] = ((seed >> 33) % (4 + attempt) + 1, 1) if whole else (sign * size, below)
         yield point
 

@@ -61,7 +61,7 @@ _MULTIPLES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10*
 # Words that say more than what is counted.
 _NO_UNIT = re.compile(
     r"(?i)\b(?:and|or|not|to|nor|but|is|are|was|no|none|more|less|least|most|fewer|times|percent(?:age)?|pi|squared|cubed|factorial|over|"
-    r"under|hal(?:f|ves)|thirds?|quarters?|mod|plus|minus|if|when|where|for|than|from|except|wrong|[a-z]+ths?|base|with)\b"
+    r"under|hal(?:f|ves)|thirds?|quarters?|mod|plus|minus|below|above|before|after|past|if|when|where|for|than|from|except|wrong|[a-z]+ths?|base|with)\b"
 )
 _ATOM = r"(?:\\text\{[^{}]*\}|\\Omega|°(?: ?[CF](?![a-z]))?|(?<![A-Za-z\\])[A-Za-z][A-Za-z.]*(?:/[A-Za-z]+)*)"
 _EXPONENT = r"(?: ?\^ ?(?:\{ ?-?[0-9]+ ?\}|-?[0-9]))?"

@@ -41,8 +41,11 @@ def same(given: str, wanted: str) -> bool | None:
     meanings = _MEANING.get(a), _MEANING.get(b)
     if None not in meanings:
         return meanings[0] == meanings[1]
-    spoken = [_is_words(text) for text in (given, wanted)]
-    if spoken == [True, True] or (True in spoken and meanings == (None, None)):
+    letters = [_LETTERS.fullmatch(text) is not None for text in (given, wanted)]
+    if all(letters) and min(len(a), len(b)) > 2:
+        return a == b
+    # One side alone is prose where it is no product of variables.
+    if meanings == (None, None) and any(two and len(text) > 3 for two, text in zip(letters, (a, b), strict=True)):
         return a == b
     if re.search("[a-z]{3}", a) and a == b and "\\" not in a:
         return True
@@ -58,8 +61,3 @@ def _same_time(times: list) -> bool | None:
         return [int(x or 0) for x in parts[0][:3]] == [int(x or 0) for x in parts[1][:3]] and parts[0][3] == parts[1][3]
     # 2:30 and 1:15: as ratios these are equal, as times not.
     return False
-
-
-def _is_words(key: str) -> bool:
-    """Prose, not a product of variables."""
-    return len(key) > 3 and _LETTERS.fullmatch(key) is not None
