@@ -150,6 +150,13 @@ MUTANTS = [
         "test_distributed.py -k error",
     ),
     Mutant(
+        "what follows a greeting is lost",
+        "distributed/heartbeat.py",
+        'peer.makefile("rb", buffering=0)',
+        'peer.makefile("rb")',
+        "test_distributed.py -k heels",
+    ),
+    Mutant(
         "a tick does not count",
         "distributed/heartbeat.py",
         "_Main.ticks += 1",

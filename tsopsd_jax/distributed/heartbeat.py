@@ -92,7 +92,8 @@ class Watch:
             while len(peers) < count - 1:
                 peer, _ = server.accept()
                 peer.settimeout(CONNECT_S)
-                hello = peer.makefile("rb").readline().decode(errors="replace").split()
+                # Unbuffered: what follows the greeting, such as a farewell, is for the watch to read.
+                hello = peer.makefile("rb", buffering=0).readline().decode(errors="replace").split()
                 if len(hello) == 2 and hello[0] == token:
                     peers[int(hello[1])] = peer
                 else:
@@ -178,7 +179,8 @@ class Watch:
                     *lines, rest[key.data] = (rest[key.data] + data).split(b"\n")
                     if any(self._hear(json.loads(line)) for line in lines):
                         selector.unregister(self.peers[key.data])
-                        del self.peers[key.data], silent_s[key.data]
+                        self.peers.pop(key.data).close()
+                        del silent_s[key.data]
                 # A pause of this process (a machine that is moved or overloaded) is no silence of the others.
                 now = time.monotonic()
                 passed, looked = min(now - looked, 2 * pause), now
