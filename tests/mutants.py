@@ -515,6 +515,13 @@ MUTANTS = [
         "test_distributed.py -k error",
     ),
     Mutant(
+        "what follows a greeting is lost",
+        "distributed/heartbeat.py",
+        'peer.makefile("rb", buffering=0)',
+        'peer.makefile("rb")',
+        "test_distributed.py -k heels",
+    ),
+    Mutant(
         "a tick does not count",
         "distributed/heartbeat.py",
         "_Main.ticks += 1",
@@ -1433,8 +1440,8 @@ MUTANTS = [
     Mutant(
         "resume: bad input started again",
         "../tpu/resume.sh",
-        "for word in running 2 3 6 bare none; do",
-        "for word in running bare none; do",
+        "for word in running 2 3 6 bare stopped none; do",
+        "for word in running bare stopped none; do",
         "test_tpu_scripts.py -k words_decide",
     ),
     Mutant(
@@ -1480,6 +1487,20 @@ MUTANTS = [
         "test_tpu_scripts.py -k full_disk_does_not",
     ),
     Mutant(
+        "resume: a run that was stopped on purpose loses its slice",
+        "../tpu/resume.sh",
+        "        opt[delete]=''\n",
+        "",
+        "test_tpu_scripts.py -k stopped_on_purpose",
+    ),
+    Mutant(
+        "smoke: cores are taken for chips",
+        "../tpu/common.sh",
+        "|| CHIPS=$((CHIPS / 2))",
+        "|| true",
+        "test_tpu_scripts.py -k chips_of_all",
+    ),
+    Mutant(
         "resume: a slice gone from an active queued resource not noticed",
         "../tpu/common.sh",
         "    [[ $found == READY ]] || break\n",
@@ -1489,7 +1510,7 @@ MUTANTS = [
     Mutant(
         "worker: the exit code of the last start kept",
         "../tpu/worker.sh",
-        '  run rm -f "$STATE/exit_code"\n',
+        '  run rm -f "$STATE/exit_code" "$STATE/stopped"\n',
         "",
         "test_tpu_scripts.py -k started_as_a_service",
     ),

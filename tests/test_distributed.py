@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 
 from tsopsd_jax import cli
-from tsopsd_jax.distributed import processes
+from tsopsd_jax.distributed import heartbeat, processes
 from tsopsd_jax.distributed.sharding import make_mesh, put, replicated, row_sharding
 from tsopsd_jax.learn.micro_batches import device_bytes
 from tsopsd_jax.train.signals import StopRequest
@@ -366,6 +367,28 @@ def test_work_of_any_length_is_no_stall_while_it_ticks(watching):
     processes = watching("work and leave", "work and leave", stall_s=4)
     codes, _ = outcome(processes)
     assert codes == [0, 0]
+
+
+def test_a_farewell_on_the_heels_of_the_greeting_is_heard(monkeypatch):
+    ended, met = [], []
+    monkeypatch.setattr(heartbeat.Watch, "_end", lambda _self, reason, **_: ended.append(reason))
+
+    def exchange(value):
+        if not isinstance(value, dict):
+            return [value, "process 1 of 2"]
+        peer = socket.create_connection(("127.0.0.1", value["port"]))
+        peer.sendall(f'{value["token"]} 1\n"alive"\n"bye"\n'.encode())
+        peer.shutdown(socket.SHUT_WR)
+        met.append(peer)
+        return [value, None]
+
+    watch = heartbeat.Watch(index=0, count=2, heartbeat_s=30, stall_s=0, exchange=exchange)
+    until = time.monotonic() + 60
+    while watch.peers and not ended and time.monotonic() < until:
+        time.sleep(0.01)
+    watch.close()
+    met[0].close()
+    assert (ended, watch.peers) == ([], {})
 
 
 def test_who_takes_leave_is_not_missed(watching):

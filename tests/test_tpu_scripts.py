@@ -101,7 +101,12 @@ def short(words: list[str]) -> str:
     words = [w for w in words if not w.startswith("--zone=")]
     if words[:3] == ["gcloud", "compute", "tpus"]:
         words = words[3:]
-    remote = {"tsopsd/code/tpu/worker.sh start": "START", "if [ -x": "STATUS", "! systemctl": "SETUP"}
+    remote = {
+        "tsopsd/code/tpu/worker.sh start": "START",
+        "tsopsd/code/tpu/worker.sh smoke": "SMOKE",
+        "if [ -x": "STATUS",
+        "! systemctl": "SETUP",
+    }
     for i, word in enumerate(words):
         for begin, name in remote.items():
             if word.startswith(f"--command={begin}"):
@@ -133,7 +138,8 @@ DESCRIBE_QUEUED = "queued-resources describe a --format=value(state.state)"
 CREATE = "tpu-vm create a --accelerator-type=v5p-64 --version=v2-alpha-tpuv5"
 ASK = "tpu-vm ssh a --worker=all STATUS"
 START = "tpu-vm ssh a --worker=all START"
-SET_UP = ["tpu-vm scp TMP/tsopsd.tar.gz a: --worker=all", "tpu-vm ssh a --worker=all SETUP", START]
+SMOKE = "tpu-vm ssh a --worker=all SMOKE"
+SET_UP = ["tpu-vm scp TMP/tsopsd.tar.gz a: --worker=all", "tpu-vm ssh a --worker=all SETUP", SMOKE, START]
 
 
 # ------------------------------------------------------------------ all scripts
@@ -162,6 +168,9 @@ DRY_RUNS = {
     "logs.sh": PLACE,
     "resume.sh": (*PLACE, "--type", "v5p-64", "--watch", *TRAIN),
     "delete.sh": PLACE,
+    "stop.sh": PLACE,
+    "smoke.sh": (*PLACE, "--type", "v5p-64", *TRAIN),
+    "fetch.sh": ("--run-dir", "gs://bu/runs/x"),
     "gke/submit.sh": ("--name", "a", "--image", "i", "--topology", "v5p:4x4x4", "--bucket", "bb", *TRAIN),
     "gke/logs.sh": ("--name", "a"),
     "gke/delete.sh": ("--name", "a"),
@@ -177,7 +186,9 @@ def test_a_dry_run_prints_commands_and_runs_none(cloud, script):
     done = cloud.run(script, "--dry-run", *DRY_RUNS[script])
     assert done.returncode == 0, done.stderr
     assert cloud.calls == []
-    tool = "kubectl" if script.startswith("gke") else "gcloud compute tpus"
+    tool = (
+        "kubectl" if script.startswith("gke") else "gcloud storage" if script == "fetch.sh" else "gcloud compute tpus"
+    )
     assert any(line.startswith(tool) for line in done.stdout.splitlines())
     assert done.stderr == ""
 
@@ -220,6 +231,10 @@ def test_a_dry_run_prints_what_a_real_one_gives_to_gcloud(cloud):
         ("resume.sh", (*PLACE, "--type", "v5p-8"), "expected -- COMMAND"),
         ("resume.sh", (*PLACE, "--type", "v5p-8", "--crashes", "x", *TRAIN), "--crashes: expected a number, got x"),
         ("resume.sh", (*PLACE, "--type", "v5p-8", "--delete", *TRAIN), "--delete expects --watch"),
+        ("smoke.sh", (*PLACE, *TRAIN), "expected --type or TPU_TYPE"),
+        ("smoke.sh", (*PLACE, "--type", "v5p-8", "--", "tsopsd", "eval"), "expected a COMMAND with --run-dir gs://..."),
+        ("fetch.sh", (), "--run-dir: expected gs://BUCKET/FOLDER, got nothing"),
+        ("fetch.sh", ("--run-dir", "runs/x"), "--run-dir: expected gs://BUCKET/FOLDER, got runs/x"),
         ("logs.sh", (*PLACE, "--worker", "x"), "--worker: expected a number or all, got x"),
         ("logs.sh", (*PLACE, "--slice", "1"), "--slice: expected a number below 1 (--slices), got 1"),
     ],
@@ -430,7 +445,7 @@ def test_a_slice_lost_from_an_active_queued_resource_means_a_new_one(cloud, lost
     ("answers", "code", "after"),
     [
         (("running", "running"), 0, []),
-        (("none", "none"), 0, [START]),  # set up, or rebooted: started
+        (("none", "none"), 0, [SMOKE, START]),  # set up, or rebooted: started
         (("bare", "4"), 0, SET_UP),
         (("4", "4"), 0, [START]),
         (("4", "0", "running"), 0, []),  # others will end by themselves
@@ -562,6 +577,53 @@ def test_watch_tries_again_where_gcloud_fails_for_once(cloud):
     assert done.returncode == 0, done.stderr
     again = [DESCRIBE, CREATE] * 2
     assert cloud.calls == [DESCRIBE, *again, DESCRIBE, ASK, SET_UP[0], DESCRIBE, ASK, *SET_UP, DESCRIBE, ASK]
+
+
+def test_a_slice_that_fails_the_smoke_test_gets_no_run(cloud):
+    """Nor the next time, when it is set up and has not passed yet."""
+    cloud.answer("tpu-vm describe", "READY", "READY", "READY")
+    cloud.answer("tsopsd-status", words("bare"), words("none"))
+    cloud.answer("worker.sh smoke", *[(1, "expected 64 devices of tpu, got 60 of tpu")] * 2)
+    done = cloud.run("resume.sh", *RESUME, "--watch", "--delete", "--crashes", "1", *TRAIN)
+    assert done.returncode == 1
+    assert "testing or starting failed" in done.stderr
+    assert cloud.calls == [DESCRIBE, ASK, *SET_UP[:3], DESCRIBE, ASK, SMOKE, DESCRIBE, "tpu-vm delete a --quiet"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "slices", "devices"), [("v4-16", 1, 8), ("v5p-128", 2, 128), ("v5litepod-16", 1, 16), ("v6e-8", 3, 24)]
+)
+def test_the_smoke_test_expects_the_chips_of_all_slices(cloud, kind, slices, devices):
+    assert cloud.run("smoke.sh", *PLACE, "--type", kind, "--slices", str(slices), *TRAIN).returncode == 0
+    [call] = [json.loads(line) for line in cloud.calls_file.read_text().splitlines()]
+    assert f"--command=tsopsd/code/tpu/worker.sh smoke 'gs://bu/r' --devices {devices}" in call
+
+
+def test_a_run_that_was_stopped_on_purpose_ends_the_watch_and_keeps_the_tpu(cloud):
+    cloud.answer("tpu-vm describe", "READY", "READY")
+    cloud.answer("tsopsd-status", words("running"), words("stopped", "stopped"))
+    done = cloud.run("resume.sh", *RESUME, "--watch", "--delete", *TRAIN)
+    assert done.returncode == 4
+    assert "stopped by stop.sh, and saved; the TPU is kept and costs" in done.stderr
+    assert cloud.calls == [DESCRIBE, ASK, DESCRIBE, ASK]
+
+
+def test_resume_after_stop_starts_again(cloud):
+    cloud.answer("tpu-vm describe", "READY")
+    cloud.answer("tsopsd-status", words("stopped"))
+    assert cloud.run("resume.sh", *RESUME, *TRAIN).returncode == 0
+    assert cloud.calls == [DESCRIBE, ASK, START]
+
+
+def test_stop_and_fetch(cloud, tmp_path):
+    assert cloud.run("stop.sh", *PLACE, "--slices", "2").returncode == 0
+    to = tmp_path / "here"
+    assert cloud.run("fetch.sh", "--run-dir", "gs://bu/runs/x/", "--to", str(to)).returncode == 0
+    assert to.is_dir()
+    assert cloud.calls == [
+        "queued-resources ssh a --node=all --worker=all --command=tsopsd/code/tpu/worker.sh stop",
+        f"gcloud storage rsync --recursive --exclude=^checkpoints/ gs://bu/runs/x {to}",
+    ]
 
 
 # ----------------------------------------------------------- the run's directory
@@ -794,8 +856,65 @@ def test_a_command_that_runs_is_not_started_twice(cloud, worker):
     assert "a run is going on here" in worker("start", "x").stderr
 
 
+def test_a_worker_stops_its_run_and_remembers_that_it_was_asked_to(cloud, worker, tmp_path):
+    state = tmp_path / "tsopsd" / "state"
+    assert worker("setup").returncode == 0
+    assert "no run is going on here" in worker("stop").stderr
+    assert worker("start", "x").returncode == 0
+    (state / "exit_code").write_text("4\n\n")  # as the supervisor leaves it, once systemctl has returned
+    cloud.answers.insert(0, ("systemctl is-active", 0, ""))
+    done = worker("stop")
+    assert done.returncode == 0, done.stderr
+    assert "ended with 4" in done.stdout
+    assert cloud.calls[-1] == "sudo systemctl stop tsopsd"
+    cloud.answers.pop(0)
+    assert worker("status", "x").stdout == "tsopsd-status stopped\n"
+    (state / "exit_code").write_text("0\n")  # it was done before it could stop
+    assert worker("status", "x").stdout == "tsopsd-status 0\n"
+    assert worker("start", "x").returncode == 0
+    (state / "exit_code").write_text("4\n")
+    assert worker("status", "x").stdout == "tsopsd-status 4\n", "a preemption after a new start"
+
+
+def test_the_smoke_test_is_a_service_that_is_waited_for(cloud, worker):
+    assert "not set up" in worker("smoke", "gs://bu/r", "--devices", "4").stderr
+    assert worker("setup").returncode == 0
+    assert worker("smoke", "gs://bu/r", "--devices", "4").returncode == 0
+    call = json.loads(cloud.calls_file.read_text().splitlines()[-1])
+    assert {"--unit=tsopsd-smoke", "--wait", "--pipe", "--property=LimitMEMLOCK=infinity"} < set(call)
+    assert call[-4].endswith("/tsopsd/code/tpu/smoke.py")
+    assert call[-3:] == ["gs://bu/r", "--devices", "4"]
+    cloud.answers = [("systemctl is-active", 0, "")]
+    assert "a run is going on here" in worker("smoke", "gs://bu/r", "--devices", "4").stderr
+
+
+def smoke(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2", "XLA_FLAGS": ""}
+    return subprocess.run(
+        [sys.executable, str(TPU / "smoke.py"), *arguments], env=env, cwd=tmp_path, capture_output=True, text=True
+    )
+
+
+def test_the_toy_trains_on_all_devices_and_leaves_nothing(tmp_path):
+    done = smoke(tmp_path, str(tmp_path / "runs" / "a"), "--devices", "2", "--platform", "cpu")
+    assert done.returncode == 0, done.stderr
+    for phase in ("rl", "reheat"):
+        assert f"phase '{phase}' ends at step" in done.stdout
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
+def test_too_few_devices_and_a_place_that_cannot_be_written_are_one_line(tmp_path):
+    done = smoke(tmp_path, str(tmp_path / "a"), "--devices", "4")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "tsopsd smoke: expected 4 devices of tpu, got 2 of cpu" in done.stderr
+    (tmp_path / "file").touch()
+    done = smoke(tmp_path, str(tmp_path / "file" / "a"), "--devices", "2", "--platform", "cpu")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "expected to write, read and delete there, got FileExistsError" in done.stderr
+
+
 def test_a_dry_run_on_a_worker_runs_nothing(cloud, worker, tmp_path):
-    for verb in (("setup", "gs://bu/as"), ("start", "x")):
+    for verb in (("setup", "gs://bu/as"), ("smoke", "gs://bu/r"), ("start", "x"), ("stop",)):
         done = worker("--dry-run", *verb)
         assert done.returncode == 0
         assert done.stdout

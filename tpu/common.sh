@@ -115,7 +115,7 @@ place_options() {
   need gcloud "install the Google Cloud CLI"
 }
 
-# check_type : die unless --type is one we know; sets the runtime that goes with it.
+# check_type : die unless --type is one we know; sets the runtime that goes with it, and CHIPS, of all slices.
 check_type() {
   local runtime
   case ${opt[type]} in
@@ -129,6 +129,8 @@ check_type() {
   esac
   [[ ${opt[type]#*-} =~ ^[1-9][0-9]*$ ]] || die "--type: expected a number after the dash, got ${opt[type]}"
   : "${opt[runtime]:=$runtime}"
+  CHIPS=$((${opt[type]#*-} * opt[slices]))
+  [[ ${opt[type]} != v4-* && ${opt[type]} != v5p-* ]] || CHIPS=$((CHIPS / 2))
 }
 
 # check_source : die unless --ref is a commit (COMMIT is then its hash) and --assets is a folder in a bucket.
@@ -269,7 +271,12 @@ tsopsd/code/tpu/worker.sh setup ${opt[assets]@Q}"
 # start_command : start COMMAND on all workers; it goes on when ssh has ended.
 start_command() { on_workers "tsopsd/code/tpu/worker.sh start ${COMMAND[*]@Q}"; }
 
-# need_command : die unless there is a COMMAND, and its run directory outlives the machine.
+# smoke_workers : one step of a toy on all workers, in the bucket of the run to come; nothing where COMMAND has no run directory.
+smoke_workers() {
+  [[ -z $RUN_DIR ]] || on_workers "tsopsd/code/tpu/worker.sh smoke ${RUN_DIR@Q} --devices $CHIPS"
+}
+
+# need_command : die unless there is a COMMAND, and its run directory (then RUN_DIR) outlives the machine.
 need_command() {
   local i place=
   ((${#COMMAND[@]})) || die "expected -- COMMAND at the end, such as -- tsopsd train CONFIG --run-dir gs://my-bucket/runs/NAME"
@@ -281,4 +288,5 @@ need_command() {
   done
   [[ $place =~ ^gs://[a-z0-9][a-z0-9._-]+/. ]] || [[ -z $place && ! " ${COMMAND[*]} " =~ \ (.*/)?tsopsd(_jax)?\ (train|demo)\  ]] ||
     die "--run-dir: expected gs://BUCKET/FOLDER, got ${place:-none}: the disks here go with the machine, and the run with them"
+  RUN_DIR=$place
 }

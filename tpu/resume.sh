@@ -5,10 +5,11 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 usage() {
   cat <<END
 resume.sh --name NAME --zone ZONE --type TYPE [--watch [--delete]] [OPTION...] -- COMMAND...
-Create the TPU if there is none or it was preempted, set it up if it is bare, start the command if it does not run. With
+Create the TPU if there is none or it was preempted, set it up and test it (as smoke.sh) if it is bare, start the command if
+it does not run. With
 --watch: again and again, until the command has ended for good. The first start may be this, too. With --delete: then the
 TPU is deleted, whatever the reason: done, bad input, too many crashes, a TPU that does not come. Ctrl-C ends the watching,
-not the run, and deletes nothing.
+not the run, and deletes nothing; nor does stop.sh, after which the watch ends with 4.
 
 The command's exit code decides: 0 done; 2 bad input, 3 a guard and 6 no room to write are not started again, and are this
 script's exit code; 4 (interrupted, and saved) is started again; so is any other, a crash, but up to --crashes times in all
@@ -47,9 +48,14 @@ at_exit() {
   exit "$code"
 }
 trap 'at_exit $?' EXIT
-# shellcheck disable=SC2064 # $WORK is known now
-trap "trap - EXIT; rm -rf '$WORK'; echo '$PROGRAM: the watch ends; the run goes on, and the TPU costs until delete.sh' >&2; exit 130" \
-  INT TERM HUP
+
+interrupted() {
+  trap - EXIT
+  rm -rf "$WORK"
+  echo "$PROGRAM: the watch ends; the run goes on, and the TPU costs until delete.sh" >&2
+  exit 130
+}
+trap interrupted INT TERM HUP
 
 # ensure_ready : a TPU that can be used, whatever stands there now.
 ensure_ready() {
@@ -70,7 +76,7 @@ summary() {
   local word
   local -A seen=()
   while read -r word; do seen[$word]=1; done < <(sed -n 's/^tsopsd-status \(..*\)/\1/p')
-  for word in running 2 3 6 bare none; do
+  for word in running 2 3 6 bare stopped none; do
     [[ -z ${seen[$word]:-} ]] || { echo "$word" && return; }
   done
   for word in "${!seen[@]}"; do
@@ -106,7 +112,10 @@ failed() {
   say "$1 ($failures of ${opt[crashes]})"
 }
 
-last='' begun='' silent=0 # begun: the command has run
+last='' begun='' tested='' silent=0 # begun: the command has run; tested: the slice has passed the smoke test
+
+test_and_start() { { [[ -n $tested ]] || smoke_workers; } && tested=1 && start_command && begun=1; }
+
 while true; do
   ensure_ready
   word=$(workers_say) bad=
@@ -139,10 +148,21 @@ while true; do
       say "the command ended with 6: it could not write (logs.sh says what: a full disk?); make room, then run.sh"
       exit 6
       ;;
-    bare) { setup_workers && start_command && begun=1; } || bad="setting up or starting failed" ;;
+    bare)
+      tested=''
+      { setup_workers && test_and_start; } || bad="setting up, testing or starting failed"
+      ;;
     none)
       [[ -z $begun ]] || failed "the command ended without an exit code: killed, or a reboot"
-      { start_command && begun=1; } || bad="starting failed"
+      test_and_start || bad="testing or starting failed"
+      ;;
+    stopped)
+      [[ -z $last ]] || {
+        opt[delete]=''
+        say "stopped by stop.sh, and saved; the TPU is kept and costs; run.sh goes on"
+        exit 4
+      }
+      start_command || bad="starting failed"
       ;;
     4) start_command || bad="starting failed" ;;
     *)

@@ -29,7 +29,7 @@ ENDS = {
 
 
 def read_metadata(host: str, key: str) -> str | None:
-    """The value of a key under `instance`; None if the server does not answer."""
+    """Return the value of a key under `instance`; None if the server does not answer."""
     url = f"http://{host}/computeMetadata/v1/instance/{key}"
     request = urllib.request.Request(url, headers={"Metadata-Flavor": "Google"})
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # the server is never behind a proxy
@@ -41,7 +41,7 @@ def read_metadata(host: str, key: str) -> str | None:
 
 
 def notice(host: str) -> str | None:
-    """Why the machine is about to go, or None."""
+    """Return why the machine is about to go, or None."""
     return next((f"{key} is {value}" for key, value in NOTICES.items() if read_metadata(host, key) == value), None)
 
 

@@ -27,25 +27,28 @@ from typing import Any
 EXIT_OTHERS = 5
 """Exit code of a process that ends because another one died or failed, or because it hung itself."""
 GRACE_S = 2.0
-"""After another process reported an error: time to meet the same error oneself, and to end with its exit code."""
+"""Time, after another process reported an error, to meet the same error oneself and to end with its exit code."""
 CONNECT_S = 60.0
 NOTICE_S = 60.0
-"""Without a tick: time until the watch says what the main thread is at."""
+"""Time without a tick until the watch says what the main thread is doing."""
 REMEDY = "start all processes again with the same command: the run goes on from its last checkpoint"
 
 
 class _Main:
-    """What the main thread said last."""
+    """State of the main thread: what it does, and how often it said so."""
 
     doing = "starting"
     ticks = 0
 
 
 def tick(doing: str | None = None) -> None:
-    """Say that the main thread goes on, and with what, such as "restoring a checkpoint"; None: with what it did before.
+    """Say that the main thread makes progress.
 
-    It is meant for the main thread only, at least once in every `stall_s`: a compilation or a step in one program has no
-    tick inside.
+    Call it from the main thread, at least once in every `stall_s`. A compilation, or a step in one program, has no tick
+    inside, and must be shorter.
+
+    Args:
+        doing: what it does from now on, such as "restoring a checkpoint"; None: the same as before.
     """
     _Main.ticks += 1
     if doing is not None:
@@ -53,7 +56,7 @@ def tick(doing: str | None = None) -> None:
 
 
 class Watch:
-    """Made by all processes together, or by one alone; watches in a thread until it is closed.
+    """Watch over the processes of a run, in a thread, until it is closed. All processes make one together.
 
     Args:
         index, count: of this process, and how many there are.
@@ -71,12 +74,12 @@ class Watch:
         self.index, self.heartbeat_s, self.stall_s = index, heartbeat_s, stall_s
         self.notice_s = min(NOTICE_S, stall_s / 2) if stall_s else NOTICE_S
         self.waited_s = 0.0
-        """Since the last tick."""
+        """Time since the main thread's last tick."""
         tick()
         self.names = exchange(f"process {index} of {count} (host {socket.gethostname()}, pid {os.getpid()})")
         self.peers = self._accept(count, exchange) if index == 0 else {0: self._connect(exchange)}
         self.doomed = threading.Event()
-        """Set once it is known that another process died or failed: this one is about to end."""
+        """Event that is set once another process is known to have died or failed: this one is about to end."""
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watch", daemon=True)
         self._thread.start()
@@ -89,7 +92,8 @@ class Watch:
             while len(peers) < count - 1:
                 peer, _ = server.accept()
                 peer.settimeout(CONNECT_S)
-                hello = peer.makefile("rb").readline().decode(errors="replace").split()
+                # Unbuffered: what follows the greeting, such as a farewell, is for the watch to read.
+                hello = peer.makefile("rb", buffering=0).readline().decode(errors="replace").split()
                 if len(hello) == 2 and hello[0] == token:
                     peers[int(hello[1])] = peer
                 else:
@@ -130,8 +134,11 @@ class Watch:
         self._thread.join()
 
     def _part(self) -> None:
-        """End what is sent, and read on until the other side does, too: a connection that is closed over unread bytes is reset,
-        and what was sent last is lost. So process 0 also lets the others go first."""
+        """Close all connections in order: stop sending, and read until the other side has stopped, too.
+
+        A connection that is closed over unread bytes is reset, and what was sent last is lost. So process 0 also lets the
+        others go first.
+        """
         until = time.monotonic() + 2 * GRACE_S
         for peer in self.peers.values():
             with contextlib.suppress(OSError):
@@ -172,7 +179,8 @@ class Watch:
                     *lines, rest[key.data] = (rest[key.data] + data).split(b"\n")
                     if any(self._hear(json.loads(line)) for line in lines):
                         selector.unregister(self.peers[key.data])
-                        del self.peers[key.data], silent_s[key.data]
+                        self.peers.pop(key.data).close()
+                        del silent_s[key.data]
                 # A pause of this process (a machine that is moved or overloaded) is no silence of the others.
                 now = time.monotonic()
                 passed, looked = min(now - looked, 2 * pause), now
@@ -186,7 +194,7 @@ class Watch:
                     self._wait(passed)
 
     def _wait(self, passed_s: float) -> None:
-        """The main thread has been at the same thing for this much longer."""
+        """Count `passed_s` more without a tick; give notice, or end the process, when it is time."""
         noticed, self.waited_s = self.waited_s >= self.notice_s, self.waited_s + passed_s
         if self.stall_s and self.waited_s >= self.stall_s:
             reason = f"{self.names[self.index]} hangs: {_Main.doing} for {self.waited_s:.0f} s (--stall-s)"
@@ -199,7 +207,7 @@ class Watch:
                 self._send({"doing": _Main.doing, "waits": text})
 
     def _hear(self, message: Any) -> bool:
-        """Whether it was a farewell."""
+        """Act on a message of another process; returns whether it was a farewell."""
         if isinstance(message, dict) and "waits" in message:  # told to process 0, whose log is the one that is read
             if message["doing"] != _Main.doing:
                 print(message["waits"], file=sys.stderr, flush=True)
@@ -232,7 +240,7 @@ def _receive(peer: socket.socket) -> bytes:
 
 
 def _addresses() -> list[str]:
-    """Where others may find this host: its name, the address of its default route, and the loopback."""
+    """Return where others may find this host: its name, the address of its default route, and the loopback."""
     found = [socket.gethostname()]
     # No route: all processes are on this host.
     with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:

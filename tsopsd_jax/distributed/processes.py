@@ -41,7 +41,7 @@ def console() -> TextIO:
 
 
 def exchange(value: Any) -> list[Any]:
-    """Every process's `value` (plain JSON), in the order of the processes. All must call it."""
+    """Return every process's `value` (plain JSON), in the order of the processes. All must call it."""
     tick()
     if jax.process_count() == 1:
         return [value]
@@ -53,7 +53,7 @@ def exchange(value: Any) -> list[Any]:
 
 
 def from_first(value: _T) -> _T:
-    """Process 0's `value` (plain JSON), wherever this is called. All must call it."""
+    """Return process 0's `value` (plain JSON) in every process. All must call it."""
     return exchange(value if is_first() else None)[0]
 
 
@@ -63,13 +63,13 @@ def is_mine(row: int) -> bool:
 
 
 def divided(function: Callable[[int], _T], count: int) -> list[_T]:
-    """[function(0), ..., function(count - 1)] (plain JSON), each worked out by one process. All must call it."""
+    """Return [function(0), ..., function(count - 1)] (plain JSON), each worked out by one process. All must call it."""
     parts = exchange([function(row) for row in range(count) if is_mine(row)])
     return [parts[row % len(parts)][row // len(parts)] for row in range(count)]
 
 
 def first_then_others(function: Callable[[], _T]) -> _T:
-    """function() in process 0, and when it is done in the others: for what leaves files that others then find."""
+    """Return function(), called in process 0 first and then in the others: for what leaves files that others find."""
     if not is_first():
         exchange(None)
     result = function()
@@ -88,7 +88,7 @@ def joined(
     stall_s: float,
     explain: Callable[[BaseException], int],
 ) -> Iterator[None]:
-    """Be one of a run's processes inside the block. Where there is only one, it is watched for hanging, no more.
+    """Be one of a run's processes inside the block. Where there is only one, it is only watched for hanging.
 
     An exception that leaves the block ends this process with the exit code that `explain` returns, and the others with
     `heartbeat.EXIT_OTHERS`; so does the death of any of them, within `heartbeat_s`, and a main thread that hangs. With
@@ -129,7 +129,7 @@ def joined(
 
 
 def _initialised(coordinator: str | None, processes: int | None, process: int | None, heartbeat_s: int) -> bool:
-    """Start JAX's service, unless there is nothing that speaks of other processes."""
+    """Start JAX's service where flags or environment speak of other processes; returns whether it was started."""
     told = coordinator is not None or _launched()
     if not told and not _on_tpu():
         return False
@@ -148,7 +148,7 @@ def _initialised(coordinator: str | None, processes: int | None, process: int | 
 
 
 def _place(coordinator: str | None, processes: int | None, process: int | None):
-    """The flags, completed from what Open MPI and SLURM say."""
+    """Complete the flags from what Open MPI and SLURM say: (coordinator, processes, process)."""
     if coordinator is None:
         if processes is not None or process is not None:
             raise ValueError(
