@@ -17,6 +17,7 @@ from tsopsd_jax.cli import main
 from tsopsd_jax.commands.exit_codes import BAD_INPUT
 from tsopsd_jax.config import load_config, places
 from tsopsd_jax.config.places import DEMO_CONFIG
+from tsopsd_jax.rundir import files
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -46,7 +47,7 @@ def test_a_step_of_srun_without_its_number_of_tasks(tasks, monkeypatch, tmp_path
     if tasks is not None:
         monkeypatch.setenv("SLURM_NTASKS", tasks)
     assert main(["train", str(DEMO_CONFIG), "--run-dir", str(tmp_path / "run")]) == BAD_INPUT
-    assert "expected its number of tasks in SLURM_NTASKS, got none" in one_line(capsys)
+    assert "SLURM_NTASKS: expected the number of processes, since SLURM_STEP_NODELIST is set" in one_line(capsys)
     assert not (tmp_path / "run").exists()
 
 
@@ -103,16 +104,16 @@ def test_programs_are_not_kept_in_a_cache_that_is_read_only(monkeypatch, tmp_pat
 
 
 def test_the_page_of_a_run_that_is_read_only_goes_elsewhere(monkeypatch, tmp_path, capsys):
-    run, write = tmp_path / "run", Path.write_bytes
+    run, replace = tmp_path / "run", files.replace
     run.mkdir()
     (run / "metrics.jsonl").write_text('{"step": 1, "phase": "rl"}\n')
 
-    def read_only(file, data):
+    def read_only(file, content):
         if file.parent == run:
             raise OSError(errno.EROFS, "Read-only file system")
-        return write(file, data)
+        replace(file, content)
 
-    monkeypatch.setattr(Path, "write_bytes", read_only)
+    monkeypatch.setattr(files, "replace", read_only)
     assert main(["report", str(run)]) == BAD_INPUT
     assert f"{run}: cannot write the page (Read-only file system); name another file with --out" in one_line(capsys)
     assert main(["report", str(run), "--out", str(tmp_path / "page.html")]) == 0

@@ -287,7 +287,7 @@ def state(step, **mesh):
     return TrainState(jax.jit(lambda: jnp.int32(step), out_shardings=everywhere)(), params, ())
 
 out, flags = Path(sys.argv[1]), sys.argv[2:]
-with processes.joined(coordinator=flags[1], processes=2, process=int(flags[5]), heartbeat_s=60, explain=explain):
+with processes.joined(coordinator=flags[1], processes=2, process=int(flags[5]), heartbeat_s=60, stall_s=0, explain=explain):
     checkpoints = Checkpoints(out / "c", keep=9)
     for step in (1, 2, 3):
         checkpoints.save(RunState(state(step, data=2, fsdp=4), Progress(position=step)))
