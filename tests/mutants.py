@@ -1,4 +1,4 @@
-"""One-line bugs that the suite must notice: `python tests/mutants.py [--jobs N] [--only WORD ...] [--recent]`.
+"""One-line bugs that the suite must notice: `python tests/mutants.py [--jobs N] [--only WORD ...] [--recent] [--minutes M]`.
 
 Each mutant is applied in a temporary copy of the tree and the tests named with it must fail there. Exit code 1 if one
 survives, or if its text no longer occurs exactly once (then update the list below).
@@ -1945,18 +1945,26 @@ def changed_files(hours: int = 24) -> set[str]:
     return {row.split("\t")[-1] for row in rows} - {""}
 
 
+def number_of(mutant: Mutant) -> int:
+    """A large number that the commit and the mutant's name decide."""
+    commit = git("rev-parse", "HEAD").strip()
+    return int(hashlib.sha256(f"{commit} {mutant.name}".encode()).hexdigest(), 16)
+
+
+def shuffled(mutants: list[Mutant]) -> list[Mutant]:
+    """The mutants in an order that the commit chooses: where time runs out, other commits try others."""
+    return sorted(mutants, key=number_of)
+
+
 def recent(mutants: list[Mutant]) -> list[Mutant]:
     """The mutants whose file or tests changed in the last day, and a tenth of the others, which the commit chooses."""
-    commit, changed = git("rev-parse", "HEAD").strip(), changed_files()
-
-    def drawn(mutant: Mutant) -> bool:
-        return int(hashlib.sha256(f"{commit} {mutant.name}".encode()).hexdigest(), 16) % 10 == 0
+    changed = changed_files()
 
     def touched(mutant: Mutant) -> bool:
         tests = [name.partition("::")[0] for name in arguments(mutant.tests)]
         return any(file in changed for file in [os.path.normpath(f"tsopsd_jax/{mutant.file}"), *tests])
 
-    return [m for m in mutants if touched(m) or drawn(m)]
+    return [m for m in mutants if touched(m) or number_of(m) % 10 == 0]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -1967,6 +1975,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--timeout-s", type=float, default=300.0, help="limit per mutant")
     parser.add_argument("--verbose", action="store_true", help="show the output of what was not killed")
     parser.add_argument("--recent", action="store_true", help="those of files changed today, and a tenth of the rest")
+    parser.add_argument("--minutes", type=float, help="begin none after this long, in an order that the commit chooses")
     options = parser.parse_args(argv)
     chosen = [m for m in MUTANTS if not options.only or any(w in f"{m.name} {m.file} {m.tests}" for w in options.only)]
     if options.recent:
@@ -1978,16 +1987,25 @@ def main(argv: list[str] | None = None) -> int:
             or f"{len(chosen)} texts found"
         )
         return bool(wrong)
-    bad = 0
+    ends = time.monotonic() + 60 * options.minutes if options.minutes else float("inf")
+    if options.minutes:
+        chosen = shuffled(chosen)
+    bad = left = 0
     with ThreadPoolExecutor(options.jobs) as pool:
-        for verdict in pool.map(lambda m: try_mutant(m, options.timeout_s), chosen):
+        for verdict in pool.map(
+            lambda m: try_mutant(m, options.timeout_s) if time.monotonic() < ends else None, chosen
+        ):
+            if verdict is None:
+                left += 1
+                continue
             m = verdict.mutant
             print(f"{verdict.word:<22} {verdict.seconds:6.1f} s  {m.file:<26} {m.name}", flush=True)
             if verdict.word != "killed":
                 bad += 1
                 if options.verbose:
                     print(verdict.tail)
-    print(f"{len(chosen) - bad} of {len(chosen)} mutants killed")
+    tried = len(chosen) - left
+    print(f"{tried - bad} of {tried} mutants killed" + (f"; {left} more were not begun in time" if left else ""))
     return int(bad > 0)
 
 
