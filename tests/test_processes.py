@@ -229,7 +229,7 @@ def explain(error):
 model_dir, out, flags = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
 with processes.joined(coordinator=flags[1], processes=2, process=int(flags[5]), heartbeat_s=20, stall_s=0,
                       explain=explain):
-    read, original = [], hf_layout.Layout.read
+    read, original = [], hf_layout.WeightLayout.read
     def counting(self, tensor, shape, index):
         class Counted:
             def __getitem__(self, cut):
@@ -237,7 +237,7 @@ with processes.joined(coordinator=flags[1], processes=2, process=int(flags[5]), 
                 read.append(part.nbytes)
                 return part
         return original(self, Counted(), shape, index)
-    hf_layout.Layout.read = counting
+    hf_layout.WeightLayout.read = counting
     model, params = load_pretrained(model_dir, mesh=make_mesh(fsdp=8))
     save_pretrained(out / "model", model, params)
     facts = {"read": sum(read), "largest": max(read), "rows": processes.divided(lambda i: [i, jax.process_index()], 5)}
@@ -273,7 +273,7 @@ from tsopsd_jax.distributed import processes
 from tsopsd_jax.distributed.sharding import make_mesh
 from tsopsd_jax.rundir import digests
 from tsopsd_jax.rundir.checkpoints import Checkpoints
-from tsopsd_jax.rundir.run_state import Progress, RunState
+from tsopsd_jax.rundir.run_state import RunProgress, RunState
 from tsopsd_jax.types import TrainState
 
 def explain(error):
@@ -290,7 +290,7 @@ out, flags = Path(sys.argv[1]), sys.argv[2:]
 with processes.joined(coordinator=flags[1], processes=2, process=int(flags[5]), heartbeat_s=60, stall_s=0, explain=explain):
     checkpoints = Checkpoints(out / "c", keep=9)
     for step in (1, 2, 3):
-        checkpoints.save(RunState(state(step, data=2, fsdp=4), Progress(position=step)))
+        checkpoints.save(RunState(state(step, data=2, fsdp=4), RunProgress(position=step)))
     checkpoints.close()
     mine = digests.of_arrays(vars(state(1, data=2, fsdp=4)), "state")
     if processes.is_first():
