@@ -12,8 +12,9 @@ import pytest
 from tsopsd_jax import losses
 from tsopsd_jax.distributed.sharding import make_mesh, replicated, row_sharding
 from tsopsd_jax.learn.packing import pack
-from tsopsd_jax.learn.update import make_gradient
+from tsopsd_jax.learn.update import make_gradient, whole_stats
 from tsopsd_jax.objectives import OBJECTIVES, Objective, make_objective
+from tsopsd_jax.objectives.base import token_hash
 from tsopsd_jax.types import Batch, LossOutput, Mean
 
 OWN = '''
@@ -41,6 +42,13 @@ CASES = {
     "dapo": ("dapo", {}),
     "ts_opsd-forward": ("ts_opsd", {"direction": "forward", "teacher_temperature": 1.2}),
     "ts_opsd-reverse": ("ts_opsd", {"direction": "reverse", "teacher_temperature": 1.2}),
+    "dapo-hot": ("dapo", {"policy_temperature": 1.2}),
+    "jsd": ("jsd", {"beta": 0.3, "teacher_temperature": 1.5}),
+    "entropy_bonus": ("entropy_bonus", {"coefficient": 0.1}),
+    "adaptive_entropy_bonus": ("adaptive_entropy_bonus", {"initial": 0.1}),
+    "clip_cov": ("clip_cov", {"fraction": 0.2, "cov_low": 0.0}),
+    "kl_cov": ("kl_cov", {"fraction": 0.2, "anneal_updates": 10}),
+    "top_entropy": ("top_entropy", {"fraction": 0.4}),
     "own": ("own", {"weight": 0.3}),
 }
 B, L = 8, 7
@@ -98,8 +106,12 @@ def case(objective, tiny):
     @functools.partial(jax.jit, static_argnames=("micro_batches", "tile_tokens", "tokenwise", "mesh"))
     def gradient(params, batch, micro_batches=1, tile_tokens=512, tokenwise=objective.tokenwise, mesh=None):
         asked, model = counted._replace(tokenwise=tokenwise), dataclasses.replace(tiny[0], mesh=mesh)
-        made = make_gradient(model, asked, micro_batches=micro_batches, tile_tokens=tile_tokens)
-        return made(params, batch)
+        cut = {"micro_batches": micro_batches, "tile_tokens": tile_tokens}
+        knobs = asked.control.init if asked.control else {}
+        batch = dataclasses.replace(batch, knobs={name: jnp.float32(value) for name, value in knobs.items()})
+        if asked.select is not None:
+            batch = asked.select(whole_stats(model, params, batch, asked, **cut), batch)
+        return make_gradient(model, asked, **cut)(params, batch)
 
     batch = Batch.of(**fields())
     return traces, gradient, batch, gradient(tiny[1], batch)
@@ -170,6 +182,11 @@ def test_row_order_and_junk_change_nothing_and_nothing_is_traced_again(case, tin
 def test_extreme_logits_stay_finite(objective, scale):
     batch = Batch.of(**fields())
     logits = scale * jnp.asarray(np.random.default_rng(0).normal(size=(B, L, 5)), jnp.float32)
+
+    knobs = objective.control.init if objective.control else {}
+    batch = dataclasses.replace(batch, knobs={name: jnp.float32(value) for name, value in knobs.items()})
+    if objective.select is not None:
+        batch = objective.select(objective.stats(logits, batch.tokens % 5), batch)
 
     def total(logits):
         return objective.loss(objective.stats(logits, batch.tokens % 5), batch).loss.total
@@ -242,7 +259,7 @@ def test_ts_opsd_default_is_the_papers():
 
 def test_errors_name_what_is_wrong(tmp_path, own_file):
     cases = [
-        ("ppo", {}, r"objective 'ppo' is unknown; known: dapo, ts_opsd"),
+        ("ppo", {}, r"objective 'ppo' is unknown; known: dapo, ts_opsd, "),
         ("dapo", {"clip_hi": 1.0}, r"objective 'dapo': unknown hyperparameter 'clip_hi'; did you mean 'clip_high'\?"),
         ("dapo", {"clip_low": -0.1}, "clip_low=-0.1"),
         ("dapo", {"clip_ratio_c": 1.1}, "clip_ratio_c=1.1"),
@@ -293,3 +310,163 @@ def test_a_file_of_ones_own_is_python(tmp_path):
     (tmp_path / "mine.txt").write_text(OWN)
     with pytest.raises(ValueError, match=r"mine.txt: expected a Python file"):
         make_objective(f"{tmp_path / 'mine.txt'}:renyi", {})
+
+
+# ------------------------------------------------------------------ methods by hand
+
+
+def selected(objective, stats, batch):
+    """(batch as `select` leaves it, with the knobs of the control, and the loss)."""
+    knobs = objective.control.init if objective.control else {}
+    batch = dataclasses.replace(batch, knobs={name: jnp.float32(value) for name, value in knobs.items()})
+    if objective.select is not None:
+        batch = objective.select(stats, batch)
+    return batch, objective.loss(stats, batch)
+
+
+def test_dapo_at_a_policy_temperature_by_hand():
+    # Logits (2 ln 3, 0), T = 2: z / T = (ln 3, 0), p = (3/4, 1/4). log p(0) = ln 0.75; H at T: 0.562335.
+    # At temperature 1: p = (0.9, 0.1): H = -(0.9 ln 0.9 + 0.1 ln 0.1) = 0.325083.
+    objective = OBJECTIVES["dapo"](policy_temperature=2.0)
+    assert objective.policy_temperature == 2.0
+    logits = jnp.asarray([[[2 * np.log(3.0), 0.0]]], jnp.float32)
+    batch = batch_of([np.log(0.75)], [2.0], [True])
+
+    def loss(logits):
+        out = objective.loss(objective.stats(logits, batch.tokens), batch)
+        return out.loss.total, out
+
+    (value, out), grad = jax.value_and_grad(loss, has_aux=True)(logits)
+    np.testing.assert_allclose(value, -2.0, rtol=1e-6)  # ratio 1
+    # d(-A r)/dz = -A (1[token] - p) / T = -2 (1/4, -1/4) / 2
+    np.testing.assert_allclose(grad[0, 0], [-0.25, 0.25], rtol=1e-5)
+    np.testing.assert_allclose(out.metrics["policy/entropy_nats"].value, 0.325083, rtol=1e-5)
+    np.testing.assert_allclose(out.metrics["policy/entropy_at_policy_temperature_nats"].value, 0.562335, rtol=1e-5)
+    with pytest.raises(ValueError, match="policy_temperature must be positive, got 0"):
+        OBJECTIVES["dapo"](policy_temperature=0.0)
+
+
+def test_entropy_bonus_by_hand():
+    # Surrogate -A r = -1 at ratio 1; entropies 0.5 and 0.25: total = -1 - 1 - 0.1 (0.75) = -2.075.
+    batch = batch_of([0.0, 0.0, 0.0], [1.0, 1.0, 9.0], [True, True, False])
+    stats = {"logp": jnp.zeros((1, 3)), "entropy": jnp.asarray([[0.5, 0.25, 7.0]])}
+    _, out = selected(OBJECTIVES["entropy_bonus"](coefficient=0.1), stats, batch)
+    np.testing.assert_allclose([out.loss.total, out.loss.count], [-2.075, 2], rtol=1e-6)
+
+
+def test_adaptive_entropy_bonus_turns_its_coefficient():
+    objective = OBJECTIVES["adaptive_entropy_bonus"](target_nats=0.2, step=0.005, initial=0.01, most=0.013)
+    control = objective.control
+    assert control.init == {"coefficient": 0.01}
+    below, above = {"policy/entropy_nats": 0.19}, {"policy/entropy_nats": 0.2}
+    assert control.update({"coefficient": 0.005}, below) == {"coefficient": 0.01}
+    assert control.update({"coefficient": 0.01}, below) == {"coefficient": 0.013}, "bounded above"
+    assert control.update({"coefficient": 0.004}, above) == {"coefficient": 0.0}, "and below"
+    batch = batch_of([0.0], [1.0], [True])
+    _, out = selected(objective, {"logp": jnp.zeros((1, 1)), "entropy": jnp.ones((1, 1))}, batch)
+    np.testing.assert_allclose(out.loss.total, -1 - 0.01, rtol=1e-6)
+
+
+COVARIANCE = {
+    # logp -1, -3, -5, -3 (mean -3), A 2, 2, -2, -2 (mean 0): centred products 2 x 2 = 4, 0, -2 x -2 = 4, 0; the last is masked.
+    "logp": jnp.asarray([[-1.0, -3.0, -5.0, -3.0, -99.0]]),
+    "entropy": jnp.asarray([[0.1, 0.9, 0.2, 0.8, 9.0]]),
+}
+ADVANTAGE, RESPONSE = [2.0, 2.0, -2.0, -2.0, 50.0], [True] * 4 + [False]
+
+
+def test_clip_cov_by_hand():
+    batch = batch_of([-1.0, -3.0, -5.0, -3.0, 0.0], ADVANTAGE, RESPONSE)  # every ratio is 1
+    made, out = selected(OBJECTIVES["clip_cov"](fraction=0.5), COVARIANCE, batch)
+    # max(1, int(0.5 x 4)) = 2 of the tokens with 1 < cov < 5: both of them.
+    np.testing.assert_array_equal(made.weight, [[0, 1, 0, 1, 1]])
+    np.testing.assert_allclose([out.loss.total, out.loss.count], [-2 + 2, 4], atol=1e-6)
+    one, _ = selected(OBJECTIVES["clip_cov"](fraction=1e-4), COVARIANCE, batch)
+    assert float((1 - one.weight).sum()) == 1, "at least one"
+    none, _ = selected(OBJECTIVES["clip_cov"](fraction=0.5, cov_high=4.0), COVARIANCE, batch)
+    assert float((1 - none.weight).sum()) == 0, "a covariance at the bound is outside"
+    # A token that the clip takes already (ratio e, A > 0) is not drawn.
+    other = batch_of([-2.0, -3.0, -5.0, -3.0, 0.0], ADVANTAGE, RESPONSE)
+    clipped, _ = selected(OBJECTIVES["clip_cov"](fraction=0.5), COVARIANCE, other)
+    np.testing.assert_array_equal(clipped.weight, [[1, 1, 0, 1, 1]])
+
+
+def test_kl_cov_by_hand():
+    batch = batch_of([-1.5, -3.0, -5.0, -3.5, 0.0], ADVANTAGE, RESPONSE)
+    objective = OBJECTIVES["kl_cov"](fraction=0.25, coefficient=0.5)
+    made, out = selected(objective, COVARIANCE, batch)
+    assert float(made.weight.sum()) == 1, "int(0.25 x 4) tokens"
+    chosen = int(made.weight[0].argmax())
+    assert chosen in (0, 2), "of the highest covariance"
+    # -A r: -2 e^0.5 - 2 + 2 + 2 e^0.5 = 0; the penalty 0.5 |logp - old| is 0.25 at token 0, 0 at token 2.
+    np.testing.assert_allclose(out.loss.total, 0.25 if chosen == 0 else 0.0, atol=1e-5)
+    both, out = selected(OBJECTIVES["kl_cov"](fraction=0.5, coefficient=0.5), COVARIANCE, batch)
+    np.testing.assert_array_equal(both.weight, [[1, 0, 1, 0, 0]])
+    np.testing.assert_allclose([out.loss.total, out.loss.count], [0.25, 4], atol=1e-5)
+
+
+def test_kl_covs_coefficient_is_annealed():
+    objective = OBJECTIVES["kl_cov"](fraction=0.5, coefficient=1.0, anneal_updates=4)
+    knobs = dict(objective.control.init)
+    seen = []
+    for _ in range(6):
+        seen.append(knobs["coefficient"])
+        knobs = objective.control.update(knobs, {})
+    assert seen == [1.0, 0.75, 0.5, 0.25, 0.0, 0.0]
+    batch = batch_of([-1.5, -3.0, -5.0, -3.5, 0.0], ADVANTAGE, RESPONSE)
+    assert objective.select is not None
+    made = objective.select(COVARIANCE, dataclasses.replace(batch, knobs={"coefficient": jnp.float32(0.25)}))
+    np.testing.assert_allclose(objective.loss(COVARIANCE, made).loss.total, 0.125, atol=1e-5)
+
+
+def test_top_entropy_by_hand():
+    batch = batch_of([-1.0, -3.0, -5.0, -3.0, 0.0], ADVANTAGE, RESPONSE)
+    made, out = selected(OBJECTIVES["top_entropy"](fraction=0.5), COVARIANCE, batch)
+    np.testing.assert_array_equal(made.weight, [[0, 1, 0, 1, 0]])  # entropies 0.9 and 0.8; 9.0 is masked
+    np.testing.assert_allclose([out.loss.total, out.loss.count], [-2 + 2, 4], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("beta", "want"),
+    [
+        (0.0, 0.0329956813),  # the forward and the reverse KL of test_losses
+        (1.0, 0.0307377859),
+        # s = (3/4, 1/4), t = (0.6339746, 0.3660254), m = (0.6919873, 0.3080127):
+        # KL(t||m) = 0.6339746 ln(0.9161650) + 0.3660254 ln(1.1883451) = 0.0076520; KL(s||m) = 0.0082092; their mean
+        (0.5, 0.0079306),
+    ],
+)
+def test_jsd_by_hand(beta, want):
+    objective = OBJECTIVES["jsd"](beta=beta, teacher_temperature=2.0)
+    logits = jnp.asarray([[[np.log(3.0), 0.0]]], jnp.float32)
+    batch = batch_of([0], [0], [True])
+    out = objective.loss(objective.stats(logits, batch.tokens), batch)
+    np.testing.assert_allclose(out.loss.value, want, rtol=1e-4)
+    assert not objective.uses_advantage
+    assert objective.policy_temperature is None
+
+
+def test_jsd_weights_by_hand():
+    # beta = 0.25, s = (3/4, 1/4), t = (0.6339746, 0.3660254): m = 0.75 s + 0.25 t = (0.7209936, 0.2790064).
+    # KL(t||m) = 0.6339746 ln(0.8793068) + 0.3660254 ln(1.3118891) = 0.0178215
+    # KL(s||m) = 0.75 ln(1.0402311) + 0.25 ln(0.8960370) = 0.0021388; 0.25 x 0.0178215 + 0.75 x 0.0021388 = 0.0060594
+    objective = OBJECTIVES["jsd"](beta=0.25, teacher_temperature=2.0)
+    found = objective.stats(jnp.asarray([[[np.log(3.0), 0.0]]], jnp.float32), jnp.zeros((1, 1), jnp.int32))
+    np.testing.assert_allclose(found["jsd"], [[0.0060594]], rtol=1e-4)
+
+
+def test_jsd_has_no_gradient_at_temperature_one():
+    objective = OBJECTIVES["jsd"](beta=0.3, teacher_temperature=1.0)
+    logits = jnp.asarray([[[0.3, -1.0, 2.0]]], jnp.float32)
+    value, grad = jax.value_and_grad(lambda z: objective.stats(z, jnp.zeros((1, 1), jnp.int32))["jsd"].sum())(logits)
+    np.testing.assert_allclose(value, 0.0, atol=1e-9)
+    np.testing.assert_allclose(grad, 0.0, atol=1e-7)
+
+
+def test_a_tokens_hash_follows_it_into_a_packed_row():
+    batch = Batch.of(**fields())
+    length = np.array([6, 3, 4, 7, 5, 2, 6, 7])
+    packed = pack(batch, length, micro_batches=4)
+    here, there = np.asarray(token_hash(batch))[np.asarray(batch.mask)], np.asarray(token_hash(packed))[packed.mask]
+    assert len(set(here.tolist())) == 25, "no two tokens alike"
+    assert sorted(here.tolist()) == sorted(there.tolist())

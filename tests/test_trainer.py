@@ -26,7 +26,7 @@ from tsopsd_jax.judge.groups import RewardRule
 from tsopsd_jax.learn.start_kl import StartKL
 from tsopsd_jax.learn.update import make_optimizer
 from tsopsd_jax.model import Qwen3, Qwen3Config
-from tsopsd_jax.objectives import dapo, ts_opsd
+from tsopsd_jax.objectives import adaptive_entropy_bonus, clip_cov, dapo, ts_opsd
 from tsopsd_jax.rewards.math import WORKERS
 from tsopsd_jax.rollout import Sampling
 from tsopsd_jax.rundir.checkpoints import SaveError
@@ -282,6 +282,29 @@ def test_evaluation_within_phases_changes_nothing_and_is_not_repeated(trainer_in
     assert same(whole, finish(again))
     assert read_evaluations(run) == records
     assert facts(run) == facts(tmp_path / "whole")
+
+
+def test_a_control_goes_on_where_the_run_does(trainer_in, tmp_path):
+    """The coefficient rises by 0.01 a step below the target; a phase that begins starts it anew; a resumed run goes on with it."""
+    bonus = adaptive_entropy_bonus(target_nats=9.0, step=0.01, initial=0.02)
+    schedule = (rl_phase(objective=bonus), rl_phase("again", objective=bonus, stop=StopRule(steps=2)))
+    whole = finish(trainer_in(tmp_path / "whole", phases=schedule, every=1))
+    turned = [line["control/coefficient"] for line in read_metrics(tmp_path / "whole")]
+    assert turned == pytest.approx([0.02, 0.03, 0.04, 0.02, 0.03])
+    run = tmp_path / "stopped"
+    first = trainer_in(run, phases=schedule, every=1)
+    write = first.log.write
+
+    def stops(line):
+        write(line)
+        if line["step"] == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    first.log.write = stops
+    with pytest.raises(Interrupted):
+        first.run()
+    assert same(whole, finish(trainer_in(run, phases=schedule, every=1)))
+    assert facts(tmp_path / "whole") == facts(run)
 
 
 def test_killed_run_takes_the_lost_steps_again(trainer_in, tmp_path):
@@ -564,6 +587,21 @@ def test_a_phase_that_could_not_be_compiled_ahead_is_compiled_when_it_begins(tra
 
     monkeypatch.setattr(PhaseStep, "compile", fails)
     assert same(whole, finish(trainer_in(tmp_path / "again")))
+
+
+def test_an_objective_that_sees_the_batch_trains_the_same_in_micro_batches(trainer_in, tmp_path):
+    """`select` before the gradient, in one piece and in four, packed. One step: behind it the policies differ by rounding, and
+    other tokens are drawn."""
+    found = {}
+    for pieces in (1, 4):
+        objective = clip_cov(fraction=0.2, cov_low=-9.0, cov_high=9.0)
+        phases = (rl_phase(objective=objective, micro_batches=pieces, stop=StopRule(steps=1)),)
+        finish(trainer_in(tmp_path / str(pieces), phases=phases))
+        found[pieces] = read_metrics(tmp_path / str(pieces))
+    for one, four in zip(found[1], found[4], strict=True):
+        assert one["policy/covariance_dropped_fraction"] > 0
+        for name in ("loss/total", "optim/grad_norm", "policy/covariance_dropped_fraction"):
+            assert one[name] == pytest.approx(four[name], rel=1e-3, abs=1e-5), name
 
 
 def test_packed_rows_give_the_same_run(trainer_in, tmp_path):

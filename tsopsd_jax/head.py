@@ -11,6 +11,7 @@ reach it, and how many tiles there are is found at run time. Two ways through th
 `_next_token` is the only function that shifts by one: the hidden state at position t - 1 predicts `tokens[:, t]`.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -241,20 +242,20 @@ def _loss_of_tiles(stats, loss, tiling, hidden, unembed, batch):
     tiles, w = _tiles(batch.mask[0], unembed.shape[1], tiling), unembed.astype(hidden.dtype)
 
     def of(z, block: Batch):
-        block = jax.tree.map(lambda x: x[None], block)
+        block = dataclasses.replace(jax.tree.map(lambda x: x[None], block), knobs=batch.knobs)
         found = measure(loss, {name: x[None] for name, x in stats(z, block.tokens[0]).items()}, block)
         return found.out.loss.total, found
 
     def one(i, carry):
         total, d_hidden, d_unembed = carry
         at = tiles.order[i]
-        h, rest = _take(hidden, at), jax.tree.map(lambda x: _take(x[0], at), batch)
+        h, rest = _take(hidden, at), jax.tree.map(lambda x: _take(x[0], at), batch.bare)
         dz, found = _by_block(jax.grad(of, has_aux=True), tiles.block, _project(h, w), rest)
         d_h, d_unembed = _pull(dz, h, w, d_unembed)
         return total + found.summed(), _put(d_hidden, at, d_h), d_unembed
 
     z_like = jax.ShapeDtypeStruct((tiles.block, unembed.shape[1]), jnp.float32)
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct((tiles.block,), x.dtype), batch)
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct((tiles.block,), x.dtype), batch.bare)
     _, shapes = jax.eval_shape(of, z_like, like)
     zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     start = zero, jnp.zeros_like(hidden), jnp.zeros(unembed.shape, jnp.float32)
@@ -295,7 +296,8 @@ token_loss.defvjp(_token_loss_forward, _token_loss_backward)
 def _next_token(hidden_BLD: Array, batch: Batch) -> tuple[Array, Batch]:
     """Pair N = B (L - 1) hidden states with what they predict, as a batch of one row: the state
     at position t - 1 predicts `tokens[:, t]`. The only place where anything is shifted."""
-    return hidden_BLD[:, :-1].reshape(-1, hidden_BLD.shape[-1]), jax.tree.map(lambda x: x[:, 1:].reshape(1, -1), batch)
+    flat = jax.tree.map(lambda x: x[:, 1:].reshape(1, -1), batch.bare)
+    return hidden_BLD[:, :-1].reshape(-1, hidden_BLD.shape[-1]), dataclasses.replace(flat, knobs=batch.knobs)
 
 
 def batch_stats(
@@ -374,6 +376,11 @@ def _by_rows(local: Any, mesh: Mesh | None) -> Any:
     if not _divided(mesh):
         return local
     rows = P(ROW_AXES)
-    return jax.shard_map(
-        local, mesh=mesh, in_specs=(rows, P(), rows), out_specs=rows, axis_names=set(ROW_AXES), check_vma=False
-    )
+
+    def divided(hidden, unembed, batch: Batch):
+        specs = dataclasses.replace(jax.tree.map(lambda _: rows, batch.bare), knobs=dict.fromkeys(batch.knobs, P()))
+        return jax.shard_map(
+            local, mesh=mesh, in_specs=(rows, P(), specs), out_specs=rows, axis_names=set(ROW_AXES), check_vma=False
+        )(hidden, unembed, batch)
+
+    return divided

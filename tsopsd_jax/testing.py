@@ -1,6 +1,7 @@
 """The contract of an objective, checked on a toy batch: for people's own objectives, and before every run."""
 
 import contextlib
+import dataclasses
 import functools
 import inspect
 import math
@@ -8,23 +9,33 @@ import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 from jax.extend.core import Literal
 
-from tsopsd_jax.objectives import Objective
+from tsopsd_jax.metric_names import ENTROPY
+from tsopsd_jax.objectives import Control, Objective
+from tsopsd_jax.objectives.toy import (
+    VOCABULARY,
+    WIDTH,
+    Found,
+    Toy,
+    join_found,
+    make_toy,
+    mapped,
+    packed,
+    padded,
+    take_rows,
+)
 from tsopsd_jax.types import Batch, LossOutput, Mean
-
-PROMPT, RESPONSE = (2, 1, 3, 1, 2, 1), (5, 1, 3, 4, 2, 6)
-"""Tokens of the toy batch's rows: ragged, so that no two parts of the batch count the same."""
-
-WIDTH, VOCABULARY = 8, 512
-"""Positions and entries of the toy batch: enough entries for a top-k of one's own."""
 
 TOLERANCE = 1e-3
 """Relative difference that is taken for rounding: sums run in another order; a mistake makes more."""
+
+ORDER = np.array([3, 1, 5, 0, 4, 2])
+"""Another order of the toy's rows."""
 
 LIVE_GRADIENT = 1e-7
 """Into a logit; what is below may be the rounding of a probability."""
@@ -48,13 +59,17 @@ def objective_notes(objective: Objective) -> list[str]:
     Shapes and keys, by abstract evaluation. Then on a toy batch: values are finite, a gradient reaches the logits, and
     the result is the same for rows in another order and for two micro-batches with more padding. If it is `tokenwise`,
     the same for tokens in any arrangement, as tiles and packed rows have them. If not `uses_advantage`, for other advantages.
+    What `select` makes of the batch is the same for rows in another order and for packed rows, and keeps the mask; `control`
+    turns numbers into numbers.
 
     Raises:
         ValueError: one line that says what is broken: file, function, expected, got.
     """
     _check_declarations(objective)
-    toy = _toy()
-    _check_shapes(objective, toy)
+    toy = make_toy(objective)
+    stats = _check_stats(objective, toy)
+    toy = _check_select(objective, toy)
+    _check_loss(objective, toy, stats)
     program = _Program(objective)
     found = program(toy)
     _check_finite(objective, found)
@@ -63,72 +78,13 @@ def objective_notes(objective: Objective) -> list[str]:
     else:
         _check_tokenwise(objective, program, toy, found)
     if not objective.uses_advantage:
-        other = _Toy(toy.z, _replaced(toy.batch, advantage=-2 * toy.batch.advantage))
+        other = Toy(toy.z, dataclasses.replace(toy.batch, advantage=-2 * toy.batch.advantage))
         for what, want, got in _unequal(found, program(other)):
             raise ValueError(
                 f"{_place(objective.loss)}: declares uses_advantage=False, but {what} changes with batch.advantage from "
                 f"{want} to {got}; leave uses_advantage out, and give its phase a reward"
             )
     return _gradient_notes(objective, program, toy, found)
-
-
-# ------------------------------------------------------------------ the toy batch
-
-
-class _Toy(NamedTuple):
-    """Logits [B, L, V] and the batch to which they belong (numpy): the logits at [b, t] predict `tokens[b, t]`."""
-
-    z: np.ndarray
-    batch: Batch
-
-
-class _Found(NamedTuple):
-    """What an objective makes of a batch (numpy): statistics [B, L], loss and metrics, gradient into the logits."""
-
-    stats: dict[str, np.ndarray]
-    out: LossOutput
-    gradient: np.ndarray
-
-
-def _replaced(batch: Batch, **fields: Any) -> Batch:
-    return Batch(**(vars(batch) | fields))
-
-
-def _toy() -> _Toy:
-    rng = np.random.default_rng(0)
-    shape = len(PROMPT), WIDTH
-    at, prompt = np.arange(WIDTH)[None, :], np.array(PROMPT)[:, None]
-    end = prompt + np.array(RESPONSE)[:, None]
-    mask = (at >= prompt) & (at < end)
-    z = 1.5 * rng.normal(size=(*shape, VOCABULARY))
-    tokens = rng.integers(0, VOCABULARY, shape)
-    logp = np.take_along_axis(z, tokens[..., None], -1)[..., 0] - np.log(np.exp(z).sum(-1))
-    fields = {
-        "tokens": np.where(at < end, tokens, 0).astype(np.int32),
-        "mask": mask,
-        "advantage": np.where(mask, rng.normal(size=(shape[0], 1)), 0).astype(np.float32),
-        "old_logp": np.where(mask, np.minimum(logp + 0.2 * rng.normal(size=shape), -0.01), 0).astype(np.float32),
-    }
-    return _Toy(z.astype(np.float32), Batch(**fields))
-
-
-def _rows(toy: _Toy, which: Any) -> _Toy:
-    return jax.tree.map(lambda x: x[which], toy)
-
-
-def _padded(toy: _Toy) -> _Toy:
-    """Three more positions in every row, whose logits are ones."""
-    z = np.pad(toy.z, ((0, 0), (0, 3), (0, 0)), constant_values=1.0)
-    return _Toy(z, jax.tree.map(lambda x: np.pad(x, ((0, 0), (0, 3))), toy.batch))
-
-
-def _joined(parts: Sequence[_Found], at: Any) -> _Found:
-    """What was found of a batch's parts as that of the batch: sums added, what is per token (at `at`) side by side."""
-    return _Found(
-        {name: np.concatenate([part.stats[name][at] for part in parts]) for name in parts[0].stats},
-        jax.tree.map(lambda *xs: np.sum(xs, axis=0), *(part.out for part in parts)),
-        np.concatenate([part.gradient[at] for part in parts]),
-    )
 
 
 class _Program:
@@ -153,10 +109,10 @@ class _Program:
         options = {} if self._device is None else {"xla_backend_optimization_level": 0}
         self._jitted = jax.jit(self.gradient, static_argnums=2, compiler_options=options)
 
-    def __call__(self, toy: _Toy, *, tiles: bool = False) -> _Found:
+    def __call__(self, toy: Toy, *, tiles: bool = False) -> Found:
         with _named(self.objective.stats, self.objective.loss), jax.default_device(self._device):
             gradient, (stats, out) = jax.device_get(self._jitted(toy.z, toy.batch, tiles))
-        return _Found(stats, out, gradient)
+        return Found(stats, out, gradient)
 
 
 def _cpu_devices() -> Sequence[Any]:
@@ -176,13 +132,34 @@ def _check_declarations(objective: Objective) -> None:
     for name, value in (("tokenwise", objective.tokenwise), ("uses_advantage", objective.uses_advantage)):
         if not isinstance(value, bool):
             raise ValueError(f"{place}: expected {name} to be True or False, got {value!r}")
+    if objective.select is not None and not callable(objective.select):
+        raise ValueError(f"{place}: expected select to be a function, got {objective.select!r}")
+    if objective.control is not None:
+        _check_control(place, objective.control)
     if t is not None and not (isinstance(t, int | float) and 0 < t < math.inf):
         raise ValueError(f"{place}: expected policy_temperature to be positive or None, got {t!r}")
 
 
-def _check_shapes(objective: Objective, toy: _Toy) -> None:
-    """Abstract evaluation of both functions, with the shapes in which the head calls them."""
-    shape, n = toy.batch.tokens.shape, toy.batch.tokens.size
+def _check_control(place: str, control: Any) -> None:
+    """Numbers by name, before and after an update whose metrics are what every objective of the library reports."""
+    if not isinstance(control, Control) or not callable(control.update):
+        raise ValueError(f"{place}: expected a Control(init, update), got {control!r}")
+    turned = control.init
+    for entropy in (0.01, 1.0):
+        metrics = {ENTROPY: entropy}
+        with _named(control.update, note=f"its metrics here are {metrics}"):
+            turned = control.update(dict(turned), metrics)
+        for knobs in (control.init, turned):
+            odd = {k: v for k, v in knobs.items() if not isinstance(v, int | float) or not math.isfinite(v)}
+            if odd or set(knobs) != set(control.init):
+                raise ValueError(
+                    f"{_place(control.update)}: expected finite numbers under {sorted(control.init)}, got {dict(knobs)!r}"
+                )
+
+
+def _check_stats(objective: Objective, toy: Toy) -> dict[str, Any]:
+    """Abstract evaluation of the statistics, with the shapes in which the head asks for them: their shapes [B, L]."""
+    n = toy.batch.tokens.size
     with _named(objective.stats):
         stats = jax.eval_shape(objective.stats, toy.z.reshape(n, -1), toy.batch.tokens.reshape(n))
     place = _place(objective.stats)
@@ -194,9 +171,13 @@ def _check_shapes(objective: Objective, toy: _Toy) -> None:
                 f"{place}: expected the statistic {name!r} of logits {[n, VOCABULARY]} to be floats of shape {[n]}, one a "
                 f"token, got {_short(x)}"
             )
-    by_row = {name: jax.ShapeDtypeStruct(shape, x.dtype) for name, x in stats.items()}
+    return {name: jax.ShapeDtypeStruct(toy.batch.tokens.shape, x.dtype) for name, x in stats.items()}
+
+
+def _check_loss(objective: Objective, toy: Toy, stats: dict[str, Any]) -> None:
+    """Abstract evaluation of the loss."""
     with _named(objective.loss, note=f"stats returns {', '.join(stats) or 'nothing'}"):
-        out = jax.eval_shape(objective.loss, by_row, toy.batch)
+        out = jax.eval_shape(objective.loss, stats, toy.batch)
     place = _place(objective.loss)
     if not isinstance(out, LossOutput):
         raise ValueError(f"{place}: expected a LossOutput, got {_short(out)}")
@@ -212,7 +193,52 @@ def _check_shapes(objective: Objective, toy: _Toy) -> None:
                 )
 
 
-def _check_finite(objective: Objective, found: _Found) -> None:
+def _check_select(objective: Objective, toy: Toy) -> Toy:
+    """The toy as `select` leaves it, which is the same for rows in another order, and for several sequences in a row."""
+    if objective.select is None:
+        return toy
+    select: Any = objective.select
+
+    @jax.jit
+    def of(z, batch: Batch):
+        found = objective.stats(z.reshape(-1, z.shape[-1]), batch.tokens.reshape(-1))
+        by_row = {name: x.reshape(batch.tokens.shape) for name, x in found.items()}
+        return select({k: jax.numpy.where(batch.mask, x, jax.numpy.zeros_like(x)) for k, x in by_row.items()}, batch)
+
+    def selected(toy: Toy) -> Batch:
+        with _named(objective.stats, select):
+            return of(toy.z, toy.batch)
+
+    place, made = _place(select), selected(toy)
+    if not isinstance(made, Batch):
+        raise ValueError(
+            f"{place}: expected select to return a Batch, got {_short(made)}; dataclasses.replace makes one"
+        )
+    made = jax.device_get(made)
+    if not np.array_equal(made.mask, toy.batch.mask) or not np.array_equal(made.tokens, toy.batch.tokens):
+        raise ValueError(
+            f"{place}: expected select to keep mask and tokens, got others; a token without gradient still counts: set weight"
+        )
+    for name, x in made.knobs.items():
+        if np.shape(x) != ():
+            raise ValueError(f"{place}: expected the knob {name!r} to be a scalar, got shape {list(np.shape(x))}")
+
+    def compare(other: Batch, at: Any, where: str) -> None:
+        for name in ("weight", "advantage", "old_logp"):
+            want, got = vars(made)[name], vars(other)[name]
+            if want is not None and not np.allclose(
+                want[toy.batch.mask], np.asarray(got)[at], rtol=TOLERANCE, atol=1e-5
+            ):
+                raise ValueError(f"{place}: expected {name} to stay as it is where {where}, got another")
+
+    shuffled = jax.device_get(selected(take_rows(toy, ORDER)))
+    compare(mapped(lambda x: x[np.argsort(ORDER)], shuffled), toy.batch.mask, "rows stand in another order")
+    together = mapped(lambda x: x.reshape(toy.batch.mask.shape), jax.device_get(selected(packed(toy))))
+    compare(together, toy.batch.mask, "several sequences stand in a row")
+    return Toy(toy.z, made)
+
+
+def _check_finite(objective: Objective, found: Found) -> None:
     for what, x in _values(found):
         if not np.isfinite(x).all():
             place = _place(objective.stats if what.startswith("the statistic") else objective.loss)
@@ -223,23 +249,22 @@ def _check_finite(objective: Objective, found: _Found) -> None:
         )
 
 
-def _check_rows(objective: Objective, program: _Program, toy: _Toy, found: _Found) -> None:
+def _check_rows(objective: Objective, program: _Program, toy: Toy, found: Found) -> None:
     """The same result for rows in another order, and for two micro-batches with more padding."""
-    order = np.array([3, 1, 5, 0, 4, 2])
-    back = np.argsort(order)
-    _compare(objective, found, _joined([program(_rows(toy, order))], back), "rows stand in another order")
-    padded = _padded(toy)
-    halves = [program(_rows(padded, slice(start, start + 3))) for start in (0, 3)]
-    in_halves = _joined(halves, np.s_[:, :WIDTH])
+    back = np.argsort(ORDER)
+    _compare(objective, found, join_found([program(take_rows(toy, ORDER))], back), "rows stand in another order")
+    more_padding = padded(toy)
+    halves = [program(take_rows(more_padding, slice(start, start + 3))) for start in (0, 3)]
+    in_halves = join_found(halves, np.s_[:, :WIDTH])
     if next(_unequal(found, in_halves), None) is None:
         return
-    more = _joined([program(padded)], np.s_[:, :WIDTH])
+    more = join_found([program(more_padding)], np.s_[:, :WIDTH])
     _compare(objective, found, more, "rows have more padding", "; use batch.mask, as in Mean.of(values, batch.mask)")
     why = "; what is added over micro-batches must be sums and counts, as Mean.of(values, batch.mask) has them"
     _compare(objective, found, in_halves, "the batch is cut into two micro-batches, and results are added", why)
 
 
-def _check_tokenwise(objective: Objective, program: _Program, toy: _Toy, found: _Found) -> None:
+def _check_tokenwise(objective: Objective, program: _Program, toy: Toy, found: Found) -> None:
     """The same result for the response tokens in any order, in two tiles of one row, of which one has an empty place."""
     mask = toy.batch.mask
     order = np.random.default_rng(1).permutation(np.flatnonzero(mask))
@@ -252,16 +277,16 @@ def _check_tokenwise(objective: Objective, program: _Program, toy: _Toy, found: 
             return np.pad(x, [(0, n - at.size)] + [(0, 0)] * (x.ndim - 1))[None]
 
         segment = np.broadcast_to(np.arange(1, len(mask) + 1, dtype=np.int32)[:, None], mask.shape)
-        tile = _Toy(take(toy.z), jax.tree.map(take, _replaced(toy.batch, segment=segment)))
-        tiles.append(_joined([program(tile, tiles=True)], (0, slice(at.size))))
-    want, got = _joined([found], np.unravel_index(order, mask.shape)), _joined(tiles, np.s_[:])
+        tile = Toy(take(toy.z), mapped(take, dataclasses.replace(toy.batch, segment=segment)))
+        tiles.append(join_found([program(tile, tiles=True)], (0, slice(at.size))))
+    want, got = join_found([found], np.unravel_index(order, mask.shape)), join_found(tiles, np.s_[:])
     if next(_unequal(want, got), None) is not None:
         _check_rows(objective, program, toy, found)  # what is wrong with rows already is said so
     why = "; leave tokenwise out for a loss that looks at more than a token"
     _compare(objective, want, got, "tokens stand in another order, as tokenwise=True allows", why)
 
 
-def _gradient_notes(objective: Objective, program: _Program, toy: _Toy, found: _Found) -> list[str]:
+def _gradient_notes(objective: Objective, program: _Program, toy: Toy, found: Found) -> list[str]:
     if np.abs(found.gradient).max() > LIVE_GRADIENT:
         return []
     place = _place(objective.loss)
@@ -285,7 +310,7 @@ def _depends(jaxpr: Any, out: Any) -> bool:
 # ------------------------------------------------------------------ comparing, and words
 
 
-def _values(found: _Found) -> Iterator[tuple[str, Any]]:
+def _values(found: Found) -> Iterator[tuple[str, Any]]:
     """Everything that was found, by name, in the order in which one thing follows from another."""
     for name, x in found.stats.items():
         yield f"the statistic {name!r}", x
@@ -297,7 +322,7 @@ def _values(found: _Found) -> Iterator[tuple[str, Any]]:
     yield "the gradient", found.gradient
 
 
-def _unequal(want: _Found, got: _Found) -> Iterator[tuple[str, str, str]]:
+def _unequal(want: Found, got: Found) -> Iterator[tuple[str, str, str]]:
     """(what, wanted, got) of all that differs by more than rounding, at the place where it differs most."""
     for (what, a), (_, b) in zip(_values(want), _values(got), strict=True):
         apart = np.abs(np.asarray(a, np.float64) - b)
@@ -307,7 +332,7 @@ def _unequal(want: _Found, got: _Found) -> Iterator[tuple[str, str, str]]:
             yield what, f"{np.asarray(a)[at]:.6g}", f"{np.asarray(b)[at]:.6g}"
 
 
-def _compare(objective: Objective, want: _Found, got: _Found, where: str, why: str = "") -> None:
+def _compare(objective: Objective, want: Found, got: Found, where: str, why: str = "") -> None:
     for what, a, b in _unequal(want, got):
         if what.startswith("the statistic"):
             why = "; a token's statistics may follow from its own logits alone"

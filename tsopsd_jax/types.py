@@ -116,9 +116,12 @@ class Rollout:
 
 @_pytree_dataclass
 class Batch:
-    """What one update consumes. Build it with `Batch.of`; all fields are [B, L], zero outside the response.
+    """What one update consumes. Build it with `Batch.of`; all arrays are [B, L], zero outside the response.
 
     A row holds one sequence, or several one after the other: `segment` then numbers them 1, 2, ... with 0 for padding.
+    `weight` is what an objective's `select` says of each token, for its `loss` to read: a token without weight still
+    counts in the mean, since the count follows from `mask` alone. `knobs` are the numbers that its `control` turns between
+    updates: scalars, by name.
     """
 
     tokens: Int[Array, "B L"]
@@ -126,6 +129,13 @@ class Batch:
     advantage: Float[Array, "B L"]
     old_logp: Float[Array, "B L"]
     segment: Int[Array, "B L"] | None = None
+    weight: Float[Array, "B L"] | None = None
+    knobs: dict[str, Float[Array, ""]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def bare(self) -> "Batch":
+        """The batch without its knobs: nothing but arrays of [B, L]."""
+        return dataclasses.replace(self, knobs={})
 
     @classmethod
     def of(cls, *, tokens, mask, advantage, old_logp) -> "Batch":

@@ -1,6 +1,6 @@
 """Several sequences in one row: a batch without padding, for objectives that treat every token by itself."""
 
-from typing import Any
+import dataclasses
 
 import jax
 import numpy as np
@@ -34,7 +34,7 @@ def pack(batch: Batch, length: np.ndarray, *, micro_batches: int) -> Batch:
         length: [B] tokens of each, prompt and response.
         micro_batches: of the update, a divisor of the rows.
     """
-    batch = jax.tree.map(np.asarray, batch)
+    batch = jax.tree.map(np.asarray, batch.bare)
     b, width = batch.tokens.shape
     row = fill_rows(np.asarray(length), width)
     each = b // micro_batches
@@ -54,10 +54,9 @@ def pack(batch: Batch, length: np.ndarray, *, micro_batches: int) -> Batch:
         out[row[i], place[i] + j] = x[i, j]
         return out
 
-    fields: dict[str, Any] = {name: move(vars(batch)[name]) for name in ("tokens", "mask", "advantage", "old_logp")}
-    fields["segment"] = np.zeros((b, width), np.int32)
-    fields["segment"][row[i], place[i] + j] = number[i]
-    return Batch(**fields)
+    segment = np.zeros((b, width), np.int32)
+    segment[row[i], place[i] + j] = number[i]
+    return dataclasses.replace(jax.tree.map(move, batch), segment=segment)
 
 
 def useful_fraction(batch: Batch, length: np.ndarray, *, micro_batches: int) -> float:

@@ -1,13 +1,14 @@
 """One update of the policy: micro-batches, one division, clip, AdamW; and the reheater's whole step as one function."""
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from tsopsd_jax.distributed.sharding import AnyMesh, replicated, tree_shardings
 from tsopsd_jax.head import TILE_TOKENS, batch_loss, batch_stats
@@ -112,6 +113,51 @@ def per_token_stats(
     return batch_stats(objective.stats, hidden, unembed, batch, tile_tokens=tile_tokens, mesh=model.mesh)
 
 
+class MicroBatches(NamedTuple):
+    """The micro-batches of a batch: [micro-batch, rows, L], and how many of them hold a response token."""
+
+    rows: Batch
+    knobs: dict[str, Array]
+    used: Int[Array, ""]
+
+    def take(self, i) -> Batch:
+        """Micro-batch i."""
+        part = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), self.rows)
+        return dataclasses.replace(part, knobs=self.knobs)
+
+
+def cut_up(batch: Batch, micro_batches: int) -> MicroBatches:
+    """Strided rows (number i: rows i, i + micro_batches, ...), so that each micro-batch lies on all devices."""
+    rows = jax.tree.map(lambda x: x.reshape(-1, micro_batches, *x.shape[1:]).swapaxes(0, 1), batch.bare)
+    holds = jnp.any(rows.mask, axis=(1, 2))
+    used = jnp.max(jnp.where(holds, jnp.arange(1, micro_batches + 1, dtype=jnp.int32), 0))
+    return MicroBatches(rows, batch.knobs, used)
+
+
+def whole_stats(
+    model: Qwen3, params: PyTree, batch: Batch, objective: Objective, *, micro_batches: int, tile_tokens: int
+) -> dict[str, Array]:
+    """`per_token_stats` of a whole batch, micro-batch by micro-batch: what `select` sees. No gradient passes through."""
+
+    def one(part: Batch):
+        return per_token_stats(model, params, part, objective, tile_tokens=tile_tokens)
+
+    params = jax.lax.stop_gradient(params)
+    if micro_batches == 1:
+        return one(batch)
+    parts = cut_up(batch, micro_batches)
+
+    def more(i, found):
+        return jax.tree.map(
+            lambda whole, x: jax.lax.dynamic_update_index_in_dim(whole, x, i, 0), found, one(parts.take(i))
+        )
+
+    like = jax.eval_shape(one, parts.take(0))
+    zero = jax.tree.map(lambda s: jnp.zeros((micro_batches, *s.shape), s.dtype), like)
+    found = jax.lax.fori_loop(0, parts.used, more, zero)
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, x.shape[-1]), found)
+
+
 def make_gradient(model: Qwen3, objective: Objective, *, micro_batches: int = 1, tile_tokens: int = TILE_TOKENS):
     """Make the function (params, batch) -> (gradient, LossOutput, largest |sampler's - learner's log-prob|), averaged once.
 
@@ -139,20 +185,15 @@ def make_gradient(model: Qwen3, objective: Objective, *, micro_batches: int = 1,
         if micro_batches == 1:
             grads, found = one(params, batch)
         else:
-            parts = jax.tree.map(lambda x: x.reshape(-1, micro_batches, *x.shape[1:]).swapaxes(0, 1), batch)
-            holds = jnp.any(parts.mask, axis=(1, 2))
-            used = jnp.max(jnp.where(holds, jnp.arange(1, micro_batches + 1, dtype=jnp.int32), 0))
-
-            def take(i):
-                return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), parts)
+            parts = cut_up(batch, micro_batches)
 
             def more(i, carry):
-                grads, found = one(params, take(i))
+                grads, found = one(params, parts.take(i))
                 return jax.tree.map(jnp.add, carry[0], grads), carry[1] + found
 
-            zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(one, params, take(0)))
+            zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(one, params, parts.take(0)))
             with jax.named_scope(MICRO_BATCHES):
-                grads, found = jax.lax.fori_loop(0, used, more, zero)
+                grads, found = jax.lax.fori_loop(0, parts.used, more, zero)
         count = jnp.maximum(found.out.loss.count, 1.0)
         return jax.tree.map(lambda g: g / count.astype(g.dtype), grads), found.out, found.gap
 
@@ -168,7 +209,9 @@ def make_update(
     tile_tokens: int = TILE_TOKENS,
     learning_rate: optax.Schedule | None = None,
 ) -> Update:
-    """Make update(state, batch, hold_above_nats=inf) -> (state, UpdateOut): pure, to be jitted with a donated state.
+    """Make update(state, batch, hold_above_nats=inf, knobs={}) -> (state, UpdateOut): pure, to be jitted with a donated state.
+
+    The objective's `select` sees the whole batch first. `knobs` are the numbers that its `control` turned.
 
     A gradient that is not finite leaves parameters and optimizer as they were and advances only the step; so does a
     policy whose mean token entropy has reached `hold_above_nats`. A stop rule on entropy then keeps the policy that it
@@ -180,10 +223,17 @@ def make_update(
         learning_rate: the optimizer's own, to be reported by the update.
     """
     gradient = make_gradient(model, objective, micro_batches=micro_batches, tile_tokens=tile_tokens)
+    cut = {"micro_batches": micro_batches, "tile_tokens": tile_tokens}
 
     def update(
-        state: TrainState, batch: Batch, hold_above_nats: Array | float = float("inf")
+        state: TrainState,
+        batch: Batch,
+        hold_above_nats: Array | float = float("inf"),
+        knobs: Mapping[str, Array] | None = None,
     ) -> tuple[TrainState, UpdateOut]:
+        batch = dataclasses.replace(batch, knobs=dict(knobs or {}))
+        if objective.select is not None:
+            batch = objective.select(whole_stats(model, state.params, batch, objective, **cut), batch)
         if batch.tokens.shape[0] % micro_batches:
             raise ValueError(f"{batch.tokens.shape[0]} rows do not split into {micro_batches} micro-batches")
         grads, out, gap = gradient(state.params, batch)
@@ -228,17 +278,23 @@ def distillation_batch(rollout: Rollout) -> Batch:
 def make_reheat_step(
     sample: Callable[[PyTree, Prompts, Array], Rollout], update: Update
 ) -> Callable[..., tuple[TrainState, UpdateOut, Rollout]]:
-    """Make the reheater's whole step one function of (state, prompts, run key, hold_above_nats), to be jitted with a donated
-    state: sample on-policy, self-teacher, full-vocabulary KL, update. No host round trip.
+    """Make the reheater's whole step one function of (state, prompts, run key, hold_above_nats, knobs), to be jitted with a
+    donated state: sample on-policy, self-teacher, full-vocabulary KL, update. No host round trip.
 
     Args:
         sample: (params, prompts, key) -> Rollout.
         update: from `make_update`.
     """
 
-    def reheat_step(state: TrainState, prompts: Prompts, run_key: Array, hold_above_nats: Array | float):
+    def reheat_step(
+        state: TrainState,
+        prompts: Prompts,
+        run_key: Array,
+        hold_above_nats: Array | float,
+        knobs: Mapping[str, Array] | None = None,
+    ):
         rollout = sample(state.params, prompts, jax.random.fold_in(run_key, state.step))
-        state, out = update(state, distillation_batch(rollout), hold_above_nats)
+        state, out = update(state, distillation_batch(rollout), hold_above_nats, knobs)
         return state, out, rollout
 
     return reheat_step

@@ -5,9 +5,29 @@ To write your own, return an `Objective` from a function of keyword-only hyperpa
 it to what is said here.
 """
 
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int, UInt
+
 from tsopsd_jax.head import Loss, Stats
+from tsopsd_jax.types import Batch
+
+Knobs = Mapping[str, float]
+"""Numbers that change between updates, by name."""
+
+
+class Control(NamedTuple):
+    """Numbers that an objective turns between updates, on the host: changing one compiles nothing.
+
+    init: their values at the phase's start. They stand in `batch.knobs` as scalars, and in the log as `control/NAME`.
+    update: (knobs, metrics of the update) -> knobs of the next one. Pure: a run that resumes goes the same way.
+    """
+
+    init: Knobs
+    update: Callable[[Knobs, Mapping[str, float]], Knobs]
 
 
 class Objective(NamedTuple):
@@ -20,6 +40,11 @@ class Objective(NamedTuple):
         about any tokens in any arrangement, [1, n] at a time: the head forms gradients in one pass, and rows are packed.
     uses_advantage: the loss reads `batch.advantage`, so its phase needs a reward.
     policy_temperature: of the policy in its ratio, which must be the sampling temperature; None: right at any.
+    select: ({name: [B, L]}, Batch) -> Batch sees the whole update's batch once, before the gradient, whatever the
+        micro-batches: for weights or advantages that depend on a quantile, a covariance or a mean over all tokens. It sets
+        `weight` or `advantage`, or adds scalars to `knobs`; never the mask. It may not depend on how sequences lie in rows.
+        A random choice hashes the token, its position and `old_logp` (`objectives.base.token_hash`).
+    control: numbers that change between updates.
 
     A statistic called `logp` (log-probability of the token) lets the learner measure the sampler against itself.
     """
@@ -27,5 +52,44 @@ class Objective(NamedTuple):
     stats: Stats
     loss: Loss
     tokenwise: bool = False
+    select: Callable[[dict[str, Array], Batch], Batch] | None = None
+    control: Control | None = None
     uses_advantage: bool = True
     policy_temperature: float | None = 1.0
+
+
+def positions(batch: Batch) -> Int[Array, "B L"]:
+    """Index of each token in its own sequence, wherever it lies in a packed row."""
+    at = jnp.arange(batch.tokens.shape[1], dtype=jnp.int32)[None, :]
+    if batch.segment is None:
+        return jnp.broadcast_to(at, batch.tokens.shape)
+    begins = jnp.pad(batch.segment[:, 1:] != batch.segment[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    return at - jax.lax.cummax(jnp.where(begins, at, 0), axis=1)
+
+
+def token_hash(batch: Batch) -> UInt[Array, "B L"]:
+    """A number of 32 random-looking bits for each token, from the token, its position and `old_logp`: the same whatever the
+    rows, the micro-batches or the devices."""
+    bits = jax.lax.bitcast_convert_type(batch.old_logp, jnp.uint32)
+    hashed = jnp.zeros_like(bits)
+    for part in (batch.tokens.astype(jnp.uint32), positions(batch).astype(jnp.uint32), bits):
+        # The golden ratio's bits; a shift and another odd number then spread the high ones.
+        hashed = (hashed ^ part) * jnp.uint32(0x9E3779B1)
+        hashed = hashed ^ (hashed >> 15)
+        hashed = hashed * jnp.uint32(0x85EBCA77)
+        hashed = hashed ^ (hashed >> 13)
+    return hashed
+
+
+def first(order_by: tuple[Array, ...], count: Int[Array, ""]) -> Bool[Array, "B L"]:
+    """True at the `count` tokens that come first by the arrays of [B, L], the first array deciding first, ties by the next."""
+    flat = [x.reshape(-1) for x in order_by]
+    order = jnp.lexsort(tuple(reversed(flat)))
+    rank = jnp.zeros(order.shape, jnp.int32).at[order].set(jnp.arange(order.shape[0], dtype=jnp.int32))
+    return (rank < count).reshape(order_by[0].shape)
+
+
+def share(batch: Batch, fraction: float) -> Int[Array, ""]:
+    """max(1, int(fraction x response tokens)): how many tokens a sparse method touches."""
+    tokens = jnp.sum(batch.mask, dtype=jnp.float32)
+    return jnp.maximum(jnp.floor(tokens * fraction), 1.0).astype(jnp.int32)

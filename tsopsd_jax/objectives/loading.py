@@ -5,10 +5,23 @@ from typing import Any
 
 from tsopsd_jax.loading import check_keywords, is_own, load_function
 from tsopsd_jax.objectives.base import Objective
+from tsopsd_jax.objectives.covariance import clip_cov, kl_cov
 from tsopsd_jax.objectives.dapo import dapo
+from tsopsd_jax.objectives.entropy_bonus import adaptive_entropy_bonus, entropy_bonus
+from tsopsd_jax.objectives.jsd import jsd
+from tsopsd_jax.objectives.top_entropy import top_entropy
 from tsopsd_jax.objectives.ts_opsd import ts_opsd
 
-OBJECTIVES: dict[str, Callable[..., Objective]] = {"dapo": dapo, "ts_opsd": ts_opsd}
+OBJECTIVES: dict[str, Callable[..., Objective]] = {
+    "dapo": dapo,
+    "ts_opsd": ts_opsd,
+    "jsd": jsd,
+    "entropy_bonus": entropy_bonus,
+    "adaptive_entropy_bonus": adaptive_entropy_bonus,
+    "clip_cov": clip_cov,
+    "kl_cov": kl_cov,
+    "top_entropy": top_entropy,
+}
 """Name in a configuration -> factory."""
 
 

@@ -23,6 +23,8 @@ class RunProgress:
     """Mean token entropy of the last steps of the phase, for the stop rules."""
     skipped_in_row: int = 0
     """Consecutive updates skipped because they were not finite."""
+    knobs: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Numbers that the phase's objective turns between updates; empty where it turns none, or has not begun."""
     elapsed_s: float = 0.0
     """Wall time of the run, interruptions left out."""
 

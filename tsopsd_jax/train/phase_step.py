@@ -22,6 +22,7 @@ from tsopsd_jax.judge.scoring import Scored, accuracies, score_while
 from tsopsd_jax.learn.micro_batches import device_bytes
 from tsopsd_jax.learn.start_kl import StartKL
 from tsopsd_jax.learn.update import UpdateOut, distillation_batch
+from tsopsd_jax.metric_names import HELD, SKIPPED
 from tsopsd_jax.model import Qwen3
 from tsopsd_jax.rewards import answers_cut_off
 from tsopsd_jax.rollout import Engine, Progress, Sampling
@@ -113,9 +114,13 @@ class PhaseStep:
         start_kl = None if after.start is None else self.start_kl.nats(after.start, rollout)
         # In one transfer, and before the next step starts: a stop rule that looks a step late would reheat a step too far.
         update = {name: float(value) for name, value in jax.device_get(out.metrics).items()}
+        update = processes.from_first(update)
+        knobs, control = self._knobs(run), self.phase.objective.control
+        if control is not None and not (update[SKIPPED] or update[HELD]):  # they follow what was learnt
+            after = after.at(knobs=dict(control.update(knobs, update)))
         return after, StepFacts(
             drawn=drawn,
-            update=processes.from_first(update),
+            update=update | {f"control/{name}": value for name, value in knobs.items()},
             start_kl_nats=start_kl,
             verifier_killed=answers_cut_off() - killed,
             step_s=time.monotonic() - began,
@@ -155,7 +160,8 @@ class PhaseStep:
         else:
             rollout = got.groups.rollout
             batch = to_batch(got.groups, normalize_std=rule.normalize_std)
-        state, out, useful = self.update(run.state, batch, rollout.length, self._hold_above_nats(run))
+        limit, knobs = self._limit_and_knobs(run)
+        state, out, useful = self.update(run.state, batch, rollout.length, limit, knobs)
         drawn = Drawn(scored, judged, got, self.engine, useful, time.monotonic() - updating)
         return after._replace(state=state, leftover=got and got.leftover), rollout, out, drawn
 
@@ -165,7 +171,7 @@ class PhaseStep:
         began = time.monotonic()
         prompts, answers, after = self._next_prompts(run)
         prompts = put(prompts, row_sharding(self.shared.mesh))
-        state, out, on_devices = self.program(run.state, prompts, self.shared.key, self._hold_above_nats(run))
+        state, out, on_devices = self.program(run.state, prompts, self.shared.key, *self._limit_and_knobs(run))
         rollout: Rollout = jax.device_get(on_devices)
         updated = time.monotonic()
         accuracy = accuracies(rollout, answers, self.task.tokenizer.decode, self.task.verify)
@@ -221,6 +227,13 @@ class PhaseStep:
         answers = [self.task.problems[int(i)].answer for i in rows]
         return Prompts(tokens[rows], lengths[rows], row_id), answers, run.at(position=start + count)
 
-    def _hold_above_nats(self, run: RunState) -> Array:
+    def _knobs(self, run: RunState) -> dict[str, float]:
+        """The numbers that the objective turns, as they stand before this step."""
+        control = self.phase.objective.control
+        return {} if control is None else dict(run.progress.knobs or control.init)
+
+    def _limit_and_knobs(self, run: RunState) -> tuple[Array, dict[str, Array]]:
+        """The entropy from which the update holds, and the objective's knobs, on all devices."""
         limit = np.float32(self.phase.hold_above_nats(run.progress.phase_step + 1))
-        return put(limit, replicated(self.shared.mesh))
+        knobs = {name: np.float32(value) for name, value in self._knobs(run).items()}
+        return put((limit, knobs), replicated(self.shared.mesh))

@@ -1,6 +1,7 @@
 """A phase's update as the loop calls it: cut into pieces that fit the devices, rows packed where the objective allows."""
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -93,18 +94,23 @@ class Updater:
     def _once(self, dtype: Any) -> Any:
         return jax.ShapeDtypeStruct((), dtype, sharding=replicated(self.mesh))
 
+    def _knobs(self) -> dict[str, Any]:
+        control = self.phase.objective.control
+        return {} if control is None else {name: self._once(np.float32) for name in control.init}
+
     def lowered(self, micro_batches: int | None = None) -> Any:
         """The update of a batch cut into `micro_batches` (None: its own), ready to be compiled; nothing is computed."""
         pieces = micro_batches or self.micro_batches
         fields = [self._of(dtype, self.width) for dtype in (np.int32, bool, np.float32, np.float32)]
         segment = self._of(np.int32, self.width) if self._packs(pieces) else None
-        return self._jit(pieces).lower(self.state, Batch(*fields, segment=segment), self._once(np.float32))
+        batch = Batch(*fields, segment=segment)
+        return self._jit(pieces).lower(self.state, batch, self._once(np.float32), self._knobs())
 
     def lowered_reheat_step(self, step: Any) -> Any:
         """A `reheat_step`, ready to be compiled."""
         prompts = Prompts(self._of(np.int32, self.max_prompt_tokens), self._of(np.int32), self._of(np.uint32))
         key = self._once(jax.eval_shape(lambda: jax.random.key(0)).dtype)
-        return step.lower(self.state, prompts, key, self._once(np.float32))
+        return step.lower(self.state, prompts, key, self._once(np.float32), self._knobs())
 
     def reheat_step(self, stop_ids: tuple[int, ...]) -> Any:
         """The whole step of a phase without rewards as one jitted function; see `learn.update.make_reheat_step`."""
@@ -121,16 +127,23 @@ class Updater:
         return jax.jit(step, donate_argnums=0, out_shardings=(self._layout, everywhere, everywhere))
 
     def __call__(
-        self, state: TrainState, batch: Batch, length: AnyArray, hold_above_nats: jax.Array
+        self,
+        state: TrainState,
+        batch: Batch,
+        length: AnyArray,
+        hold_above_nats: jax.Array,
+        knobs: Mapping[str, jax.Array],
     ) -> tuple[TrainState, UpdateOut, float]:
         """(state after, what the update reports, share of the computed positions that hold a token). `state` is consumed.
 
         Args:
             batch: one sequence a row; its tokens, prompt and response, are `length` [B].
+            hold_above_nats, knobs: see `learn.update.make_update`.
         """
         if self.packs:
             batch = pack(batch, np.asarray(length), micro_batches=self.micro_batches)
         useful = useful_fraction(batch, np.asarray(length), micro_batches=self.micro_batches)
-        state, out = self._jit(self.micro_batches)(state, put(batch, row_sharding(self.mesh)), hold_above_nats)
+        batch = put(batch, row_sharding(self.mesh))
+        state, out = self._jit(self.micro_batches)(state, batch, hold_above_nats, knobs)
         jax.block_until_ready(out)
         return state, out, useful

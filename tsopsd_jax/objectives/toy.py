@@ -1,0 +1,85 @@
+"""A toy batch on which an objective's contract is checked."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from tsopsd_jax.objectives.base import Objective
+from tsopsd_jax.types import Batch, LossOutput
+
+PROMPT, RESPONSE = (2, 1, 3, 1, 2, 1), (5, 1, 3, 4, 2, 6)
+"""Tokens of the toy batch's rows: ragged, so that no two parts of the batch count the same."""
+
+WIDTH, VOCABULARY = 8, 512
+"""Positions and entries of the toy batch: enough entries for a top-k of one's own."""
+
+
+class Toy(NamedTuple):
+    """Logits [B, L, V] and the batch to which they belong (numpy): the logits at [b, t] predict `tokens[b, t]`."""
+
+    z: np.ndarray
+    batch: Batch
+
+
+def mapped(function: Any, batch: Batch) -> Batch:
+    """A batch with `function` of its arrays; knobs stay as they are."""
+    return dataclasses.replace(jax.tree.map(function, batch.bare), knobs=batch.knobs)
+
+
+def make_toy(objective: Objective) -> Toy:
+    """Make the toy batch of an objective, with the knobs of its control."""
+    rng = np.random.default_rng(0)
+    shape = len(PROMPT), WIDTH
+    at, prompt = np.arange(WIDTH)[None, :], np.array(PROMPT)[:, None]
+    end = prompt + np.array(RESPONSE)[:, None]
+    mask = (at >= prompt) & (at < end)
+    z = 1.5 * rng.normal(size=(*shape, VOCABULARY))
+    tokens = rng.integers(0, VOCABULARY, shape)
+    logp = np.take_along_axis(z, tokens[..., None], -1)[..., 0] - np.log(np.exp(z).sum(-1))
+    fields = {
+        "tokens": np.where(at < end, tokens, 0).astype(np.int32),
+        "mask": mask,
+        "advantage": np.where(mask, rng.normal(size=(shape[0], 1)), 0).astype(np.float32),
+        "old_logp": np.where(mask, np.minimum(logp + 0.2 * rng.normal(size=shape), -0.01), 0).astype(np.float32),
+    }
+    knobs: Any = {} if objective.control is None else {k: np.float32(v) for k, v in objective.control.init.items()}
+    return Toy(z.astype(np.float32), Batch(**fields, knobs=knobs))
+
+
+def take_rows(toy: Toy, which: Any) -> Toy:
+    """The chosen rows of the toy."""
+    return Toy(toy.z[which], mapped(lambda x: x[which], toy.batch))
+
+
+def padded(toy: Toy) -> Toy:
+    """The toy with three more positions in every row, whose logits are ones."""
+    z = np.pad(toy.z, ((0, 0), (0, 3), (0, 0)), constant_values=1.0)
+    return Toy(z, mapped(lambda x: np.pad(x, ((0, 0), (0, 3))), toy.batch))
+
+
+def packed(toy: Toy) -> Toy:
+    """The toy with two sequences in a row."""
+    width, n = 2 * WIDTH, len(PROMPT) // 2
+    segment = np.broadcast_to(np.arange(1, len(PROMPT) + 1, dtype=np.int32)[:, None], toy.batch.mask.shape)
+    batch = mapped(lambda x: x.reshape(n, width), dataclasses.replace(toy.batch, segment=segment))
+    return Toy(toy.z.reshape(n, width, -1), batch)
+
+
+class Found(NamedTuple):
+    """What an objective makes of a batch (numpy): statistics [B, L], loss and metrics, gradient into the logits."""
+
+    stats: dict[str, np.ndarray]
+    out: LossOutput
+    gradient: np.ndarray
+
+
+def join_found(parts: Sequence[Found], at: Any) -> Found:
+    """Join what was found of a batch's parts into that of the batch: sums added, what is per token (at `at`) side by side."""
+    return Found(
+        {name: np.concatenate([part.stats[name][at] for part in parts]) for name in parts[0].stats},
+        jax.tree.map(lambda *xs: np.sum(xs, axis=0), *(part.out for part in parts)),
+        np.concatenate([part.gradient[at] for part in parts]),
+    )
