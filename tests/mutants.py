@@ -32,6 +32,13 @@ class Mutant(NamedTuple):
 
 MUTANTS = [
     Mutant(
+        "eval: a run is known by its name and step alone",
+        "commands/policies.py",
+        '"model_weights": weights,',
+        '"model_weights": "",',
+        "test_cli.py -k made_anew",
+    ),
+    Mutant(
         "clip_cov: what the clip takes is drawn too",
         "objectives/covariance.py",
         " & ~clip.clipped(stats, batch)",

@@ -447,6 +447,24 @@ def test_a_run_is_evaluated_as_it_evaluates_itself(finished, tmp_path, capsys):
     assert [file.name for file in (tmp_path / "countdown").glob("*.jsonl")] == [f"{line['model']}.jsonl"]
 
 
+def test_results_of_a_run_that_was_made_anew_are_not_its_own(tmp_path, capsys):
+    """The same name and step, other weights: the old numbers are not shown for them."""
+    run, out = tmp_path / "run", tmp_path / "out"
+    command = ["eval", "--run", str(run), "--benchmarks", "countdown", "--first", "2", "--samples", "2"]
+    command += ["--max-tokens", "19", "--slots", "8", "--out", str(out)]
+    assert demo(run) == 0
+    assert main(command) == 0
+    assert main(command) == 0, "of the same weights they are"
+    shutil.rmtree(run)
+    assert demo(run, "seed=5") == 0
+    capsys.readouterr()
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert "was begun with other settings (model_weights: " in error
+    assert "--again" in error
+    assert main([*command, "--again"]) == 0
+
+
 def test_transitions_say_what_a_phase_took_and_cost():
     evaluations = [
         {"stage": "collapsed", "step": 2, "avg_at_k": 0.5, "pass_at_k": 0.75},

@@ -25,9 +25,14 @@ class Policy(NamedTuple):
     load: Callable[[jax.sharding.Mesh], tuple[Qwen3, PyTree]]
 
 
-def model_facts(folder: Path) -> dict[str, str]:
-    """Digests of a model directory, as settings of a file: a directory may be replaced by another of the same name."""
-    return {f"model_{part}": sha for part, sha in fingerprint(folder, cache=digests_file()).items()}
+def model_facts(folder: Path, *, weights: bool = True) -> dict[str, str]:
+    """Digests of a model directory, as settings of a file: a directory may be replaced by another of the same name.
+
+    Args:
+        weights: whether those of the directory are the model's; False: its other parts alone.
+    """
+    found = fingerprint(folder, cache=digests_file(), weights=weights)
+    return {f"model_{part}": sha for part, sha in found.items()}
 
 
 def of_directory(folder: Path, *, name: str | None, chat: str | None, dtype: str | None) -> Policy:
@@ -51,11 +56,12 @@ def of_run(run_dir: Path, *, step: int | None, name: str | None, chat: str | Non
         ValueError: no run, or it has no checkpoint.
     """
     config = resolved_config(run_dir)
-    if step is None:
-        with checkpoints_of(run_dir) as checkpoints:
+    with checkpoints_of(run_dir) as checkpoints:
+        if step is None:
             step = checkpoints.latest()
         if step is None:
             raise ValueError(f"{run_dir} has no checkpoints yet")
+        weights = checkpoints.fingerprint_of(step)
     dtype = dtype or config.model.compute_dtype
 
     def load(mesh: jax.sharding.Mesh) -> tuple[Qwen3, PyTree]:
@@ -64,7 +70,12 @@ def of_run(run_dir: Path, *, step: int | None, name: str | None, chat: str | Non
 
     return Policy(
         name or f"{run_dir.resolve().name}-{step}",
-        {"model": str(run_dir.resolve()), "step": step},
+        {
+            "model": str(run_dir.resolve()),
+            "step": step,
+            **model_facts(model_folder(config), weights=False),
+            "model_weights": weights,
+        },
         model_folder(config),
         chat or config.data.chat,
         dtype,

@@ -18,11 +18,12 @@ READ_BYTES = 64 << 20
 """What a thread reads at once: a file's digest is that of its blocks' digests, so that one large file uses all cores."""
 
 
-def fingerprint(folder: Path, *, cache: Path | None = None) -> dict[str, str]:
+def fingerprint(folder: Path, *, cache: Path | None = None, weights: bool = True) -> dict[str, str]:
     """SHA-256 of each part of a model directory, {name of the part: 16 hexadecimal digits}; a part without files is "".
 
     Args:
         folder: a Hugging Face model directory.
+        weights: whether to read the weights too; False: their digest is "".
         cache: a JSON file that remembers the digests of weight files by path, size and time of change; None: hash anew.
 
     Raises:
@@ -31,6 +32,8 @@ def fingerprint(folder: Path, *, cache: Path | None = None) -> dict[str, str]:
     found = {
         name: sorted(f for p in patterns for f in folder.glob(p) if f.is_file()) for name, patterns in PARTS.items()
     }
+    if not weights:
+        found["weights"] = []
     known = _read(cache)
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         try:

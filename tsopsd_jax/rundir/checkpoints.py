@@ -138,9 +138,7 @@ class Checkpoints:
             DamagedError: its content is not what was written; the same in all processes.
             ValueError: there is none, or its arrays are not those of `like`.
         """
-        if step not in self.steps():
-            have = ", ".join(map(str, self.steps())) or "none"
-            raise ValueError(f"{self._manager.directory} has no checkpoint of step {step}; it has: {have}")
+        self._check_there(step)
         read, problem = None, None
         try:
             read = _read_run(self._manager.directory / str(step), _fields(like), start_like)
@@ -163,6 +161,27 @@ class Checkpoints:
             if problem is None:
                 return run
         raise DamagedError(f"checkpoint {step} is damaged: {problem}")
+
+    def _check_there(self, step: int) -> None:
+        if step not in self.steps():
+            have = ", ".join(map(str, self.steps())) or "none"
+            raise ValueError(f"{self._manager.directory} has no checkpoint of step {step}; it has: {have}")
+
+    def fingerprint_of(self, step: int) -> str:
+        """A digest of the parameters that were saved at `step`, from what stands beside them.
+
+        Raises:
+            DamagedError: it cannot be read.
+            ValueError: there is no such checkpoint.
+        """
+        self._check_there(step)
+        try:
+            facts, _ = _read_progress(self._manager.directory / str(step))
+        except DamagedError as error:
+            raise DamagedError(f"checkpoint {step} is damaged: {error}") from error
+        except (ValueError, KeyError, FileNotFoundError) as error:
+            raise DamagedError(f"checkpoint {step} is damaged: it cannot be read ({_words(error)})") from error
+        return digests.of_json({name: sha for name, sha in facts.items() if name.startswith("state/params")})
 
     def restore_newest(
         self, like: TrainState, *, start_like: PyTree | None = None
