@@ -176,6 +176,22 @@ def test_a_finished_run_without_its_checkpoints_is_not_started_over(finished, tm
     assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
 
 
+def test_convert_replaces_exports_alone(finished, tmp_path, capsys):
+    """Not the model that the run began with, nor another that this program wrote."""
+    base = tmp_path / "base"
+    shutil.copytree(ASSETS, base)
+    before = {file.name: file.read_bytes() for file in base.iterdir()}
+    assert main(["convert", str(finished), "--out", str(base)]) == 2
+    assert f"{base} is not empty and is no export of `tsopsd convert`" in capsys.readouterr().err
+    config = finished / "config.yaml"
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text(config.read_text().replace("countdown-tiny", str(base)))
+    assert main(["convert", str(run), "--out", str(base / ".." / "base")]) == 2
+    assert "is the model that the run began with" in capsys.readouterr().err
+    assert {file.name: file.read_bytes() for file in base.iterdir()} == before
+
+
 def test_report_can_be_written_again(finished, capsys):
     assert main(["report", str(finished)]) == 0
     assert capsys.readouterr().out.strip() == str(finished / "report.html")

@@ -4,13 +4,14 @@ import argparse
 from pathlib import Path
 
 from tsopsd_jax.commands import exit_codes
-from tsopsd_jax.commands.model_card import base_licence, model_card
+from tsopsd_jax.commands.model_card import EXPORTED, base_licence, model_card
 from tsopsd_jax.config import DTYPES
 from tsopsd_jax.config.places import model_folder
 from tsopsd_jax.config.restore import resolved_config, restore_run
 from tsopsd_jax.data import Tokenizer
 from tsopsd_jax.distributed.sharding import make_mesh
 from tsopsd_jax.model import save_pretrained
+from tsopsd_jax.model.hf import CARD
 from tsopsd_jax.rundir import object_store
 from tsopsd_jax.rundir.log import read_evaluations, read_metrics
 
@@ -30,6 +31,16 @@ def run(args: argparse.Namespace) -> int:
     return exit_codes.DONE
 
 
+def _check_out(out: Path, base: Path) -> None:
+    """Raise if `out` is the model that the run began with, or holds a model that is no export."""
+    if out.resolve() == base.resolve():
+        raise ValueError(f"{out} is the model that the run began with; choose another --out")
+    if not out.is_dir() or not any(out.iterdir()):
+        return
+    if not (out / CARD).is_file() or EXPORTED not in (out / CARD).read_text(encoding="utf-8", errors="replace"):
+        raise ValueError(f"{out} is not empty and is no export of `tsopsd convert`; choose another --out")
+
+
 def export(run_dir: Path, out: Path, *, step: int | None, dtype: str) -> Path:
     """Write the policy of a checkpoint (default: the latest) as a Hugging Face directory with a model card; returns it.
 
@@ -38,6 +49,7 @@ def export(run_dir: Path, out: Path, *, step: int | None, dtype: str) -> Path:
     """
     config = resolved_config(run_dir)
     folder = model_folder(config)
+    _check_out(out, folder)
     model, state = restore_run(run_dir, step=step, mesh=make_mesh(), compute_dtype="float32")
     card = model_card(
         config,

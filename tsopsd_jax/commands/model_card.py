@@ -23,6 +23,8 @@ LAST_METRICS = (
     LOSS,
     GRAD_NORM,
 )
+EXPORTED = "Trained and exported"
+"""Words by which a card says that its directory is an export."""
 _LICENCE = ("license", "license_name", "license_link")
 
 
@@ -68,7 +70,7 @@ def model_card(
     )
     parts = [
         f"---\n{front}---\n# {base}, after {step} steps",
-        f"Trained and exported ({dtype}) by tsopsd_jax {version}; seed {config.seed}.",
+        f"{EXPORTED} ({dtype}) by tsopsd_jax {version}; seed {config.seed}.",
         f"- Base model: {base}{random}\n- Problems: {_data(config.data)}",
         "## Phases\n\n" + _phases(config.phases, Counter(line["phase"] for line in metrics)),
     ]
