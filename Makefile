@@ -9,7 +9,7 @@ PINS := $(addprefix -c ,$(wildcard $(CONSTRAINTS)))
 # Work in progress: the mathematics, the contracts, the architecture. Everything else: make test.
 QUICK := layers docs types losses advantages logit_stats head objectives update packing judge configs examples mutants
 
-.PHONY: demo test quick mutants lint check format env constraints clean
+.PHONY: demo test quick quick-tests mutants lint check format env constraints clean
 
 $(VENV)/.demo: pyproject.toml $(wildcard $(CONSTRAINTS))
 	$(PYTHON) -m venv $(VENV)
@@ -30,7 +30,9 @@ test: env
 	$(BIN)/python -m pytest -n auto --dist loadfile --durations 25
 
 # Under three minutes on two cores, for work in progress.
-quick: env lint
+quick: lint quick-tests
+
+quick-tests: env
 	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow" $(wildcard $(QUICK:%=tests/test_%.py))
 
 mutants: env
@@ -44,7 +46,7 @@ format: env
 lint: env
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/deptry tsopsd_jax
 	$(BIN)/shellcheck tpu/*.sh tpu/gke/*.sh
 	$(BIN)/python tests/mutants.py --check
