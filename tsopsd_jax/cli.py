@@ -4,7 +4,9 @@ Exit codes: see `commands.exit_codes`.
 """
 
 import argparse
+import difflib
 import importlib
+import importlib.metadata
 import os
 import sys
 from pathlib import Path
@@ -13,6 +15,7 @@ from tsopsd_jax.commands import exit_codes
 from tsopsd_jax.display.screen import secure
 
 COMMANDS = {
+    "init": "write a small commented configuration to start from",
     "demo": "collapse a tiny Qwen3 by RL, reheat it, train on: minutes on a CPU",
     "train": "run a configuration; the same command again resumes",
     "plan": "memory, traffic and time of a run on a TPU slice or GPUs, from any machine",
@@ -30,7 +33,13 @@ LONG = ("demo", "train", "generate", "eval")
 
 def _parser(argv: list[str]) -> argparse.ArgumentParser:
     """The parser of a command line; only the options of the command that it names are read from its module."""
-    parser = argparse.ArgumentParser(prog="tsopsd", description="RL of reasoning models with policy reheating, in JAX.")
+    parser = argparse.ArgumentParser(
+        prog="tsopsd",
+        description="RL of reasoning models with policy reheating, in JAX.",
+        epilog="tsopsd COMMAND --help: its options. To begin: tsopsd demo, or tsopsd init and tsopsd train run.yaml",
+    )
+    version = f"tsopsd {importlib.metadata.version('tsopsd_jax')}, jax {importlib.metadata.version('jax')}"
+    parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, help in COMMANDS.items():
         command = commands.add_parser(name, help=help, description=help)
@@ -48,6 +57,14 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's chatter about machine features
     argv = sys.argv[1:] if argv is None else argv
     secure(keep_going=next(iter(argv), None) in LONG)
+    if not argv:
+        _parser(argv).print_help()
+        return exit_codes.DONE
+    if not argv[0].startswith("-") and argv[0] not in COMMANDS:
+        near = difflib.get_close_matches(argv[0], COMMANDS, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(COMMANDS)}"
+        print(f"tsopsd: expected a command, got {argv[0]!r}: {hint}", file=sys.stderr)
+        return exit_codes.BAD_INPUT
     args = _parser(argv).parse_args(argv)
     try:
         _check_environment()

@@ -1,10 +1,14 @@
 """`tsopsd check`: read configurations and check all that can be checked without training."""
 
 import argparse
+import math
+
+import jax
 
 from tsopsd_jax.commands import exit_codes, options
 from tsopsd_jax.config import load_config
-from tsopsd_jax.config.build import check_objectives, divide_cpu, doubts, make_phases, prepare
+from tsopsd_jax.config.build import Parts, check_objectives, divide_cpu, doubts, make_phases, prepare
+from tsopsd_jax.display.numbers import count
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -39,4 +43,27 @@ def run(args: argparse.Namespace) -> int:
             print(f"{path}: warning: {warning}")
         problems, phases = len(parts.task.problems), len(config.phases)
         print(f"{path}: valid; {problems} problems, {phases} phases, mesh {dict(parts.mesh.shape)}")
+        for line in takes(parts):
+            print(f"  {line}")
     return exit_codes.DONE
+
+
+def takes(parts: Parts) -> list[str]:
+    """Say what a run will take: memory of its state, rows and tokens of each phase's steps. (`tsopsd plan` says more.)"""
+    model, mesh = parts.model, parts.mesh
+    parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(model.param_shapes()))
+    moments = jax.tree.leaves(jax.eval_shape(parts.phases[0].optimizer.init, model.param_shapes()))
+    state = 4 * parameters + sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in moments)
+    shards = mesh.shape["fsdp"] * mesh.shape["tensor"]
+    lines = [
+        f"{count(parameters)} parameters: {count(state / shards)}B a device for weights and optimizer, and more for "
+        "gradients, activations and the cache"
+    ]
+    for phase in parts.phases:
+        batches = 1 if phase.reward is None else max(1, phase.reward.max_generation_batches)
+        most = f", up to {batches} times" if batches > 1 else ""
+        lines.append(
+            f"{phase.name}: {phase.prompts_per_step} x {phase.responses_per_prompt} responses a step{most}, of at most "
+            f"{phase.max_response_tokens} tokens; until {phase.stop.words()}"
+        )
+    return lines
