@@ -87,6 +87,14 @@ def test_the_demos_schedule_runs_and_leaves_what_the_contract_names(finished):
     assert "<svg" in (finished / "report.html").read_text()
 
 
+def test_a_runs_metrics_are_those_of_the_page(finished):
+    """docs/metrics.md; tests/test_docs.py holds it against the code."""
+    page = (Path(__file__).parents[1] / "docs" / "metrics.md").read_text(encoding="utf-8")
+    written = {key for line in read_metrics(finished) for key in line} - {"step", "phase", "phase_step", "time_s"}
+    assert len(written) > 25
+    assert {key for key in written if f"`{key}`" not in page} == set()
+
+
 def test_running_it_again_says_that_it_is_done(finished, capsys):
     before = (finished / "metrics.jsonl").read_bytes()
     assert demo(finished) == 0

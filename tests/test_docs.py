@@ -1,5 +1,6 @@
 """The documentation says what the code does: settings, functions, test files, the README's example."""
 
+import ast
 import dataclasses
 import importlib.util
 import inspect
@@ -10,6 +11,7 @@ from pathlib import Path
 
 from tsopsd_jax.config import Config, DataSettings, EvaluationSettings, strict
 from tsopsd_jax.objectives import OBJECTIVES
+from tsopsd_jax.rundir.log import MEASURED
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -90,3 +92,26 @@ def test_readme_is_short_and_shows_the_example_as_it_is():
         return [line for line in lines if line.strip() and '"""' not in line]
 
     assert code(shown) == code(example)
+
+
+METRIC = re.compile(r"(policy|distil|control|reward|judge|rollout|loss|optim|learner|time|perf|evaluation)/[a-zA-Z]\w*")
+
+
+def _documented_metrics() -> set[str]:
+    rows = [line.split("|")[1] for line in read(DOCS / "metrics.md").splitlines() if line.startswith("| `")]
+    return {name for row in rows for name in re.findall(r"`([^`]+)`", row)}
+
+
+def test_every_metric_is_documented():
+    """Names that the code spells out. (Those of a run are compared in tests/test_cli.py.)"""
+    spelt = set()
+    for path in (ROOT / "tsopsd_jax").rglob("*.py"):
+        for node in ast.walk(ast.parse(read(path))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and METRIC.fullmatch(node.value):
+                spelt.add(node.value)
+    spelt |= {f"evaluation/{name}" for name in MEASURED}
+    documented = _documented_metrics()
+    made = {"control/NAME", "distil/forward_kl_nats", "distil/reverse_kl_nats"}  # of parts
+    assert len(spelt) > 40
+    assert spelt - documented == set(), "docs/metrics.md lacks these"
+    assert documented - spelt - made == set(), "docs/metrics.md has these, and the code has not"
