@@ -115,3 +115,17 @@ def test_every_metric_is_documented():
     assert len(spelt) > 40
     assert spelt - documented == set(), "docs/metrics.md lacks these"
     assert documented - spelt - made == set(), "docs/metrics.md has these, and the code has not"
+
+
+def test_pages_for_people_name_settings_that_exist():
+    """The first column of docs/migration.md; names with a dot in docs/troubleshooting.md."""
+    settings = {key for key, _, _ in _documented(Config, "")}
+    hyperparameters = {name for factory in OBJECTIVES.values() for name in inspect.signature(factory).parameters}
+    ours = [line.split("|")[1] for line in read(DOCS / "migration.md").splitlines() if line.startswith("| `")]
+    named = {name for cell in ours for name in re.findall(r"`([^`]+)`", cell)}
+    assert len(named) > 30
+    assert named - settings - hyperparameters - set(OBJECTIVES) == set()
+    groups = "model|data|mesh|reward|optimizer|guard|sampling|evaluation|stop"
+    asked = set(re.findall(rf"`((?:{groups})\.[a-z_]+)", read(DOCS / "troubleshooting.md")))
+    assert len(asked) > 10
+    assert {name for name in asked if not {name, f"phases[].{name}"} & settings} - _documented_metrics() == set()
