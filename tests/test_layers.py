@@ -245,3 +245,14 @@ def test_no_attribute_is_looked_up_with_a_default():
                 assert node.func.id not in ("eval", "exec"), f"{file.name}:{node.lineno}: {node.func.id}"
             if isinstance(node, ast.Import):
                 assert "pickle" not in {a.name for a in node.names}, f"{file.name}:{node.lineno}: pickle"
+
+
+STRICT = {"types", "losses", "advantages", "logit_stats", "head"}
+"""Modules of mathematics, whose types pyright reads strictly; so are all objectives."""
+
+
+def test_the_mathematics_is_typed_strictly():
+    for name, file in FILES.items():
+        if name in STRICT or name.startswith("objectives."):
+            first = file.read_text().splitlines()[0]
+            assert first.startswith("# pyright: strict"), f"{file.name}: begin it with {'# pyright: strict'!r}"

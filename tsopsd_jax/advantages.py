@@ -1,3 +1,4 @@
+# pyright: strict, reportUnknownMemberType=false
 """Advantages from rewards."""
 
 import jax.numpy as jnp

@@ -1,3 +1,5 @@
+# pyright: strict, reportUnknownMemberType=false, reportUnknownLambdaType=false, reportUnknownArgumentType=false
+# pyright: reportUnknownVariableType=false
 """Hidden states x unembedding -> per-token vocabulary statistics, without [tokens, V] ever existing.
 
 Wanted positions (response tokens) are put first and go through the head in tiles of `tile_tokens`; the others never
@@ -92,7 +94,7 @@ class _Tiles(NamedTuple):
     hold a wanted one, tokens of a `block`."""
 
     order: Array
-    count: Array
+    count: Array  # pyright: ignore[reportIncompatibleMethodOverride] - not a tuple's
     block: int
 
 
@@ -120,7 +122,7 @@ def _by_block(function: Callable[[Array, Any], tuple[Any, Any]], block: int, z_N
         z, found = function(z_NV, rest)
         return z, jax.tree.map(lambda x: x[None], found)
 
-    def one(z, part):
+    def one(z: Array, part: tuple[Array, Any]) -> tuple[Array, Any]:
         i, rest = part
         new, found = function(z[i], rest)
         return z if new is None else jax.lax.dynamic_update_index_in_dim(z, new, i, 0), found
@@ -193,14 +195,14 @@ def token_stats(
     """
     tiles, w = _tiles(wanted, unembed.shape[1], tiling), unembed.astype(hidden.dtype)
 
-    def of(at):
+    def of(at: Array) -> dict[str, Array]:
         z, t = _project(_take(hidden, at), w), _take(tokens, at)
         _, found = _by_block(lambda z, t: (None, stats(z, t)), tiles.block, z, t)
         return jax.tree.map(lambda x: x.reshape(-1), found)
 
     out = {name: jnp.zeros(tokens.shape, s.dtype) for name, s in jax.eval_shape(of, tiles.order[0]).items()}
 
-    def tile(i, out):
+    def tile(i: Array, out: dict[str, Array]) -> dict[str, Array]:
         at = tiles.order[i]
         return {name: _put(out[name], at, x) for name, x in of(at).items()}
 
@@ -208,19 +210,23 @@ def token_stats(
         return jax.lax.fori_loop(0, tiles.count, tile, out)
 
 
-def _token_stats_forward(stats, tiling, hidden, unembed, tokens, wanted):
+def _token_stats_forward(
+    stats: Stats, tiling: Tiling, hidden: Array, unembed: Array, tokens: Array, wanted: Array
+) -> tuple[dict[str, Array], tuple[Array, Array, Array, Array]]:
     return token_stats(stats, tiling, hidden, unembed, tokens, wanted), (hidden, unembed, tokens, wanted)
 
 
-def _token_stats_backward(stats, tiling, kept, g):
+def _token_stats_backward(
+    stats: Stats, tiling: Tiling, kept: tuple[Array, Array, Array, Array], g: dict[str, Array]
+) -> tuple[Array, Array, None, None]:
     hidden, unembed, tokens, wanted = kept
     tiles, w = _tiles(wanted, unembed.shape[1], tiling), unembed.astype(hidden.dtype)
 
-    def pull(z, rest):
+    def pull(z: Array, rest: tuple[Array, dict[str, Array]]) -> tuple[Array, tuple[()]]:
         t, g = rest
         return *jax.vjp(lambda z: stats(z, t), z)[1](g), ()
 
-    def tile(i, carry):
+    def tile(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         at = tiles.order[i]
         h = _take(hidden, at)
         rest = _take(tokens, at), {name: _take(x, at) for name, x in g.items()}
@@ -237,16 +243,18 @@ def _token_stats_backward(stats, tiling, kept, g):
 token_stats.defvjp(_token_stats_forward, _token_stats_backward)
 
 
-def _loss_of_tiles(stats, loss, tiling, hidden, unembed, batch):
+def _loss_of_tiles(
+    stats: Stats, loss: Loss, tiling: Tiling, hidden: Array, unembed: Array, batch: Batch
+) -> tuple[Measured, tuple[Array, Array]]:
     """(`measure` of all tiles together, gradients into the hidden states and the unembedding)."""
     tiles, w = _tiles(batch.mask[0], unembed.shape[1], tiling), unembed.astype(hidden.dtype)
 
-    def of(z, block: Batch):
+    def of(z: Array, block: Batch) -> tuple[Array, Measured]:
         block = dataclasses.replace(jax.tree.map(lambda x: x[None], block), knobs=batch.knobs)
         found = measure(loss, {name: x[None] for name, x in stats(z, block.tokens[0]).items()}, block)
         return found.out.loss.total, found
 
-    def one(i, carry):
+    def one(i: Array, carry: tuple[Measured, Array, Array]) -> tuple[Measured, Array, Array]:
         total, d_hidden, d_unembed = carry
         at = tiles.order[i]
         h, rest = _take(hidden, at), jax.tree.map(lambda x: _take(x[0], at), batch.bare)
@@ -260,8 +268,8 @@ def _loss_of_tiles(stats, loss, tiling, hidden, unembed, batch):
     zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     start = zero, jnp.zeros_like(hidden), jnp.zeros(unembed.shape, jnp.float32)
     with jax.named_scope(TILES):
-        total, *grads = jax.lax.fori_loop(0, tiles.count, one, start)
-    return total, grads
+        total, d_hidden, d_unembed = jax.lax.fori_loop(0, tiles.count, one, start)
+    return total, (d_hidden, d_unembed)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -279,12 +287,16 @@ def token_loss(
     return measure(loss, {name: x[None] for name, x in found.items()}, batch)
 
 
-def _token_loss_forward(stats, loss, tiling, hidden, unembed, batch):
+def _token_loss_forward(
+    stats: Stats, loss: Loss, tiling: Tiling, hidden: Array, unembed: Array, batch: Batch
+) -> tuple[Measured, tuple[Array, Array, Array]]:
     out, grads = _loss_of_tiles(stats, loss, tiling, hidden, unembed, batch)
     return out, (*grads, jnp.zeros((0,), unembed.dtype))
 
 
-def _token_loss_backward(_stats, _loss, _cut, kept, g: Measured):
+def _token_loss_backward(
+    _stats: Stats, _loss: Loss, _tiling: Tiling, kept: tuple[Array, Array, Array], g: Measured
+) -> tuple[Array, Array, None]:
     d_hidden, d_unembed, like = kept
     scale = g.out.loss.total
     return d_hidden * scale.astype(d_hidden.dtype), (d_unembed * scale).astype(like.dtype), None
@@ -324,7 +336,7 @@ def batch_stats(
 
     tiling = tiling_for(tile_tokens, mesh)
 
-    def local(hidden, unembed, batch):
+    def local(hidden: Array, unembed: Array, batch: Batch) -> dict[str, Array]:
         states, flat = _next_token(hidden, batch)
         out: Any = token_stats(stats, tiling, states, unembed, flat.tokens[0], flat.mask[0])
         return {name: jnp.pad(x.reshape(batch.tokens.shape[0], -1), ((0, 0), (1, 0))) for name, x in out.items()}
@@ -359,7 +371,7 @@ def batch_loss(
 
     tiling = tiling_for(tile_tokens, mesh)
 
-    def local(hidden, unembed, batch):
+    def local(hidden: Array, unembed: Array, batch: Batch) -> Measured:
         states, flat = _next_token(hidden, batch)
         return jax.tree.map(lambda x: x[None], token_loss(stats, loss, tiling, states, unembed, flat))
 
@@ -377,7 +389,7 @@ def _by_rows(local: Any, mesh: Mesh | None) -> Any:
         return local
     rows = P(ROW_AXES)
 
-    def divided(hidden, unembed, batch: Batch):
+    def divided(hidden: Array, unembed: Array, batch: Batch) -> Any:
         specs = dataclasses.replace(jax.tree.map(lambda _: rows, batch.bare), knobs=dict.fromkeys(batch.knobs, P()))
         return jax.shard_map(
             local, mesh=mesh, in_specs=(rows, P(), specs), out_specs=rows, axis_names=set(ROW_AXES), check_vma=False

@@ -1,3 +1,4 @@
+# pyright: strict, reportUnknownMemberType=false
 """What the library's objectives need of one position's logits, each from a few sums over the vocabulary.
 
 With s = z - max z, u = s / T, Z = sum exp(s), p = exp(s) / Z, Q and q likewise of u, and E = E_p[-s]:
@@ -98,7 +99,7 @@ def _sums(asked: LibraryStats, logits: Array) -> _Sums:
     s, is_top = _shifted(logits, _Sums(top, zero, zero, zero))
     more = jnp.sum(is_top, axis=-1, keepdims=True, dtype=jnp.float32) - 1.0  # ties beyond the first
 
-    def rest(x):
+    def rest(x: Array) -> Array:
         return jnp.sum(jnp.where(is_top, 0.0, jnp.exp(x)), axis=-1, keepdims=True) + more
 
     r = rest(s)
@@ -133,12 +134,16 @@ def _stats(asked: LibraryStats, logits: Array, tokens: Array) -> dict[str, Array
     return _values(asked, logits, tokens, _sums(asked, logits))
 
 
-def _forward(asked: LibraryStats, logits: Array, tokens: Array):
+_Kept = tuple[Array, Array, _Sums]
+"""Logits, tokens and their sums."""
+
+
+def _forward(asked: LibraryStats, logits: Array, tokens: Array) -> tuple[dict[str, Array], _Kept]:
     sums = _sums(asked, logits)
     return _values(asked, logits, tokens, sums), (logits, tokens, sums)
 
 
-def _backward(asked: LibraryStats, kept, g: dict[str, Array]):
+def _backward(asked: LibraryStats, kept: _Kept, g: dict[str, Array]) -> tuple[Array, None]:
     logits, tokens, sums = kept
     s, is_top = _shifted(logits, sums)
     g = {name: x[..., None] for name, x in g.items()}

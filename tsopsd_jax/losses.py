@@ -1,3 +1,4 @@
+# pyright: strict, reportUnknownMemberType=false
 """Per-token mathematics on logits and log-probabilities. Pure, differentiable, no means inside.
 
 Every function reduces the vocabulary axis or works elementwise; masks and averages belong to the objective.

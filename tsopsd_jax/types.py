@@ -1,3 +1,4 @@
+# pyright: strict, reportUnknownMemberType=false
 """The data that flows through the loop, and the glossary of axes and units.
 
     sample : params, prompts -> Rollout      judge : Rollout -> Batch      update : TrainState, Batch -> TrainState
@@ -18,12 +19,12 @@ Units are part of the names: `_tokens`, `_nats`, `_s`, `_fraction`. Temperatures
 """
 
 import dataclasses
-from typing import Any, dataclass_transform
+from typing import Any, TypeVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 AnyArray = jax.Array | np.ndarray
 """On a device, or on the host (numpy)."""
@@ -32,8 +33,11 @@ PyTree = Any
 """A nested container of arrays, such as the parameters."""
 
 
+_T = TypeVar("_T")
+
+
 @dataclass_transform(frozen_default=True)
-def _pytree_dataclass(cls):
+def _pytree_dataclass(cls: type[_T]) -> type[_T]:
     return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
 
 
@@ -130,7 +134,7 @@ class Batch:
     old_logp: Float[Array, "B L"]
     segment: Int[Array, "B L"] | None = None
     weight: Float[Array, "B L"] | None = None
-    knobs: dict[str, Float[Array, ""]] = dataclasses.field(default_factory=dict)
+    knobs: dict[str, Float[Array, ""]] = dataclasses.field(default_factory=dict[str, Float[Array, ""]])
 
     @property
     def bare(self) -> "Batch":
@@ -138,7 +142,7 @@ class Batch:
         return dataclasses.replace(self, knobs={})
 
     @classmethod
-    def of(cls, *, tokens, mask, advantage, old_logp) -> "Batch":
+    def of(cls, *, tokens: ArrayLike, mask: ArrayLike, advantage: ArrayLike, old_logp: ArrayLike) -> "Batch":
         """Zero whatever padding holds, once, so that no junk (not even NaN) can reach a loss.
 
         Args:

@@ -1,3 +1,4 @@
+# pyright: strict, reportUnknownMemberType=false
 """What a phase optimises: an `Objective` is a pair of pure functions that declares its needs itself.
 
 To write your own, return an `Objective` from a function of keyword-only hyperparameters and name it in the YAML as

@@ -1,3 +1,4 @@
+# pyright: strict, reportUnknownMemberType=false
 """DAPO (arXiv 2503.14476)."""
 
 from typing import NamedTuple
@@ -84,7 +85,7 @@ def policy_stats(policy_temperature: float = 1.0) -> Stats:
     if policy_temperature == 1:
         return LibraryStats(("logp", "entropy"))
 
-    def stats(logits, tokens):
+    def stats(logits: Array, tokens: Array) -> dict[str, Array]:
         tempered = logits / policy_temperature
         return {
             "logp": losses.token_logp(tempered, tokens),

@@ -1,3 +1,4 @@
+# pyright: strict, reportUnknownMemberType=false
 """Entropy bonuses: a fixed coefficient, and one that holds the entropy near a target."""
 
 from collections.abc import Mapping

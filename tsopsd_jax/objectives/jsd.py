@@ -1,3 +1,4 @@
+# pyright: strict, reportUnknownMemberType=false
 """The reheater with the generalised Jensen-Shannon divergence (GKD, arXiv 2306.13649)."""
 
 import jax
@@ -29,7 +30,7 @@ def jsd(*, beta: float = 0.5, teacher_temperature: float = 1.2) -> Objective:
         raise ValueError(f"jsd expects 0 <= beta <= 1, got beta={beta}")
     check_temperature(teacher_temperature)
 
-    def divergence(logits):
+    def divergence(logits: Array) -> Array:
         teacher = losses.log_softmax(jax.lax.stop_gradient(logits) / teacher_temperature)
         student = losses.log_softmax(logits)
         if beta in (0, 1):
@@ -39,7 +40,7 @@ def jsd(*, beta: float = 0.5, teacher_temperature: float = 1.2) -> Objective:
         of_teacher, of_student = (jnp.sum(losses.kl_terms(q, middle), axis=-1) for q in (teacher, student))
         return beta * of_teacher + (1 - beta) * of_student
 
-    def stats(logits, tokens):
+    def stats(logits: Array, tokens: Array) -> dict[str, Array]:
         return {
             "logp": losses.token_logp(logits, tokens),
             "entropy": losses.entropy(logits),

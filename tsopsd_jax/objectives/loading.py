@@ -1,3 +1,4 @@
+# pyright: strict, reportUnknownMemberType=false
 """Objectives by name: the library's, and those of one's own as `path/to/file.py:function`."""
 
 from collections.abc import Callable

@@ -1,3 +1,4 @@
+# pyright: strict, reportUnknownMemberType=false
 """Policy gradients at the tokens of highest entropy alone (arXiv 2506.01939)."""
 
 import dataclasses

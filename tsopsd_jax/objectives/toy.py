@@ -1,3 +1,4 @@
+# pyright: strict, reportUnknownMemberType=false, reportUnknownLambdaType=false, reportUnknownArgumentType=false
 """A toy batch on which an objective's contract is checked."""
 
 import dataclasses
@@ -39,7 +40,7 @@ def make_toy(objective: Objective) -> Toy:
     z = 1.5 * rng.normal(size=(*shape, VOCABULARY))
     tokens = rng.integers(0, VOCABULARY, shape)
     logp = np.take_along_axis(z, tokens[..., None], -1)[..., 0] - np.log(np.exp(z).sum(-1))
-    fields = {
+    fields: dict[str, Any] = {
         "tokens": np.where(at < end, tokens, 0).astype(np.int32),
         "mask": mask,
         "advantage": np.where(mask, rng.normal(size=(shape[0], 1)), 0).astype(np.float32),

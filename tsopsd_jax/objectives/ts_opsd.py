@@ -1,3 +1,4 @@
+# pyright: strict, reportUnknownMemberType=false
 """TS-OPSD, the reheater (arXiv 2606.00755)."""
 
 from jaxtyping import Array
