@@ -40,7 +40,8 @@ def jax_case(name: str, tokens: Any, tile: int):
     import jax.numpy as jnp
 
     from tsopsd_jax import losses
-    from tsopsd_jax.head import tiling_for, token_loss, token_stats
+    from tsopsd_jax.head import token_loss, token_stats
+    from tsopsd_jax.head_tiles import tiling_for
     from tsopsd_jax.objectives import OBJECTIVES
     from tsopsd_jax.types import Batch
 

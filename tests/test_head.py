@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tsopsd_jax import head, losses
+from tsopsd_jax import head_tiles, losses
 from tsopsd_jax.distributed.sharding import make_mesh
-from tsopsd_jax.head import Tiling, batch_loss, batch_stats, token_loss, token_stats, vocab_stats
+from tsopsd_jax.head import batch_loss, batch_stats, token_loss, token_stats, vocab_stats
+from tsopsd_jax.head_tiles import Tiling
 from tsopsd_jax.logit_stats import LibraryStats, VocabStats, logits_stats
 from tsopsd_jax.types import Batch, LossOutput, Mean
 
@@ -144,7 +145,7 @@ def test_one_pass_equals_two_and_the_formula_on_full_logits(mesh, block, monkeyp
     rng = np.random.default_rng(2)
     b, length, v = 8, 6, 12
     if block:
-        monkeypatch.setattr(head, "BLOCK_BYTES", block * 4 * v)
+        monkeypatch.setattr(head_tiles, "BLOCK_BYTES", block * 4 * v)
     mesh = mesh and make_mesh(**mesh, devices=jax.devices()[: int(np.prod(list(mesh.values())))])
     hidden = jnp.asarray(rng.normal(size=(b, length, D)), jnp.float32)
     unembed = jnp.asarray(rng.normal(size=(D, v)), jnp.float32)
@@ -231,9 +232,9 @@ def test_blocks_fit_a_cpus_caches_and_the_tile():
         (Tiling(512, 1), 151_936, (512, 1)),
         (Tiling(512), 151_936, (512, 512)),
     ):
-        tiles = head._tiles(wanted, v, tiling)
+        tiles = head_tiles.tiles_of(wanted, v, tiling)
         assert (tiles.order.shape[1], tiles.block) == sizes
-    assert head.tiling_for(7) == Tiling(7, head.BLOCK_BYTES), "the tests' backend is a CPU"
+    assert head_tiles.tiling_for(7) == Tiling(7, head_tiles.BLOCK_BYTES), "the tests' backend is a CPU"
 
 
 def test_a_vocabulary_over_devices_is_never_gathered():

@@ -24,24 +24,39 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from tsopsd_jax.distributed.sharding import ROW_AXES, row_multiple
+from tsopsd_jax.distributed.sharding import ROW_AXES
+from tsopsd_jax.head_tiles import (
+    TILE_TOKENS,
+    Tiling,
+    by_block,
+    is_divided,
+    project,
+    pull_back,
+    put_back,
+    take,
+    tiles_of,
+    tiling_for,
+)
 from tsopsd_jax.logit_stats import LibraryStats, VocabStats
 from tsopsd_jax.types import Batch, LossOutput, Mean
-
-TILE_TOKENS = 1024
-"""Tokens whose logits exist at once, on each device."""
-
-BLOCK_BYTES = 8 << 20
-"""Size of a block on a CPU, whose caches hold that many logits while they are read again and again."""
 
 TILES = "head_tiles"
 """Name of the loops over tiles in profiles and compiled programs."""
 
-Stats = Callable[[Array, Array], dict[str, Array]]
-"""(logits [..., V] float32, tokens [...]) -> {name: [...]}: the only code that sees the vocabulary."""
+Stats = Callable[..., dict[str, Array]]
+"""(logits [..., V] float32, tokens [...]) -> {name: [...]}: the only code that sees the vocabulary. Where the objective has a
+reference, its logits [..., V] are a third argument."""
 
 Loss = Callable[[dict[str, Array], Batch], LossOutput]
 """({name: [B, L]}, Batch) -> LossOutput."""
+
+
+class Reference(NamedTuple):
+    """The frozen reference at the positions of a batch: hidden states like the policy's, of its own width D', and its
+    unembedding [D', V]. No gradient reaches it."""
+
+    hidden: Array
+    unembed: Array
 
 
 def vocab_stats(
@@ -70,80 +85,15 @@ def vocab_stats(
     return VocabStats(**found)
 
 
-class Tiling(NamedTuple):
-    """How tokens are cut into tiles and blocks.
-
-    `tile_tokens`: tokens of a tile, whose logits exist at once. `block_bytes`: logits of a block, the part of a tile that
-    `stats` sees at once; None: all of it. `axes`: mesh axes whose devices all go through equally many tiles.
-    """
-
-    tile_tokens: int
-    block_bytes: int | None = None
-    axes: tuple[str, ...] = ()
+def _reference_logits(reference: Reference | None, at: Array) -> Array | None:
+    """The reference's logits of a tile's tokens; None where there is no reference."""
+    if reference is None:
+        return None
+    return project(take(reference.hidden, at), reference.unembed.astype(reference.hidden.dtype))
 
 
-def tiling_for(tile_tokens: int, mesh: Mesh | None = None) -> Tiling:
-    """Tiles of at most `tile_tokens` tokens, and blocks that suit the mesh's devices; no mesh: a device of the default
-    backend."""
-    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-    return Tiling(tile_tokens, BLOCK_BYTES if platform == "cpu" else None, ROW_AXES if _divided(mesh) else ())
-
-
-class _Tiles(NamedTuple):
-    """Tokens in tiles, the wanted ones first: `order` [tiles, tile] of their indices (N: none), `count` of the tiles that
-    hold a wanted one, tokens of a `block`."""
-
-    order: Array
-    count: Array  # pyright: ignore[reportIncompatibleMethodOverride] - not a tuple's
-    block: int
-
-
-def _tiles(wanted_N: Array, vocabulary: int, tiling: Tiling) -> _Tiles:
-    n = wanted_N.shape[0]
-    tile = block = max(1, min(tiling.tile_tokens, n))
-    if tiling.block_bytes is not None:
-        fit = max(1, tiling.block_bytes // (4 * vocabulary))
-        block = min(tile, 1 << (fit.bit_length() - 1))
-        tile = tile // block * block
-    order = jnp.argsort(~wanted_N, stable=True).astype(jnp.int32)
-    order = jnp.where(jnp.arange(n, dtype=jnp.int32) < jnp.sum(wanted_N, dtype=jnp.int32), order, n)
-    order = jnp.pad(order, (0, -n % tile), constant_values=n).reshape(-1, tile)
-    count = -(-jnp.sum(wanted_N, dtype=jnp.int32) // tile)
-    return _Tiles(order, jax.lax.pmax(count, tiling.axes) if tiling.axes else count, block)
-
-
-def _by_block(function: Callable[[Array, Any], tuple[Any, Any]], block: int, z_NV: Array, rest: Any) -> tuple[Any, Any]:
-    """`function(z, rest) -> (new z or None, found)` of each block of a tile's rows.
-
-    Returns:
-        The new z, in the old one's place, and what was found in each block, stacked.
-    """
-    if block == z_NV.shape[0]:
-        z, found = function(z_NV, rest)
-        return z, jax.tree.map(lambda x: x[None], found)
-
-    def one(z: Array, part: tuple[Array, Any]) -> tuple[Array, Any]:
-        i, rest = part
-        new, found = function(z[i], rest)
-        return z if new is None else jax.lax.dynamic_update_index_in_dim(z, new, i, 0), found
-
-    z, rest = jax.tree.map(lambda x: x.reshape(-1, block, *x.shape[1:]), (z_NV, rest))
-    z, found = jax.lax.scan(one, z, (jnp.arange(z.shape[0]), rest))
-    return z.reshape(z_NV.shape), found
-
-
-def _take(x: Array, at: Array) -> Array:
-    """x[at], and zeros where `at` is no index."""
-    return jnp.take(x, at, axis=0, mode="fill", fill_value=0)
-
-
-def _put(x: Array, at: Array, new: Array) -> Array:
-    return x.at[at].set(new, mode="drop", unique_indices=True)
-
-
-def _project(hidden_ND: Array, unembed_DV: Array) -> Array:
-    """Float32 logits, accumulated in float32 from operands of the hidden states' dtype."""
-    return jnp.einsum("ND,DV->NV", hidden_ND, unembed_DV, preferred_element_type=jnp.float32)
+def _call(stats: Stats, z: Array, tokens: Array, reference_z: Array | None) -> dict[str, Array]:
+    return stats(z, tokens) if reference_z is None else stats(z, tokens, reference_z)
 
 
 class Measured(NamedTuple):
@@ -172,14 +122,6 @@ def measure(loss: Loss, stats: dict[str, Array], batch: Batch) -> Measured:
     return Measured(out, gap)
 
 
-def _pull(dz_NV: Array, hidden_ND: Array, unembed_DV: Array, d_unembed_DV: Array) -> tuple[Array, Array]:
-    """Gradients of a tile's logits into its hidden states, and added to those of the unembedding (float32)."""
-    dz_NV = dz_NV.astype(hidden_ND.dtype)
-    # One product after the other: side by side they fight for a CPU's cache.
-    d_hidden, dz_NV = jax.lax.optimization_barrier((jnp.einsum("NV,DV->ND", dz_NV, unembed_DV), dz_NV))
-    return d_hidden, d_unembed_DV + jnp.einsum("ND,NV->DV", hidden_ND, dz_NV, preferred_element_type=jnp.float32)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def token_stats(
     stats: Stats,
@@ -188,83 +130,103 @@ def token_stats(
     unembed: Float[Array, "D V"],
     tokens: Int[Array, " N"],
     wanted: Bool[Array, " N"],
+    reference: Reference | None = None,
 ) -> dict[str, Float[Array, " N"]]:
     """Compute `stats` of every wanted token, 0 elsewhere; differentiable in `hidden` and `unembed`.
 
     These may be float32 masters: they are multiplied in the hidden states' dtype, and the gradient stays in theirs.
     """
-    tiles, w = _tiles(wanted, unembed.shape[1], tiling), unembed.astype(hidden.dtype)
+    tiles, w = tiles_of(wanted, unembed.shape[1], tiling), unembed.astype(hidden.dtype)
 
     def of(at: Array) -> dict[str, Array]:
-        z, t = _project(_take(hidden, at), w), _take(tokens, at)
-        _, found = _by_block(lambda z, t: (None, stats(z, t)), tiles.block, z, t)
+        z, rest = project(take(hidden, at), w), (take(tokens, at), _reference_logits(reference, at))
+        _, found = by_block(lambda z, rest: (None, _call(stats, z, *rest)), tiles.block, z, rest)
         return jax.tree.map(lambda x: x.reshape(-1), found)
 
     out = {name: jnp.zeros(tokens.shape, s.dtype) for name, s in jax.eval_shape(of, tiles.order[0]).items()}
 
     def tile(i: Array, out: dict[str, Array]) -> dict[str, Array]:
         at = tiles.order[i]
-        return {name: _put(out[name], at, x) for name, x in of(at).items()}
+        return {name: put_back(out[name], at, x) for name, x in of(at).items()}
 
     with jax.named_scope(TILES):
         return jax.lax.fori_loop(0, tiles.count, tile, out)
 
 
+_Asked = tuple[Array, Array, Array, Array, Reference | None]
+
+
 def _token_stats_forward(
-    stats: Stats, tiling: Tiling, hidden: Array, unembed: Array, tokens: Array, wanted: Array
-) -> tuple[dict[str, Array], tuple[Array, Array, Array, Array]]:
-    return token_stats(stats, tiling, hidden, unembed, tokens, wanted), (hidden, unembed, tokens, wanted)
+    stats: Stats,
+    tiling: Tiling,
+    hidden: Array,
+    unembed: Array,
+    tokens: Array,
+    wanted: Array,
+    reference: Reference | None,
+) -> tuple[dict[str, Array], _Asked]:
+    asked = hidden, unembed, tokens, wanted, reference
+    return token_stats(stats, tiling, *asked), asked
 
 
 def _token_stats_backward(
-    stats: Stats, tiling: Tiling, kept: tuple[Array, Array, Array, Array], g: dict[str, Array]
-) -> tuple[Array, Array, None, None]:
-    hidden, unembed, tokens, wanted = kept
-    tiles, w = _tiles(wanted, unembed.shape[1], tiling), unembed.astype(hidden.dtype)
+    stats: Stats, tiling: Tiling, kept: _Asked, g: dict[str, Array]
+) -> tuple[Array, Array, None, None, None]:
+    hidden, unembed, tokens, wanted, reference = kept
+    tiles, w = tiles_of(wanted, unembed.shape[1], tiling), unembed.astype(hidden.dtype)
 
-    def pull(z: Array, rest: tuple[Array, dict[str, Array]]) -> tuple[Array, tuple[()]]:
-        t, g = rest
-        return *jax.vjp(lambda z: stats(z, t), z)[1](g), ()
+    def pull(z: Array, rest: tuple[Array, Array | None, dict[str, Array]]) -> tuple[Array, tuple[()]]:
+        t, reference_z, g = rest
+        return *jax.vjp(lambda z: _call(stats, z, t, reference_z), z)[1](g), ()
 
     def tile(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         at = tiles.order[i]
-        h = _take(hidden, at)
-        rest = _take(tokens, at), {name: _take(x, at) for name, x in g.items()}
-        dz, _ = _by_block(pull, tiles.block, _project(h, w), rest)
-        d_h, d_unembed = _pull(dz, h, w, carry[1])
-        return _put(carry[0], at, d_h), d_unembed
+        h = take(hidden, at)
+        rest = take(tokens, at), _reference_logits(reference, at), {name: take(x, at) for name, x in g.items()}
+        dz, _ = by_block(pull, tiles.block, project(h, w), rest)
+        d_h, d_unembed = pull_back(dz, h, w, carry[1])
+        return put_back(carry[0], at, d_h), d_unembed
 
     zero = jnp.zeros_like(hidden), jnp.zeros(unembed.shape, jnp.float32)
     with jax.named_scope(TILES):
         d_hidden, d_unembed = jax.lax.fori_loop(0, tiles.count, tile, zero)
-    return d_hidden, d_unembed.astype(unembed.dtype), None, None
+    return d_hidden, d_unembed.astype(unembed.dtype), None, None, None
 
 
 token_stats.defvjp(_token_stats_forward, _token_stats_backward)
 
 
 def _loss_of_tiles(
-    stats: Stats, loss: Loss, tiling: Tiling, hidden: Array, unembed: Array, batch: Batch
+    stats: Stats,
+    loss: Loss,
+    tiling: Tiling,
+    hidden: Array,
+    unembed: Array,
+    batch: Batch,
+    reference: Reference | None,
 ) -> tuple[Measured, tuple[Array, Array]]:
     """(`measure` of all tiles together, gradients into the hidden states and the unembedding)."""
-    tiles, w = _tiles(batch.mask[0], unembed.shape[1], tiling), unembed.astype(hidden.dtype)
+    tiles, w = tiles_of(batch.mask[0], unembed.shape[1], tiling), unembed.astype(hidden.dtype)
 
-    def of(z: Array, block: Batch) -> tuple[Array, Measured]:
+    def of(z: Array, rest: tuple[Batch, Array | None]) -> tuple[Array, Measured]:
+        block, reference_z = rest
         block = dataclasses.replace(jax.tree.map(lambda x: x[None], block), knobs=batch.knobs)
-        found = measure(loss, {name: x[None] for name, x in stats(z, block.tokens[0]).items()}, block)
+        asked = _call(stats, z, block.tokens[0], reference_z)
+        found = measure(loss, {name: x[None] for name, x in asked.items()}, block)
         return found.out.loss.total, found
 
     def one(i: Array, carry: tuple[Measured, Array, Array]) -> tuple[Measured, Array, Array]:
         total, d_hidden, d_unembed = carry
         at = tiles.order[i]
-        h, rest = _take(hidden, at), jax.tree.map(lambda x: _take(x[0], at), batch.bare)
-        dz, found = _by_block(jax.grad(of, has_aux=True), tiles.block, _project(h, w), rest)
-        d_h, d_unembed = _pull(dz, h, w, d_unembed)
-        return total + found.summed(), _put(d_hidden, at, d_h), d_unembed
+        h = take(hidden, at)
+        rest = jax.tree.map(lambda x: take(x[0], at), batch.bare), _reference_logits(reference, at)
+        dz, found = by_block(jax.grad(of, has_aux=True), tiles.block, project(h, w), rest)
+        d_h, d_unembed = pull_back(dz, h, w, d_unembed)
+        return total + found.summed(), put_back(d_hidden, at, d_h), d_unembed
 
     z_like = jax.ShapeDtypeStruct((tiles.block, unembed.shape[1]), jnp.float32)
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct((tiles.block,), x.dtype), batch.bare)
-    _, shapes = jax.eval_shape(of, z_like, like)
+    _, shapes = jax.eval_shape(of, z_like, (like, None if reference is None else z_like))
     zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     start = zero, jnp.zeros_like(hidden), jnp.zeros(unembed.shape, jnp.float32)
     with jax.named_scope(TILES):
@@ -280,36 +242,47 @@ def token_loss(
     hidden: Float[Array, "N D"],
     unembed: Float[Array, "D V"],
     batch: Batch,
+    reference: Reference | None = None,
 ) -> Measured:
     """Evaluate a loss that treats every token by itself, on a batch of one row of N tokens and the N states that predict
     them. `loss.total` can be differentiated, in `hidden` and `unembed`; the rest is given no gradient."""
-    found: Any = token_stats(stats, tiling, hidden, unembed, batch.tokens[0], batch.mask[0])
+    found: Any = token_stats(stats, tiling, hidden, unembed, batch.tokens[0], batch.mask[0], reference)
     return measure(loss, {name: x[None] for name, x in found.items()}, batch)
 
 
 def _token_loss_forward(
-    stats: Stats, loss: Loss, tiling: Tiling, hidden: Array, unembed: Array, batch: Batch
+    stats: Stats,
+    loss: Loss,
+    tiling: Tiling,
+    hidden: Array,
+    unembed: Array,
+    batch: Batch,
+    reference: Reference | None,
 ) -> tuple[Measured, tuple[Array, Array, Array]]:
-    out, grads = _loss_of_tiles(stats, loss, tiling, hidden, unembed, batch)
+    out, grads = _loss_of_tiles(stats, loss, tiling, hidden, unembed, batch, reference)
     return out, (*grads, jnp.zeros((0,), unembed.dtype))
 
 
 def _token_loss_backward(
     _stats: Stats, _loss: Loss, _tiling: Tiling, kept: tuple[Array, Array, Array], g: Measured
-) -> tuple[Array, Array, None]:
+) -> tuple[Array, Array, None, None]:
     d_hidden, d_unembed, like = kept
     scale = g.out.loss.total
-    return d_hidden * scale.astype(d_hidden.dtype), (d_unembed * scale).astype(like.dtype), None
+    return d_hidden * scale.astype(d_hidden.dtype), (d_unembed * scale).astype(like.dtype), None, None
 
 
 token_loss.defvjp(_token_loss_forward, _token_loss_backward)
 
 
-def _next_token(hidden_BLD: Array, batch: Batch) -> tuple[Array, Batch]:
-    """Pair N = B (L - 1) hidden states with what they predict, as a batch of one row: the state
-    at position t - 1 predicts `tokens[:, t]`. The only place where anything is shifted."""
-    flat = jax.tree.map(lambda x: x[:, 1:].reshape(1, -1), batch.bare)
-    return hidden_BLD[:, :-1].reshape(-1, hidden_BLD.shape[-1]), dataclasses.replace(flat, knobs=batch.knobs)
+def _next_token(hidden_BLD: Array, batch: Batch, reference: Reference | None) -> tuple[Array, Batch, Reference | None]:
+    """Pair N = B (L - 1) hidden states, the policy's and the reference's, with what they predict, as a batch of one row: the
+    state at position t - 1 predicts `tokens[:, t]`. The only place where anything is shifted."""
+
+    def states(hidden_BLD: Array) -> Array:
+        return hidden_BLD[:, :-1].reshape(-1, hidden_BLD.shape[-1])
+
+    flat = dataclasses.replace(jax.tree.map(lambda x: x[:, 1:].reshape(1, -1), batch.bare), knobs=batch.knobs)
+    return states(hidden_BLD), flat, reference and Reference(states(reference.hidden), reference.unembed)
 
 
 def batch_stats(
@@ -318,6 +291,7 @@ def batch_stats(
     unembed: Float[Array, "D V"],
     batch: Batch,
     *,
+    reference: Reference | None = None,
     tile_tokens: int = TILE_TOKENS,
     mesh: Mesh | None = None,
 ) -> dict[str, Float[Array, "B L"]]:
@@ -330,18 +304,19 @@ def batch_stats(
         hidden: [B, L, D]; `hidden[:, t - 1]` predicts `tokens[:, t]`.
         unembed: [D, V].
         batch: its tokens and mask.
+        reference: hidden [B, L, D']; None: `stats` takes two arguments.
         tile_tokens: tokens whose logits exist at once, on each device.
         mesh: over which rows are divided; None: one device.
     """
 
     tiling = tiling_for(tile_tokens, mesh)
 
-    def local(hidden: Array, unembed: Array, batch: Batch) -> dict[str, Array]:
-        states, flat = _next_token(hidden, batch)
-        out: Any = token_stats(stats, tiling, states, unembed, flat.tokens[0], flat.mask[0])
+    def local(hidden: Array, unembed: Array, batch: Batch, reference: Reference | None = None) -> dict[str, Array]:
+        states, flat, reference = _next_token(hidden, batch, reference)
+        out: Any = token_stats(stats, tiling, states, unembed, flat.tokens[0], flat.mask[0], reference)
         return {name: jnp.pad(x.reshape(batch.tokens.shape[0], -1), ((0, 0), (1, 0))) for name, x in out.items()}
 
-    return _by_rows(local, mesh)(hidden, unembed, batch)
+    return _by_rows(local, mesh)(hidden, unembed, batch, reference)
 
 
 def batch_loss(
@@ -352,6 +327,7 @@ def batch_loss(
     batch: Batch,
     *,
     tokenwise: bool,
+    reference: Reference | None = None,
     tile_tokens: int = TILE_TOKENS,
     mesh: Mesh | None = None,
 ) -> Measured:
@@ -363,36 +339,37 @@ def batch_loss(
         unembed: [D, V].
         batch: [B, L].
         tokenwise: whether the loss treats every token by itself; then gradients are formed in the forward pass.
+        reference: hidden [B, L, D']; None: `stats` takes two arguments.
         tile_tokens: tokens whose logits exist at once, on each device.
         mesh: over which rows are divided; None: one device.
     """
     if not tokenwise:
-        return measure(loss, batch_stats(stats, hidden, unembed, batch, tile_tokens=tile_tokens, mesh=mesh), batch)
+        found = batch_stats(stats, hidden, unembed, batch, reference=reference, tile_tokens=tile_tokens, mesh=mesh)
+        return measure(loss, found, batch)
 
     tiling = tiling_for(tile_tokens, mesh)
 
-    def local(hidden: Array, unembed: Array, batch: Batch) -> Measured:
-        states, flat = _next_token(hidden, batch)
-        return jax.tree.map(lambda x: x[None], token_loss(stats, loss, tiling, states, unembed, flat))
+    def local(hidden: Array, unembed: Array, batch: Batch, reference: Reference | None = None) -> Measured:
+        states, flat, reference = _next_token(hidden, batch, reference)
+        return jax.tree.map(lambda x: x[None], token_loss(stats, loss, tiling, states, unembed, flat, reference))
 
-    return _by_rows(local, mesh)(hidden, unembed, batch).summed()
-
-
-def _divided(mesh: Mesh | None) -> bool:
-    return mesh is not None and row_multiple(mesh) > 1
+    return _by_rows(local, mesh)(hidden, unembed, batch, reference).summed()
 
 
 def _by_rows(local: Any, mesh: Mesh | None) -> Any:
-    """Apply `local(hidden, unembed, batch)` to each device's own rows: tiles are cut and gradients of the unembedding summed
+    """Apply `local(hidden, unembed, batch, reference)` to each device's own rows: tiles are cut and gradients of the unembedding summed
     without a word to the others; what stays automatic is the vocabulary over the tensor axis."""
-    if not _divided(mesh):
+    if not is_divided(mesh):
         return local
     rows = P(ROW_AXES)
 
-    def divided(hidden: Array, unembed: Array, batch: Batch) -> Any:
-        specs = dataclasses.replace(jax.tree.map(lambda _: rows, batch.bare), knobs=dict.fromkeys(batch.knobs, P()))
+    def divided(hidden: Array, unembed: Array, batch: Batch, reference: Reference | None) -> Any:
+        of_batch = dataclasses.replace(jax.tree.map(lambda _: rows, batch.bare), knobs=dict.fromkeys(batch.knobs, P()))
+        specs, arguments = (rows, P(), of_batch), (hidden, unembed, batch)
+        if reference is not None:
+            specs, arguments = (*specs, Reference(rows, P())), (*arguments, reference)  # pyright: ignore[reportArgumentType]
         return jax.shard_map(
-            local, mesh=mesh, in_specs=(rows, P(), specs), out_specs=rows, axis_names=set(ROW_AXES), check_vma=False
-        )(hidden, unembed, batch)
+            local, mesh=mesh, in_specs=specs, out_specs=rows, axis_names=set(ROW_AXES), check_vma=False
+        )(*arguments)
 
     return divided

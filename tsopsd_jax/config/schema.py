@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from tsopsd_jax.config import strict
 from tsopsd_jax.data import CHATS, SOURCES, TEMPLATES
-from tsopsd_jax.head import TILE_TOKENS
+from tsopsd_jax.head_tiles import TILE_TOKENS
 from tsopsd_jax.judge.groups import RewardRule
 from tsopsd_jax.model.qwen3 import REMAT
 from tsopsd_jax.rewards import VERIFIERS

@@ -6,7 +6,8 @@ import numpy as np
 
 from tsopsd_jax import losses
 from tsopsd_jax.distributed.sharding import put, row_sharding
-from tsopsd_jax.head import TILE_TOKENS, batch_stats
+from tsopsd_jax.head import batch_stats
+from tsopsd_jax.head_tiles import TILE_TOKENS
 from tsopsd_jax.learn.update import distillation_batch
 from tsopsd_jax.model import Qwen3
 from tsopsd_jax.types import PyTree, Rollout

@@ -11,7 +11,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from tsopsd_jax.distributed.sharding import AnyMesh, replicated, tree_shardings
-from tsopsd_jax.head import TILE_TOKENS, batch_loss, batch_stats
+from tsopsd_jax.head import Reference, batch_loss, batch_stats
+from tsopsd_jax.head_tiles import TILE_TOKENS
 from tsopsd_jax.metric_names import ENTROPY, GRAD_NORM, HELD, LOSS, SKIPPED
 from tsopsd_jax.model.qwen3 import Qwen3
 from tsopsd_jax.objectives import Objective
@@ -105,12 +106,38 @@ def fresh_optimizer_state(optimizer: optax.GradientTransformation, like: TrainSt
     return jax.jit(optimizer.init, out_shardings=layout)(params)
 
 
+class ReferencePolicy(NamedTuple):
+    """A frozen policy that `stats` is shown beside the one that learns: its functions and its parameters (any dtype)."""
+
+    model: Qwen3
+    params: PyTree
+
+    def of(self, batch: Batch) -> Reference:
+        """Its hidden states of a batch. No gradient reaches it."""
+        params = jax.lax.stop_gradient(self.params)
+        hidden = self.model.hidden(params, batch.tokens, batch.segment)
+        return Reference(jax.lax.stop_gradient(hidden), self.model.unembed(params))
+
+
 def per_token_stats(
-    model: Qwen3, params: PyTree, batch: Batch, objective: Objective, *, tile_tokens: int = TILE_TOKENS
+    model: Qwen3,
+    params: PyTree,
+    batch: Batch,
+    objective: Objective,
+    *,
+    reference: ReferencePolicy | None = None,
+    tile_tokens: int = TILE_TOKENS,
 ) -> dict[str, Array]:
     """Compute the objective's statistics of every response token under the learner's own forward pass, {name: [B, L]}."""
-    hidden, unembed = model.hidden(params, batch.tokens, batch.segment), model.unembed(params)
-    return batch_stats(objective.stats, hidden, unembed, batch, tile_tokens=tile_tokens, mesh=model.mesh)
+    return batch_stats(
+        objective.stats,
+        model.hidden(params, batch.tokens, batch.segment),
+        model.unembed(params),
+        batch,
+        reference=reference and reference.of(batch),
+        tile_tokens=tile_tokens,
+        mesh=model.mesh,
+    )
 
 
 class MicroBatches(NamedTuple):
@@ -135,12 +162,19 @@ def cut_up(batch: Batch, micro_batches: int) -> MicroBatches:
 
 
 def whole_stats(
-    model: Qwen3, params: PyTree, batch: Batch, objective: Objective, *, micro_batches: int, tile_tokens: int
+    model: Qwen3,
+    params: PyTree,
+    batch: Batch,
+    objective: Objective,
+    *,
+    reference: ReferencePolicy | None = None,
+    micro_batches: int,
+    tile_tokens: int,
 ) -> dict[str, Array]:
     """`per_token_stats` of a whole batch, micro-batch by micro-batch: what `select` sees. No gradient passes through."""
 
     def one(part: Batch):
-        return per_token_stats(model, params, part, objective, tile_tokens=tile_tokens)
+        return per_token_stats(model, params, part, objective, reference=reference, tile_tokens=tile_tokens)
 
     params = jax.lax.stop_gradient(params)
     if micro_batches == 1:
@@ -159,14 +193,15 @@ def whole_stats(
 
 
 def make_gradient(model: Qwen3, objective: Objective, *, micro_batches: int = 1, tile_tokens: int = TILE_TOKENS):
-    """Make the function (params, batch) -> (gradient, LossOutput, largest |sampler's - learner's log-prob|), averaged once.
+    """Make the function (params, batch, reference=None) -> (gradient, LossOutput, largest |sampler's - learner's log-prob|),
+    averaged once.
 
     gradient = sum over micro-batches of d(total) / sum of count, so that splitting changes nothing but memory.
     Micro-batches are strided rows (number i: rows i, i + micro_batches, ...), each on all devices; those after the last one
     that holds a response token are not computed.
     """
 
-    def total(params, part: Batch):
+    def total(params, part: Batch, reference: ReferencePolicy | None):
         hidden = model.hidden(params, part.tokens, part.segment)
         found = batch_loss(
             objective.stats,
@@ -175,13 +210,16 @@ def make_gradient(model: Qwen3, objective: Objective, *, micro_batches: int = 1,
             model.unembed(params),
             part,
             tokenwise=objective.tokenwise,
+            reference=reference and reference.of(part),
             tile_tokens=tile_tokens,
             mesh=model.mesh,
         )
         return found.out.loss.total, found
 
-    def gradient(params, batch: Batch):
-        one = jax.grad(total, has_aux=True)
+    def gradient(params, batch: Batch, reference: ReferencePolicy | None = None):
+        def one(params, part: Batch):
+            return jax.grad(total, has_aux=True)(params, part, reference)
+
         if micro_batches == 1:
             grads, found = one(params, batch)
         else:
@@ -208,10 +246,13 @@ def make_update(
     micro_batches: int = 1,
     tile_tokens: int = TILE_TOKENS,
     learning_rate: optax.Schedule | None = None,
+    reference_model: Qwen3 | None = None,
 ) -> Update:
-    """Make update(state, batch, hold_above_nats=inf, knobs={}) -> (state, UpdateOut): pure, to be jitted with a donated state.
+    """Make update(state, batch, hold_above_nats=inf, knobs={}, reference=None) -> (state, UpdateOut): pure, to be jitted with a
+    donated state.
 
-    The objective's `select` sees the whole batch first. `knobs` are the numbers that its `control` turned.
+    The objective's `select` sees the whole batch first. `knobs` are the numbers that its `control` turned. `reference` are
+    the parameters of `reference_model`.
 
     A gradient that is not finite leaves parameters and optimizer as they were and advances only the step; so does a
     policy whose mean token entropy has reached `hold_above_nats`. A stop rule on entropy then keeps the policy that it
@@ -221,6 +262,7 @@ def make_update(
         micro_batches: number of equal strided parts of the batch's rows, whose gradients are added.
         tile_tokens: tokens whose logits exist at once, on each device.
         learning_rate: the optimizer's own, to be reported by the update.
+        reference_model: the functions of the frozen reference; None: those of `model`.
     """
     gradient = make_gradient(model, objective, micro_batches=micro_batches, tile_tokens=tile_tokens)
     cut = {"micro_batches": micro_batches, "tile_tokens": tile_tokens}
@@ -230,13 +272,16 @@ def make_update(
         batch: Batch,
         hold_above_nats: Array | float = float("inf"),
         knobs: Mapping[str, Array] | None = None,
+        reference: PyTree | None = None,
     ) -> tuple[TrainState, UpdateOut]:
         batch = dataclasses.replace(batch, knobs=dict(knobs or {}))
+        frozen = None if reference is None else ReferencePolicy(reference_model or model, reference)
         if objective.select is not None:
-            batch = objective.select(whole_stats(model, state.params, batch, objective, **cut), batch)
+            found = whole_stats(model, state.params, batch, objective, reference=frozen, **cut)
+            batch = objective.select(found, batch)
         if batch.tokens.shape[0] % micro_batches:
             raise ValueError(f"{batch.tokens.shape[0]} rows do not split into {micro_batches} micro-batches")
-        grads, out, gap = gradient(state.params, batch)
+        grads, out, gap = gradient(state.params, batch, frozen)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(norm) & jnp.isfinite(out.loss.total)
         with jax.numpy_dtype_promotion("standard"):  # optax relies on implicit promotion
@@ -278,8 +323,8 @@ def distillation_batch(rollout: Rollout) -> Batch:
 def make_reheat_step(
     sample: Callable[[PyTree, Prompts, Array], Rollout], update: Update
 ) -> Callable[..., tuple[TrainState, UpdateOut, Rollout]]:
-    """Make the reheater's whole step one function of (state, prompts, run key, hold_above_nats, knobs), to be jitted with a
-    donated state: sample on-policy, self-teacher, full-vocabulary KL, update. No host round trip.
+    """Make the reheater's whole step one function of (state, prompts, run key, hold_above_nats, knobs, reference), to be jitted
+    with a donated state: sample on-policy, self-teacher, full-vocabulary KL, update. No host round trip.
 
     Args:
         sample: (params, prompts, key) -> Rollout.
@@ -292,9 +337,10 @@ def make_reheat_step(
         run_key: Array,
         hold_above_nats: Array | float,
         knobs: Mapping[str, Array] | None = None,
+        reference: PyTree | None = None,
     ):
         rollout = sample(state.params, prompts, jax.random.fold_in(run_key, state.step))
-        state, out = update(state, distillation_batch(rollout), hold_above_nats, knobs)
+        state, out = update(state, distillation_batch(rollout), hold_above_nats, knobs, reference)
         return state, out, rollout
 
     return reheat_step
