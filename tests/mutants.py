@@ -740,14 +740,14 @@ MUTANTS = [
     ),
     Mutant(
         "tiles of unwanted tokens left out, and one more",
-        "head.py",
+        "head_tiles.py",
         "count = -(-jnp.sum(wanted_N, dtype=jnp.int32) // tile)",
-        "count = jnp.sum(wanted_N, dtype=jnp.int32) // chunk",
+        "count = jnp.sum(wanted_N, dtype=jnp.int32) // tile",
         "test_head.py -k refer_to_the_token",
     ),
     Mutant(
         "every device goes through its own number of tiles",
-        "head.py",
+        "head_tiles.py",
         "jax.lax.pmax(count, tiling.axes) if tiling.axes else count",
         "jax.lax.pmin(count, tiling.axes) if tiling.axes else count",
         "test_head.py -k one_pass_equals_two",
@@ -1158,7 +1158,7 @@ MUTANTS = [
     ),
     Mutant(
         "every block's gradients in the first one's place",
-        "head.py",
+        "head_tiles.py",
         "dynamic_update_index_in_dim(z, new, i, 0)",
         "dynamic_update_index_in_dim(z, new, 0, 0)",
         "test_head.py -k one_pass_equals",

@@ -357,8 +357,8 @@ def batch_loss(
 
 
 def _by_rows(local: Any, mesh: Mesh | None) -> Any:
-    """Apply `local(hidden, unembed, batch, reference)` to each device's own rows: tiles are cut and gradients of the unembedding summed
-    without a word to the others; what stays automatic is the vocabulary over the tensor axis."""
+    """Apply `local(hidden, unembed, batch, reference)` to each device's own rows: tiles are cut and gradients of the
+    unembedding summed without a word to the others; what stays automatic is the vocabulary over the tensor axis."""
     if not is_divided(mesh):
         return local
     rows = P(ROW_AXES)
