@@ -49,6 +49,12 @@ CASES = {
     "clip_cov": ("clip_cov", {"fraction": 0.2, "cov_low": 0.0}),
     "kl_cov": ("kl_cov", {"fraction": 0.2, "anneal_updates": 10}),
     "top_entropy": ("top_entropy", {"fraction": 0.4}),
+    "entropy_advantage": ("entropy_advantage", {}),
+    "repo_r": ("repo_r", {"zeta": 0.05}),
+    "adapo": ("adapo", {}),
+    "bapo": ("bapo", {}),
+    "aent": ("aent", {"coefficient": 0.01, "clamp_fraction": 0.3}),
+    "aer": ("aer", {"initial": 0.1}),
     "own": ("own", {"weight": 0.3}),
 }
 B, L = 8, 7

@@ -2,6 +2,7 @@
 
 # ruff: noqa: ARG005 - an objective has two arguments, whether it reads them or not
 
+import dataclasses
 import functools
 import warnings
 
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 from tsopsd_jax import losses
-from tsopsd_jax.objectives import OBJECTIVES, Objective, make_objective
+from tsopsd_jax.objectives import OBJECTIVES, Control, Objective, make_objective
 from tsopsd_jax.testing import check_objective, objective_notes
 from tsopsd_jax.types import LossOutput, Mean
 
@@ -249,6 +250,39 @@ def test_declared_needs_must_be_true():
     says(Objective(stats, token_loss, tokenwise="yes"), "expected tokenwise to be True or False, got 'yes'")
     says(Objective(stats, token_loss, policy_temperature=0.0), "policy_temperature to be positive or None, got 0.0")
     says(Objective(stats, 3), "an Objective of two functions")
+
+
+def test_a_control_may_read_what_its_own_loss_reports():
+    def own_loss(stats, batch):
+        out = token_loss(stats, batch)
+        return LossOutput(out.loss, out.metrics | {"own/logp": Mean.of(stats["logp"], batch.mask)})
+
+    def turn(knobs, metrics):
+        return {"x": knobs["x"] + metrics["own/logp"]}
+
+    control = Control({"x": 0.0}, turn)
+    assert objective_notes(Objective(stats, own_loss, tokenwise=True, control=control)) == []
+    says(
+        Objective(stats, token_loss, control=control), ", turn: ", "raised KeyError: 'own/logp'", "policy/entropy_nats"
+    )
+    says(
+        Objective(stats, token_loss, control=Control({"x": 0.0}, lambda k, m: {})), "finite numbers under ['x'], got {}"
+    )
+
+
+def test_a_knob_that_select_sets_may_not_depend_on_the_order_of_rows():
+    def select(_, batch):
+        return dataclasses.replace(batch, knobs={"first": batch.advantage[0, jnp.argmax(batch.mask[0])]})
+
+    def own_loss(stats, batch):
+        return LossOutput(Mean.of(batch.knobs["first"] * stats["logp"], batch.mask), {})
+
+    says(
+        Objective(stats, own_loss, select=select),
+        ", select: ",
+        "the knob 'first' to stay",
+        "rows stand in another order",
+    )
 
 
 def test_what_is_from_no_file_is_named_too():

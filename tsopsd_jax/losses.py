@@ -93,8 +93,8 @@ def clipped_surrogate(
     old_logp: Float[Array, "*N"],
     advantage: Float[Array, "*N"],
     *,
-    clip_low: float = 0.2,
-    clip_high: float = 0.28,
+    clip_low: float | Float[Array, ""] = 0.2,
+    clip_high: float | Float[Array, ""] = 0.28,
     clip_ratio_c: float = 10.0,
 ) -> Float[Array, "*N"]:
     """DAPO's per-token policy loss: clip-higher and dual clip.  [...] x3 -> [...]

@@ -69,7 +69,9 @@ def objective_notes(objective: Objective) -> list[str]:
     toy = make_toy(objective)
     stats = _check_stats(objective, toy)
     toy = _check_select(objective, toy)
-    _check_loss(objective, toy, stats)
+    metrics = _check_loss(objective, toy, stats)
+    if objective.control is not None:
+        _check_turning(objective.control, metrics)
     program = _Program(objective)
     found = program(toy)
     _check_finite(objective, found)
@@ -134,19 +136,18 @@ def _check_declarations(objective: Objective) -> None:
             raise ValueError(f"{place}: expected {name} to be True or False, got {value!r}")
     if objective.select is not None and not callable(objective.select):
         raise ValueError(f"{place}: expected select to be a function, got {objective.select!r}")
-    if objective.control is not None:
-        _check_control(place, objective.control)
+    control = objective.control
+    if control is not None and not (isinstance(control, Control) and callable(control.update)):
+        raise ValueError(f"{place}: expected a Control(init, update), got {control!r}")
     if t is not None and not (isinstance(t, int | float) and 0 < t < math.inf):
         raise ValueError(f"{place}: expected policy_temperature to be positive or None, got {t!r}")
 
 
-def _check_control(place: str, control: Any) -> None:
-    """Numbers by name, before and after an update whose metrics are what every objective of the library reports."""
-    if not isinstance(control, Control) or not callable(control.update):
-        raise ValueError(f"{place}: expected a Control(init, update), got {control!r}")
+def _check_turning(control: Control, names: set[str]) -> None:
+    """Numbers by name, before and after updates that report the entropy and the loss's own metrics."""
     turned = control.init
-    for entropy in (0.01, 1.0):
-        metrics = {ENTROPY: entropy}
+    for value in (0.01, 1.0):
+        metrics = dict.fromkeys(sorted(names | {ENTROPY}), value)
         with _named(control.update, note=f"its metrics here are {metrics}"):
             turned = control.update(dict(turned), metrics)
         for knobs in (control.init, turned):
@@ -174,8 +175,8 @@ def _check_stats(objective: Objective, toy: Toy) -> dict[str, Any]:
     return {name: jax.ShapeDtypeStruct(toy.batch.tokens.shape, x.dtype) for name, x in stats.items()}
 
 
-def _check_loss(objective: Objective, toy: Toy, stats: dict[str, Any]) -> None:
-    """Abstract evaluation of the loss."""
+def _check_loss(objective: Objective, toy: Toy, stats: dict[str, Any]) -> set[str]:
+    """Abstract evaluation of the loss: the names of its metrics."""
     with _named(objective.loss, note=f"stats returns {', '.join(stats) or 'nothing'}"):
         out = jax.eval_shape(objective.loss, stats, toy.batch)
     place = _place(objective.loss)
@@ -191,6 +192,7 @@ def _check_loss(objective: Objective, toy: Toy, stats: dict[str, Any]) -> None:
                 raise ValueError(
                     f"{place}: expected the {part} of {name} to be a float of shape [], got {_short(x)}; Mean.of adds up"
                 )
+    return set(out.metrics)
 
 
 def _check_select(objective: Objective, toy: Toy) -> Toy:
@@ -211,9 +213,7 @@ def _check_select(objective: Objective, toy: Toy) -> Toy:
 
     place, made = _place(select), selected(toy)
     if not isinstance(made, Batch):
-        raise ValueError(
-            f"{place}: expected select to return a Batch, got {_short(made)}; dataclasses.replace makes one"
-        )
+        raise ValueError(f"{place}: expected select to return a Batch, got {_short(made)}; try dataclasses.replace")
     made = jax.device_get(made)
     if not np.array_equal(made.mask, toy.batch.mask) or not np.array_equal(made.tokens, toy.batch.tokens):
         raise ValueError(
@@ -223,18 +223,20 @@ def _check_select(objective: Objective, toy: Toy) -> Toy:
         if np.shape(x) != ():
             raise ValueError(f"{place}: expected the knob {name!r} to be a scalar, got shape {list(np.shape(x))}")
 
-    def compare(other: Batch, at: Any, where: str) -> None:
-        for name in ("weight", "advantage", "old_logp"):
-            want, got = vars(made)[name], vars(other)[name]
-            if want is not None and not np.allclose(
-                want[toy.batch.mask], np.asarray(got)[at], rtol=TOLERANCE, atol=1e-5
-            ):
+    def set_by(batch: Batch) -> dict[str, Any]:
+        fields = {name: vars(batch)[name] for name in ("weight", "advantage", "old_logp")}
+        per_token = {name: x[toy.batch.mask] for name, x in fields.items() if x is not None}
+        return per_token | {f"the knob {name!r}": x for name, x in batch.knobs.items()}
+
+    def compare(other: Batch, where: str) -> None:
+        for (name, want), got in zip(set_by(made).items(), set_by(other).values(), strict=True):
+            if not np.allclose(want, got, rtol=TOLERANCE, atol=1e-5):
                 raise ValueError(f"{place}: expected {name} to stay as it is where {where}, got another")
 
     shuffled = jax.device_get(selected(take_rows(toy, ORDER)))
-    compare(mapped(lambda x: x[np.argsort(ORDER)], shuffled), toy.batch.mask, "rows stand in another order")
+    compare(mapped(lambda x: x[np.argsort(ORDER)], shuffled), "rows stand in another order")
     together = mapped(lambda x: x.reshape(toy.batch.mask.shape), jax.device_get(selected(packed(toy))))
-    compare(together, toy.batch.mask, "several sequences stand in a row")
+    compare(together, "several sequences stand in a row")
     return Toy(toy.z, made)
 
 

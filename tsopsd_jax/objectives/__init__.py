@@ -1,11 +1,17 @@
 """What a phase optimises."""
 
+from tsopsd_jax.objectives.adapo import adapo
+from tsopsd_jax.objectives.aent import aent
+from tsopsd_jax.objectives.aer import aer
+from tsopsd_jax.objectives.bapo import bapo
 from tsopsd_jax.objectives.base import Control, Objective
 from tsopsd_jax.objectives.covariance import clip_cov, kl_cov
-from tsopsd_jax.objectives.dapo import dapo
+from tsopsd_jax.objectives.dapo import dapo, policy_stats
+from tsopsd_jax.objectives.entropy_advantage import entropy_advantage
 from tsopsd_jax.objectives.entropy_bonus import adaptive_entropy_bonus, entropy_bonus
 from tsopsd_jax.objectives.jsd import jsd
 from tsopsd_jax.objectives.loading import OBJECTIVES, make_objective
+from tsopsd_jax.objectives.repo_r import repo_r
 from tsopsd_jax.objectives.top_entropy import top_entropy
 from tsopsd_jax.objectives.ts_opsd import ts_opsd
 
@@ -13,13 +19,20 @@ __all__ = [
     "OBJECTIVES",
     "Control",
     "Objective",
+    "adapo",
     "adaptive_entropy_bonus",
+    "aent",
+    "aer",
+    "bapo",
     "clip_cov",
     "dapo",
+    "entropy_advantage",
     "entropy_bonus",
     "jsd",
     "kl_cov",
     "make_objective",
+    "policy_stats",
+    "repo_r",
     "top_entropy",
     "ts_opsd",
 ]

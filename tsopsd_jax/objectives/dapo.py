@@ -18,11 +18,11 @@ NO_DUAL_CLIP = 1e9
 
 
 class Clip(NamedTuple):
-    """The clipped surrogate of an objective called `name`, and what is logged of its ratio."""
+    """The clipped surrogate of an objective called `name`, and what is logged of its ratio. Bounds may be knobs."""
 
     name: str
-    low: float
-    high: float
+    low: float | Array
+    high: float | Array
     ratio_c: float = NO_DUAL_CLIP
 
     def checked(self) -> "Clip":

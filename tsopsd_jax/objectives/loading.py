@@ -5,11 +5,17 @@ from collections.abc import Callable
 from typing import Any
 
 from tsopsd_jax.loading import check_keywords, is_own, load_function
+from tsopsd_jax.objectives.adapo import adapo
+from tsopsd_jax.objectives.aent import aent
+from tsopsd_jax.objectives.aer import aer
+from tsopsd_jax.objectives.bapo import bapo
 from tsopsd_jax.objectives.base import Objective
 from tsopsd_jax.objectives.covariance import clip_cov, kl_cov
 from tsopsd_jax.objectives.dapo import dapo
+from tsopsd_jax.objectives.entropy_advantage import entropy_advantage
 from tsopsd_jax.objectives.entropy_bonus import adaptive_entropy_bonus, entropy_bonus
 from tsopsd_jax.objectives.jsd import jsd
+from tsopsd_jax.objectives.repo_r import repo_r
 from tsopsd_jax.objectives.top_entropy import top_entropy
 from tsopsd_jax.objectives.ts_opsd import ts_opsd
 
@@ -22,6 +28,12 @@ OBJECTIVES: dict[str, Callable[..., Objective]] = {
     "clip_cov": clip_cov,
     "kl_cov": kl_cov,
     "top_entropy": top_entropy,
+    "entropy_advantage": entropy_advantage,
+    "repo_r": repo_r,
+    "adapo": adapo,
+    "bapo": bapo,
+    "aent": aent,
+    "aer": aer,
 }
 """Name in a configuration -> factory."""
 
