@@ -1,15 +1,18 @@
 """The objective of the README, loaded by the name that a configuration gives it."""
 
 import importlib
+import warnings
 from math import log
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from tsopsd_jax.learn.update import make_optimizer, make_update
+from tsopsd_jax.learn.update import make_gradient, make_optimizer, make_update
 from tsopsd_jax.objectives import make_objective
+from tsopsd_jax.testing import check_objective
 from tsopsd_jax.types import Batch, TrainState
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -88,6 +91,93 @@ def test_the_page_runs_its_three_phases(monkeypatch, tmp_path):
     seen = one_page.main(1, tmp_path)
     assert [name for name, _, _ in seen] == ["rl", "reheat", "rl-again"]
     assert all(0.1 < entropy < 0.6 and 0 <= accuracy <= 1 for _, entropy, accuracy in seen)
+
+
+# ------------------------------------------------------------------ the gallery: known methods as a user writes them
+
+GALLERY = {name: f"{ROOT}/examples/{name}.py:{name}" for name in ("cispo", "dr_grpo", "gspo", "sapo")}
+
+
+@pytest.mark.parametrize("name", GALLERY)
+def test_gallery_objectives_are_short_and_keep_the_contract(name):
+    lines = (ROOT / "examples" / f"{name}.py").read_text(encoding="utf-8").splitlines()
+    assert len([line for line in lines if line.strip()]) <= 20
+    assert f"examples/{name}.py:{name}" in lines[0], "how to name it in a configuration"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_objective(make_objective(GALLERY[name], {}))
+
+
+def two_rows(name, ratio, **hyperparameters):
+    """(loss, gradient into logp [2, 3]) of rows with 2 and 1 response tokens, advantages 1 and -2; logp is -1 throughout."""
+    objective = make_objective(GALLERY[name], hyperparameters)
+    mask = jnp.asarray([[False, True, True], [False, True, False]])
+    batch = Batch.of(
+        tokens=jnp.zeros((2, 3), jnp.int32),
+        mask=mask,
+        advantage=jnp.asarray([[1.0] * 3, [-2.0] * 3]),
+        old_logp=-1 - jnp.log(jnp.asarray(ratio)),
+    )
+
+    def mean(logp):
+        out = objective.loss({"logp": logp, "entropy": jnp.ones((2, 3))}, batch)
+        return out.loss.total / out.loss.count
+
+    return jax.value_and_grad(mean)(jnp.full((2, 3), -1.0))
+
+
+def test_gspo_by_hand():
+    # Row 1: ratios 2 and 1/2: (2 x 1/2)^(1/2) = 1: -1, gradient -1 x 1/2 for each token. Row 2: ratio 4, A -2: 8,
+    # unclipped, since the clip bounds a negative advantage from below. Mean of two rows: 3.5; gradients halved.
+    value, gradient = two_rows("gspo", [[9.0, 2.0, 0.5], [9.0, 4.0, 9.0]])
+    assert float(value) == pytest.approx(3.5)
+    assert jnp.allclose(gradient, jnp.asarray([[0.0, -0.25, -0.25], [0.0, 4.0, 0.0]]), atol=1e-5)
+    # Ratios 2 and 2: clipped at 1 + 0.1, no gradient. Row 2: ratio 1/2 clipped at 0.9: 1.8.
+    value, gradient = two_rows("gspo", [[9.0, 2.0, 2.0], [9.0, 0.5, 9.0]], clip_low=0.1, clip_high=0.1)
+    assert float(value) == pytest.approx((-1.1 + 1.8) / 2)
+    assert float(jnp.abs(gradient).max()) == 0.0
+
+
+def test_cispo_by_hand():
+    # -clip(r, 0, 3) A logp at logp -1: 2, 0.5 and 3 x -2 = -6; sum -3.5 over 3 tokens. Gradient -clip(r) A / 3, clipped or not.
+    value, gradient = two_rows("cispo", [[9.0, 2.0, 0.5], [9.0, 4.0, 9.0]], ratio_high=3.0)
+    assert float(value) == pytest.approx(-3.5 / 3)
+    assert jnp.allclose(gradient, jnp.asarray([[0.0, -2 / 3, -0.5 / 3], [0.0, 2.0, 0.0]]), atol=1e-6)
+
+
+def test_sapo_by_hand():
+    # Gate 4 / tau sigmoid(tau (r - 1)), tau 1 and 2. Ratio 1: 4 x 1/2 = 2; ratio 2: 4 x 0.7310586 = 2.9242343; A -2, ratio 1:
+    # 2 x 1/2 = 1. Rows -(2 + 2.9242343) / 2 = -2.4621172 and 2; mean -0.2310586.
+    # d gate / d logp = 4 s (1 - s) r: 1 at ratio 1; 4 x 0.1966119 x 2 = 1.5728955 at ratio 2. Over 2 tokens and 2 rows: / 4.
+    value, gradient = two_rows("sapo", [[9.0, 1.0, 2.0], [9.0, 1.0, 9.0]], tau_negative=2.0)
+    assert float(value) == pytest.approx(-0.2310586, abs=1e-6)
+    assert jnp.allclose(gradient, jnp.asarray([[0.0, -0.25, -0.3932239], [0.0, 1.0, 0.0]]), atol=1e-6)
+
+
+def test_dr_grpo_by_hand():
+    # Row 1: -1.2 (clipped) - 0.5; row 2: 2 x 4. Sums over max_tokens 10, mean of two rows: 0.5 (-0.17 + 0.8).
+    value, gradient = two_rows("dr_grpo", [[9.0, 2.0, 0.5], [9.0, 4.0, 9.0]], max_tokens=10)
+    assert float(value) == pytest.approx(0.315)
+    assert jnp.allclose(gradient, jnp.asarray([[0.0, 0.0, -0.025], [0.0, 0.4, 0.0]]), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["gspo", "dr_grpo"])
+def test_means_over_rows_are_of_the_whole_update(name, tiny):
+    """Rows of different lengths, micro-batches and tiles: the same gradient, and rows without a response count nothing."""
+    model, params = tiny
+    at = jnp.arange(8)[None, :]
+    batch = Batch.of(
+        tokens=jax.random.randint(jax.random.key(1), (4, 8), 0, 37),
+        mask=(at >= 2) & (at < jnp.asarray([8, 4, 2, 7])[:, None]),
+        advantage=jnp.asarray([[1.0], [-1.0], [5.0], [0.5]]) * jnp.ones((4, 8)),
+        old_logp=jnp.full((4, 8), -3.6),
+    )
+    objective = make_objective(GALLERY[name], {"clip_low": 0.9, "clip_high": 9.0})
+    whole, pieces = (
+        make_gradient(model, objective, micro_batches=n, tile_tokens=t)(params, batch) for n, t in ((1, 64), (4, 3))
+    )
+    assert float(whole[1].loss.count) == 3
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-6), whole[0], pieces[0])
 
 
 def test_unknown_hyperparameter_of_an_own_objective_is_named():
