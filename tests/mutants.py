@@ -144,6 +144,13 @@ MUTANTS = [
         "test_objectives.py -k kl_cov_by_hand",
     ),
     Mutant(
+        "kl_cov: a token that has not moved is pulled down",
+        "objectives/covariance.py",
+        "jax.lax.stop_gradient(jnp.sign(change)) * change",
+        "jnp.abs(change)",
+        "test_objectives.py -k has_not_moved",
+    ),
+    Mutant(
         "kl_cov: the coefficient is not annealed",
         "objectives/covariance.py",
         'batch.knobs["coefficient"] if anneal_updates else coefficient',

@@ -9,9 +9,15 @@ import re
 import typing
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
 from tsopsd_jax.config import Config, DataSettings, EvaluationSettings, strict
 from tsopsd_jax.objectives import OBJECTIVES
 from tsopsd_jax.rundir.log import MEASURED
+from tsopsd_jax.types import Batch
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -79,6 +85,58 @@ def test_paper_to_code_names_what_exists():
     tests = set(re.findall(r"`(tests/\w+\.py)`", text))
     assert len(tests) > 5
     assert [t for t in sorted(tests) if not (ROOT / t).is_file()] == []
+
+
+def methods() -> dict[str, list[str]]:
+    """The library's rows of docs/methods.md: name -> the other cells."""
+    table = read(DOCS / "methods.md").split("\n## The library's")[1].split("\n## ")[0].replace("\\|", "")
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line.startswith("| `")
+    ]
+    return {name.strip("`"): cells for name, *cells in rows}
+
+
+def test_every_objective_is_among_the_methods():
+    rows = methods()
+    assert set(rows) == set(OBJECTIVES)
+    for name, (_, where, _, source, test) in rows.items():
+        made, parts = OBJECTIVES[name](), set(re.findall(r"`(\w+)`", where))
+        declared = {part for part in ("select", "control") if made._asdict()[part] is not None}
+        assert parts - {"stats", "loss"} == declared, name
+        assert source, name
+        files = re.findall(r"`(\w+\.py)`", test)
+        assert files, name
+        for file in files:
+            assert name in read(ROOT / "tests" / file), f"{file} does not speak of {name}"
+
+
+def at_ratio_one(name: str):
+    """Gradients of the mean loss into logp and entropy where the sampler was the policy; knobs of a bonus are not 0."""
+    rng = np.random.default_rng(0)
+    logp, entropy = (jnp.asarray(-np.abs(2 * rng.normal(size=(4, 9))), jnp.float32) for _ in range(2))
+    stats = {"logp": logp, "entropy": -entropy, "clamped_entropy": -0.9 * entropy}
+    mask = np.arange(9)[None, :] < np.array([9, 4, 7, 2])[:, None]
+    advantage = np.array([[1.5], [-1.2], [0.4], [-0.7]]) * np.ones((1, 9))
+    objective = OBJECTIVES[name]()
+    batch = Batch.of(tokens=np.zeros((4, 9), np.int32), mask=mask, advantage=advantage, old_logp=logp)
+    if objective.control is not None:
+        knobs = {knob: jnp.float32(value or 0.1) for knob, value in objective.control.init.items()}
+        batch = dataclasses.replace(batch, knobs=knobs)
+    if objective.select is not None:
+        batch = objective.select(stats, batch)
+
+    def mean(stats):
+        loss = objective.loss(stats, batch).loss
+        return loss.total / loss.count
+
+    return jax.grad(mean)(stats)
+
+
+@pytest.mark.parametrize("name", [name for name, factory in OBJECTIVES.items() if factory().uses_advantage])
+def test_what_a_method_does_at_ratio_one(name):
+    said = {"as dapo": True, "acts": False}[methods()[name][2]]
+    pairs = zip(jax.tree.leaves(at_ratio_one(name)), jax.tree.leaves(at_ratio_one("dapo")), strict=True)
+    assert all(np.allclose(got, want, atol=1e-7) for got, want in pairs) is said
 
 
 def test_readme_is_short_and_shows_the_example_as_it_is():

@@ -411,6 +411,20 @@ def test_kl_cov_by_hand():
     np.testing.assert_allclose([out.loss.total, out.loss.count], [0.25, 4], atol=1e-5)
 
 
+def test_kl_cov_pulls_at_no_token_that_has_not_moved():
+    # Every ratio is 1: the gradient is that of -A r alone, -2, -2, 2, 2, also where the penalty is chosen. A token that
+    # has moved by 0.5 adds its sign: -2 e^0.5 + 0.5.
+    objective = OBJECTIVES["kl_cov"](fraction=0.5, coefficient=0.5)
+
+    def gradient(old_logp):
+        made, _ = selected(objective, COVARIANCE, batch_of(old_logp, ADVANTAGE, RESPONSE))
+        np.testing.assert_array_equal(made.weight, [[1, 0, 1, 0, 0]])
+        return jax.grad(lambda x: objective.loss(COVARIANCE | {"logp": x}, made).loss.total)(COVARIANCE["logp"])[0]
+
+    np.testing.assert_allclose(gradient([-1.0, -3.0, -5.0, -3.0, 0.0]), [-2, -2, 2, 2, 0], atol=1e-6)
+    np.testing.assert_allclose(gradient([-1.5, -3.0, -5.0, -3.0, 0.0])[0], -2 * np.exp(0.5) + 0.5, rtol=1e-6)
+
+
 def test_kl_covs_coefficient_is_annealed():
     objective = OBJECTIVES["kl_cov"](fraction=0.5, coefficient=1.0, anneal_updates=4)
     knobs = dict(objective.control.init)

@@ -64,9 +64,10 @@ def bapo(
     def loss(stats: dict[str, Array], batch: Batch) -> LossOutput:
         lo, hi = batch.knobs["ratio_low"], batch.knobs["ratio_high"]
         clip = widest._replace(low=1 - lo, high=hi - 1)
-        found = clip.metrics(stats, batch)
-        for name, bound in (("low", lo), ("high", hi)):
-            found[f"policy/ratio_{name}_bound"] = Mean.of(jnp.broadcast_to(bound, batch.mask.shape), batch.mask)
+        found = clip.metrics(stats, batch) | {
+            "policy/ratio_low_bound": Mean.of(jnp.broadcast_to(lo, batch.mask.shape), batch.mask),
+            "policy/ratio_high_bound": Mean.of(jnp.broadcast_to(hi, batch.mask.shape), batch.mask),
+        }
         return LossOutput(Mean.of(clip.surrogate(stats, batch), batch.mask), found)
 
     return Objective(policy_stats(), loss, tokenwise=True, select=select)

@@ -95,7 +95,8 @@ def kl_cov(*, fraction: float = 2e-4, coefficient: float = 1.0, anneal_updates: 
 
     def loss(stats: dict[str, Array], batch: Batch) -> LossOutput:
         assert batch.weight is not None
-        apart = jnp.abs(stats["logp"] - batch.old_logp)
+        change = stats["logp"] - batch.old_logp
+        apart = jax.lax.stop_gradient(jnp.sign(change)) * change  # |change|; jnp.abs would pull at 0, with gradient 1
         ratio = jnp.exp(losses.log_ratio(stats["logp"], batch.old_logp))
         strength = batch.knobs["coefficient"] if anneal_updates else coefficient
         per_token = -jax.lax.stop_gradient(batch.advantage) * ratio + strength * batch.weight * apart
