@@ -1,3 +1,4 @@
+# pyright: strict
 """ADAPO: the upper clip as a controller of entropy (arXiv 2603.11682)."""
 
 from jaxtyping import Array

@@ -1,6 +1,8 @@
+# pyright: strict, reportUnknownMemberType=false
 """AEnt: an entropy bonus among the likelier entries of the vocabulary alone (arXiv 2509.03493)."""
 
 from collections.abc import Mapping
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +59,7 @@ def aent(
     clip = Clip("aent", clip_low, clip_high, clip_ratio_c).checked()
     of_policy = policy_stats()
 
-    def stats(logits, tokens):
+    def stats(logits: Array, tokens: Array) -> dict[str, Array]:
         return of_policy(logits, tokens) | {"clamped_entropy": clamped_entropy(logits, fraction=clamp_fraction)}
 
     def loss(stats: dict[str, Array], batch: Batch) -> LossOutput:
@@ -91,10 +93,10 @@ def order_statistic(x: Float[Array, "*N V"], k: int) -> Float[Array, "*N"]:
     # As unsigned numbers these order as the floats do: negative ones have all their bits flipped, others the sign's alone.
     key = jnp.where(bits >= sign, ~bits, bits | sign)
 
-    def narrow(i, found):
+    def narrow(i: Array, found: Array) -> Array:
         larger = found | (sign >> i.astype(jnp.uint32))
         below = jnp.sum(key < larger[..., None], axis=-1, dtype=jnp.int32)
         return jnp.where(below <= k, larger, found)
 
-    found = jax.lax.fori_loop(0, 32, narrow, jnp.zeros(x.shape[:-1], jnp.uint32))
+    found = cast(Array, jax.lax.fori_loop(0, 32, narrow, jnp.zeros(x.shape[:-1], jnp.uint32)))
     return jax.lax.bitcast_convert_type(jnp.where(found >= sign, found ^ sign, ~found), jnp.float32)

@@ -1,3 +1,4 @@
+# pyright: strict
 """AER: an entropy bonus whose coefficient is anchored to the initial entropy (arXiv 2510.10959)."""
 
 from jaxtyping import Array

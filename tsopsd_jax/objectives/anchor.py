@@ -1,3 +1,4 @@
+# pyright: strict
 """A knob that holds the entropy at what it was when the phase began, or at a fraction of it."""
 
 from collections.abc import Callable, Mapping

@@ -1,3 +1,4 @@
+# pyright: strict, reportUnknownMemberType=false
 """BAPO: bounds of the ratio that balance what positive and negative tokens pull (arXiv 2510.18927)."""
 
 import dataclasses
@@ -80,14 +81,14 @@ def balanced_bounds(
     negative reaches `target`, else the last."""
     ratio = jnp.exp(losses.log_ratio(logp, batch.old_logp))
 
-    def positive(hi):
+    def positive(hi: Array) -> Array:
         return jnp.sum(jnp.where(batch.mask, jnp.maximum(batch.advantage, 0.0) * jnp.minimum(ratio, hi), 0.0))
 
-    def negative(lo):
+    def negative(lo: Array) -> Array:
         return jnp.sum(jnp.where(batch.mask, jnp.maximum(-batch.advantage, 0.0) * jnp.maximum(ratio, lo), 0.0))
 
     lo = jnp.asarray([lows[0]] + [lows[1]] * len(highs), jnp.float32)
     hi = jnp.asarray([highs[0], *highs], jnp.float32)
-    reached = jax.lax.map(positive, hi) >= target * jax.lax.map(negative, lo)
+    reached = jax.vmap(positive)(hi) >= target * jax.vmap(negative)(lo)
     chosen = jnp.where(jnp.any(reached), jnp.argmax(reached), len(highs))
     return lo[chosen], hi[chosen]

@@ -1,3 +1,4 @@
+# pyright: strict
 """Advantages with a bonus for uncertain tokens (arXiv 2506.14758)."""
 
 import dataclasses

@@ -1,3 +1,4 @@
+# pyright: strict
 """REPO-R: advantages that rare tokens gain from (arXiv 2603.11682)."""
 
 import dataclasses
