@@ -20,8 +20,9 @@ import yaml
 from tsopsd_jax.cli import main
 from tsopsd_jax.commands.train import transitions
 from tsopsd_jax.config.build import divide_cpu
-from tsopsd_jax.config.places import DEMO_CONFIG, PACKAGED_MODEL
+from tsopsd_jax.config.places import DEMO_CONFIG
 from tsopsd_jax.model import load_pretrained
+from tsopsd_jax.model.packaged import PACKAGED_MODEL
 from tsopsd_jax.rundir.checkpoints import SaveError
 from tsopsd_jax.rundir.log import read_evaluations, read_metrics
 from tsopsd_jax.train.trainer import Trainer

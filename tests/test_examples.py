@@ -1,6 +1,8 @@
 """The objective of the README, loaded by the name that a configuration gives it."""
 
 import importlib
+import re
+import runpy
 import warnings
 from math import log
 from pathlib import Path
@@ -178,6 +180,13 @@ def test_means_over_rows_are_of_the_whole_update(name, tiny):
     )
     assert float(whole[1].loss.count) == 3
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-6), whole[0], pieces[0])
+
+
+def test_the_python_api_reheats_a_policy(capsys):
+    """Every cell of the script, as a person would run them."""
+    runpy.run_path(str(ROOT / "examples" / "python_api.py"))
+    before, after = re.findall(r"entropy ([\d.]+) -> ([\d.]+) nats", capsys.readouterr().out)[0]
+    assert float(after) > float(before)
 
 
 def test_unknown_hyperparameter_of_an_own_objective_is_named():

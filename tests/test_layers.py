@@ -31,6 +31,7 @@ ORDER = [
     "rollout",
     "judge",
     "learn",
+    "policy",
     "rundir",
     "evaluation",
     "train",

@@ -18,12 +18,13 @@ import yaml
 
 from tsopsd_jax.config import load_config
 from tsopsd_jax.config.build import make_phase
-from tsopsd_jax.config.places import PACKAGED_MODEL, model_folder
+from tsopsd_jax.config.places import model_folder
 from tsopsd_jax.data.countdown import distinct_problems
 from tsopsd_jax.distributed.sharding import make_mesh
 from tsopsd_jax.learn.update import abstract_state
 from tsopsd_jax.model import Qwen3, load_pretrained
 from tsopsd_jax.model.hf_config import read_config
+from tsopsd_jax.model.packaged import PACKAGED_MODEL
 from tsopsd_jax.rundir import digests
 from tsopsd_jax.rundir.checkpoints import Checkpoints
 from tsopsd_jax.rundir.log import read_evaluations, read_metrics

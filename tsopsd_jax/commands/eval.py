@@ -13,7 +13,7 @@ import numpy as np
 
 from tsopsd_jax.commands import exit_codes, options
 from tsopsd_jax.commands.generate import GenerateSettings, digest, writing
-from tsopsd_jax.commands.policies import Policy, of_directory, of_run
+from tsopsd_jax.commands.policies import PolicySource, of_directory, of_run
 from tsopsd_jax.config.places import datasets_folder
 from tsopsd_jax.data import Problem, Tokenizer, evaluation_split, load_problems
 from tsopsd_jax.data.encode import encode_to_fit
@@ -103,7 +103,7 @@ class _Row(NamedTuple):
 
 
 def evaluate_policy(
-    policy: Policy,
+    policy: PolicySource,
     benchmarks: Sequence[Benchmark],
     settings: GenerateSettings,
     out: Path,
@@ -146,7 +146,7 @@ def evaluate_policy(
 
 
 def _add_missing(
-    policy: Policy,
+    policy: PolicySource,
     benchmarks: Sequence[Benchmark],
     settings: GenerateSettings,
     tokenizer: Tokenizer,
@@ -199,7 +199,7 @@ def _add_missing(
 
 
 def _encode(
-    policy: Policy, benchmarks: Sequence[Benchmark], tokenizer: Tokenizer, max_tokens: int
+    policy: PolicySource, benchmarks: Sequence[Benchmark], tokenizer: Tokenizer, max_tokens: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """All prompts, one benchmark after the other: tokens [problems, P] and lengths."""
     shape = read_config(policy.folder / "config.json")
@@ -243,7 +243,7 @@ def _missing(
     return rows, Prompts(tokens[which], lengths[which], np.asarray(row_id, np.uint32))
 
 
-def _facts(policy: Policy, benchmark: Benchmark, settings: GenerateSettings) -> dict[str, Any]:
+def _facts(policy: PolicySource, benchmark: Benchmark, settings: GenerateSettings) -> dict[str, Any]:
     """What decides the responses to a benchmark, and their scores."""
     texts = [(p.id, p.prompt, p.answer) for p in benchmark.problems]
     return {

@@ -14,7 +14,7 @@ from tsopsd_jax.model.fingerprint import fingerprint
 from tsopsd_jax.types import PyTree
 
 
-class Policy(NamedTuple):
+class PolicySource(NamedTuple):
     """What is evaluated: its name in the tables, the directory of its config and tokenizer, and how it is loaded."""
 
     name: str
@@ -35,11 +35,11 @@ def model_facts(folder: Path, *, weights: bool = True) -> dict[str, str]:
     return {f"model_{part}": sha for part, sha in found.items()}
 
 
-def of_directory(folder: Path, *, name: str | None, chat: str | None, dtype: str | None) -> Policy:
+def of_directory(folder: Path, *, name: str | None, chat: str | None, dtype: str | None) -> PolicySource:
     """The policy of a Hugging Face directory, by default under the directory's name."""
     dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     source = {"model": str(folder.resolve()), "step": None, **model_facts(folder)}
-    return Policy(
+    return PolicySource(
         name or folder.resolve().name,
         source,
         folder,
@@ -49,7 +49,7 @@ def of_directory(folder: Path, *, name: str | None, chat: str | None, dtype: str
     )
 
 
-def of_run(run_dir: Path, *, step: int | None, name: str | None, chat: str | None, dtype: str | None) -> Policy:
+def of_run(run_dir: Path, *, step: int | None, name: str | None, chat: str | None, dtype: str | None) -> PolicySource:
     """The policy of a run's checkpoint (default: the latest), by default under the run's name and the step.
 
     Raises:
@@ -68,7 +68,7 @@ def of_run(run_dir: Path, *, step: int | None, name: str | None, chat: str | Non
         model, state = restore_run(run_dir, step=step, mesh=mesh, compute_dtype=dtype)
         return model, state.params
 
-    return Policy(
+    return PolicySource(
         name or f"{run_dir.resolve().name}-{step}",
         {
             "model": str(run_dir.resolve()),

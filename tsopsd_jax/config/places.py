@@ -7,12 +7,9 @@ import jax
 
 from tsopsd_jax.config import strict
 from tsopsd_jax.config.schema import Config
+from tsopsd_jax.model.packaged import ASSETS, model_directory
 
-ASSETS = Path(__file__).resolve().parents[1] / "assets"
-"""Files that the package carries."""
 DEMO_CONFIG = ASSETS / "demo.yaml"
-PACKAGED_MODEL = "countdown-tiny"
-"""`model.path` of the pretrained model that the package carries."""
 
 
 def cache_folder(config: Config) -> Path:
@@ -36,9 +33,7 @@ def _cache(cache_dir: str | None) -> Path:
 
 def model_folder(config: Config) -> Path:
     """Name the model's directory; the packaged model is known by its name."""
-    if config.model.path == PACKAGED_MODEL:
-        return ASSETS / PACKAGED_MODEL
-    return Path(config.model.path)
+    return model_directory(config.model.path)
 
 
 def use_compilation_cache(folder: Path) -> None:
