@@ -18,7 +18,8 @@ import pytest
 import yaml
 
 from tsopsd_jax.cli import main
-from tsopsd_jax.commands.train import transitions
+from tsopsd_jax.commands.train import run_config, transitions
+from tsopsd_jax.config import load_config
 from tsopsd_jax.config.build import divide_cpu
 from tsopsd_jax.config.places import DEMO_CONFIG
 from tsopsd_jax.model import load_pretrained
@@ -101,6 +102,23 @@ def test_running_it_again_says_that_it_is_done(finished, capsys):
     assert demo(finished) == 0
     assert "is done: 3 steps" in capsys.readouterr().out
     assert (finished / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_run_from_python_is_the_run_of_the_command(finished, tmp_path):
+    """docs/python.md: the same steps, bit for bit; and the same call says that it is done."""
+    config = load_config(DEMO_CONFIG, list(QUICK))
+    assert run_config(config, tmp_path / "run") == 0
+
+    def lines(run: Path) -> list[dict]:
+        clock = ("time_s", "rollout/tokens_per_s")
+        return [
+            {k: v for k, v in line.items() if k not in clock and not k.startswith("time/")}
+            for line in read_metrics(run)
+        ]
+
+    assert lines(tmp_path / "run") == lines(finished)
+    assert (tmp_path / "run" / "report.html").is_file()
+    assert run_config(config, str(tmp_path / "run")) == 0
 
 
 def test_convert_exports_the_policy(finished, tmp_path, capsys):

@@ -63,16 +63,34 @@ def run(args: argparse.Namespace) -> int:
 
 
 def run_file(path: Path, place: str, overrides: list[str], command: str, *, accept_changed: bool = False) -> int:
-    """Run a configuration's file at `place` until it is done or stopped, then print results and write the page."""
-    config = load_config(path, overrides)
+    """Run a configuration's file at `place` until it is done or stopped; returns the exit code."""
+    return run_config(load_config(path, overrides), place, command=command, accept_changed=accept_changed)
+
+
+def run_config(config: Config, run_dir: str | Path, *, command: str = "train", accept_changed: bool = False) -> int:
+    """Run a configuration until it is done or stopped, then print results and write the page. The same call resumes.
+
+    Args:
+        config: from `config.load_config`.
+        run_dir: a folder, or `gs://...`.
+        command: what messages call the run.
+        accept_changed: go on though problems or files of functions are not as they were.
+
+    Returns:
+        The exit code (`commands.exit_codes`): done, a guard stopped the run, or a signal did.
+
+    Raises:
+        ValueError: bad input; the message says what was expected.
+        SaveError: a checkpoint could not be written.
+    """
     divide_cpu(config.mesh.cpu_devices)
-    run_dir = object_store.folder_of(place, cache_folder(config))
+    folder = object_store.folder_of(str(run_dir), cache_folder(config))
     code = exit_codes.DONE
     try:
         table = LiveTable(stream=processes.console())
-        with open_trainer(config, run_dir, table, accept_changed=accept_changed) as trainer:
+        with open_trainer(config, folder, table, accept_changed=accept_changed) as trainer:
             if trainer.progress.phase == len(config.phases):
-                print(f"{place} is done: {int(trainer.state.step)} steps")
+                print(f"{run_dir} is done: {int(trainer.state.step)} steps")
             trainer.run()
     except Interrupted as reason:
         print(f"{reason}; the same command goes on", file=sys.stderr)
@@ -80,8 +98,13 @@ def run_file(path: Path, place: str, overrides: list[str], command: str, *, acce
     except GuardError as reason:
         print(f"tsopsd {command}: {reason}", file=sys.stderr)
         code = exit_codes.GUARD
-    if not processes.is_first():
-        return code
+    if processes.is_first():
+        _tell(folder)
+    return code
+
+
+def _tell(run_dir: Path) -> None:
+    """Print the results of a run, and write its page."""
     if evaluations := read_evaluations(run_dir):
         print(results_table(evaluations))
         for line in transitions(evaluations, read_metrics(run_dir)):
@@ -89,7 +112,6 @@ def run_file(path: Path, place: str, overrides: list[str], command: str, *, acce
     if read_metrics(run_dir):
         print(f"report: {write_report(run_dir)}")
     object_store.push(run_dir)
-    return code
 
 
 def _check_same(mine: Any, what: str) -> None:
