@@ -1747,14 +1747,14 @@ MUTANTS = [
     ),
     Mutant(
         "plan: causal attention counted as full",
-        "plan/work.py",
+        "hardware/work.py",
         "* c.head_dim * length * (length + 1)",
         "* c.head_dim * 2 * length * length",
         "test_plan.py -k attention_counts",
     ),
     Mutant(
         "plan: rematerialised forward forgotten",
-        "plan/work.py",
+        "hardware/work.py",
         "layer_weights(c) * (3 + again)",
         "layer_weights(c) * 3",
         "test_plan.py -k flops_of_an_update",

@@ -9,11 +9,7 @@ import jax
 import numpy as np
 
 from tsopsd_jax.distributed.sharding import DECODE_RULES, tree_shardings
-from tsopsd_jax.learn.update import abstract_state
-from tsopsd_jax.model import Qwen3
-from tsopsd_jax.model.decoding import rollout_view, view_axes
-from tsopsd_jax.plan.collectives import Moved
-from tsopsd_jax.plan.work import (
+from tsopsd_jax.hardware.work import (
     Lengths,
     Split,
     UpdateShape,
@@ -24,6 +20,10 @@ from tsopsd_jax.plan.work import (
     update_work,
     view_work,
 )
+from tsopsd_jax.learn.update import abstract_state
+from tsopsd_jax.model import Qwen3
+from tsopsd_jax.model.decoding import rollout_view, view_axes
+from tsopsd_jax.plan.collectives import Moved
 from tsopsd_jax.rollout.engine import segment_tokens
 from tsopsd_jax.rollout.schedule import Geometry
 from tsopsd_jax.train.phase import Phase

@@ -5,9 +5,9 @@ scattered; activations summed over `tensor`; gradients over `data`. Temporaries 
 the compiler's own figures for TPUs show them.
 """
 
+from tsopsd_jax.hardware.work import cache_bytes_per_token, layer_weights, model_weights
 from tsopsd_jax.plan.case import Case, Part
 from tsopsd_jax.plan.collectives import Moved
-from tsopsd_jax.plan.work import cache_bytes_per_token, layer_weights, model_weights
 
 
 def estimate(case: Case, pieces: int) -> list[Part]:
