@@ -37,10 +37,11 @@ pytestmark = [
     ),
 ]
 
-# Sizes with a factor of 9, which no cache and no activation of 64 slots has: a buffer of a weight's size is a weight.
-D, F, V, HEADS, KV, H = 1152, 2304, 9 * 2048, 16, 4, 128
+# Slots with a factor of 7, which every cache and activation has and no weight: a buffer of a weight's size is a weight.
+D, F, V, HEADS, KV, H = 1024, 2048, 16_384, 16, 4, 128
 WEIGHTS = {"qkv": D * (HEADS + 2 * KV) * H, "o": D * HEADS * H, "gate_up": 2 * D * F, "down": D * F, "embed": V * D}
-SLOTS = 64
+SLOTS = 56
+MOST_KERNELS = 32
 FREE = ("get-tuple-element", "tuple", "parameter", "constant", "bitcast", "after-all", "partition-id")
 """What is no kernel and writes nothing."""
 
@@ -152,7 +153,7 @@ def test_products_are_of_bfloat16_where_it_is_asked(on_one, small):
 def test_kernels_of_a_layer(on_one):
     """A layer costs this many launches more: more of them is a loss, fewer a gain to write down (docs/gpus.md)."""
     one = decoding("h100:1", layers=1)
-    assert launches(on_one[0].body) - launches(one.body) <= MOST_KERNELS
+    assert launches(on_one[0].body) - launches(one.body) <= MOST_KERNELS, launches(on_one[0].body) - launches(one.body)
     copies = [i for i in on_one[0].body if i.op == "copy"]
     assert sum(sum(elements(i.shape)) for i in copies) <= 2 * 3 * SLOTS * HEADS * H  # zeros for sums over pages
 
@@ -165,8 +166,6 @@ def test_the_loops_body_is_one_graph(on_one):
     assert len(lines) == 1
     assert "kCommandBuffer" in lines[0]
 
-
-MOST_KERNELS = 36
 
 SMALL = """
 model: {path: nowhere/small, compute_dtype: bfloat16, remat: full}

@@ -41,6 +41,8 @@ class Plan:
     lengths: dict[str, Lengths]
     slots: dict[str, int]
     """`rows_at_once` of each phase."""
+    tiles: dict[str, int]
+    """`chunk_tokens` of each phase."""
     steps: dict[str, int | None]
     """`stop.steps` of each phase."""
     shares: Shares
@@ -108,18 +110,20 @@ def make_plan(
     parts: list[Part] = []
     lengths: dict[str, Lengths] = {}
     slots: dict[str, int] = {}
+    tiles: dict[str, int] = {}
     for alike in _alike(config):
         names, settings = tuple(phase.name for phase in alike), alike[0]
         case = _case(config, shape, mesh, names, settings, means, topology)
         lengths |= dict.fromkeys(names, case.lengths)
         slots |= dict.fromkeys(names, case.slots)
+        tiles |= dict.fromkeys(names, case.tile_tokens)
         if programs is None or mesh is abstract:
             parts += estimate.estimate(case, settings.micro_batches or _pieces(case, limit))
         else:
             parts += compile_parts(case, programs, limit_bytes=limit)
     times = tuple(seconds(part, topology, real) for part in parts)
     steps = {phase.name: phase.stop.steps for phase in config.phases}
-    return Plan(topology, split, tuple(parts), times, lengths, slots, steps, shares)
+    return Plan(topology, split, tuple(parts), times, lengths, slots, tiles, steps, shares)
 
 
 def _case(
@@ -142,7 +146,9 @@ def _case(
     on = None if isinstance(mesh, AbstractMesh) else mesh
     model = Qwen3(shape, compute_dtype=DTYPES[config.model.compute_dtype], remat=config.model.remat, mesh=on)
     tree_shardings(model.param_axes(), model.param_shapes(), mesh)
-    return Case(names, make_phase(settings), model, mesh, found, config.data.max_prompt_tokens, topology.platform)
+    return Case(
+        names, make_phase(settings), model, mesh, found, config.data.max_prompt_tokens, topology.platform, topology.chip
+    )
 
 
 def _alike(config: Config) -> list[list[PhaseSettings]]:

@@ -91,7 +91,7 @@ class PhaseStep:
             limit_bytes=shared.limit_bytes,
         )
         self.engine = shared.engine(phase.sampling, phase.max_response_tokens, phase.rows_at_once or phase.rows)
-        self.start_kl = StartKL(shared.model, pieces=self.update.micro_batches, tile_tokens=phase.tile_tokens)
+        self.start_kl = StartKL(shared.model, pieces=self.update.micro_batches, tile_tokens=self.update.tile_tokens)
         self.program = None
         if phase.reward is None and self.engine.slots >= phase.rows:
             self.program = self.update.reheat_step(self.task.tokenizer.stop_ids)
