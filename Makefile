@@ -9,7 +9,7 @@ PINS := $(addprefix -c ,$(wildcard $(CONSTRAINTS)))
 # Work in progress: the mathematics, the contracts, the architecture. Everything else: make test.
 QUICK := layers docs types losses advantages logit_stats head objectives update packing judge configs examples mutants
 
-.PHONY: demo test quick quick-tests mutants lint check format env constraints clean
+.PHONY: demo test quick quick-tests gpu-programs mutants lint check format env constraints clean
 
 $(VENV)/.demo: pyproject.toml $(wildcard $(CONSTRAINTS))
 	$(PYTHON) -m venv $(VENV)
@@ -34,6 +34,11 @@ quick: lint quick-tests
 
 quick-tests: env
 	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow" $(wildcard $(QUICK:%=tests/test_%.py))
+
+# Programs for GPUs, compiled without one: several GB of CUDA libraries, in an environment of their own.
+gpu-programs:
+	$(MAKE) env EXTRAS=dev,cuda VENV=.venv-cuda
+	.venv-cuda/bin/python -m pytest -n 0 --durations 5 tests/test_gpu_programs.py
 
 mutants: env
 	$(BIN)/python tests/mutants.py --jobs $(shell nproc) $(MUTANTS)

@@ -22,10 +22,10 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 from tsopsd_jax.commands.plan import no_compilation_cache, shape_folder
 from tsopsd_jax.config import Config, load_config
 from tsopsd_jax.model.hf_config import read_config
-from tsopsd_jax.plan.chips import topology
 from tsopsd_jax.plan.compiled import CompiledPrograms
 from tsopsd_jax.plan.planner import Means, make_plan
 from tsopsd_jax.plan.report import as_json
+from tsopsd_jax.plan.topologies import topology
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "paper" / "qwen3_4b.yaml"
 SLICES = {8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16", 512: "16x16*2"}

@@ -20,9 +20,10 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 from tsopsd_jax.cli import main as tsopsd
 from tsopsd_jax.commands.plan import shape_folder
 from tsopsd_jax.config import load_config
+from tsopsd_jax.hardware.chips import TPUS
 from tsopsd_jax.model.hf_config import read_config
-from tsopsd_jax.plan.chips import TPUS, topology
 from tsopsd_jax.plan.planner import Means, by_formula
+from tsopsd_jax.plan.topologies import topology
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "docs" / "plans"

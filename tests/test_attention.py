@@ -3,6 +3,7 @@
 import functools
 import os
 import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -92,7 +93,9 @@ def test_implementations_are_chosen_by_name():
         causal_attention(q, q, q, implementation="flash")
     with pytest.raises(ValueError, match="multiple of 128 positions, got 100"):
         causal_attention(q, q, q, implementation="splash")
-    with pytest.raises(ValueError, match="cudnn takes rows of one sequence"):
+    with pytest.raises(
+        ValueError, match=r"cudnn takes rows of one sequence here, got segments \(a cpu has no cuDNN\); use xla"
+    ):
         causal_attention(q, q, q, jnp.zeros((1, 100), jnp.int32), implementation="cudnn")
     with pytest.raises(ValueError, match="expected one of xla, pallas, got 'cuda'"):
         pages_attention(q, (q, q), np.zeros((1, 1), np.int32), implementation="cuda")
@@ -102,6 +105,63 @@ def test_implementations_are_chosen_by_name():
     assert best_causal("gpu", positions=100, dtype=jnp.float32) == "xla"
     assert best_causal("tpu", positions=256, dtype=jnp.float32) == "splash"
     assert best_causal("tpu", positions=100, dtype=jnp.bfloat16) == "xla"
+
+
+def test_cudnn_takes_segments_on_hopper_only():
+    def on(platform, capability="9.0"):
+        return attention_module.cudnn_refuses_segments(
+            SimpleNamespace(platform=platform, compute_capability=capability)
+        )
+
+    assert on("gpu") is None
+    assert on("gpu", "10.0") is None
+    assert "compute capability 9, got 8.0" in on("gpu", "8.0")
+    assert "a tpu has no cuDNN" in on("tpu")
+
+
+def test_without_jaxs_private_interface_packed_rows_go_through_xla(monkeypatch):
+    def gone():
+        raise AttributeError("no attribute '_dot_product_attention_fwd_impl'")
+
+    monkeypatch.setattr(attention_module, "_cudnn", gone)
+    found = attention_module.cudnn_refuses_segments(SimpleNamespace(platform="gpu", compute_capability="9.0"))
+    assert found == "this version of JAX has no such interface: no attribute '_dot_product_attention_fwd_impl'"
+
+
+def test_segments_as_cudnn_reads_them(monkeypatch):
+    """Lengths and starts within the row, -1 where there is no segment; starts have one place more."""
+    monkeypatch.setattr(attention_module, "MOST_SEGMENTS", 3)
+    segment = jnp.asarray([[1, 1, 2, 3, 3, 3], [1, 1, 1, 1, 0, 0], [0, 0, 0, 0, 0, 0]], jnp.int32)
+    length, start = attention_module.segment_ranges(segment)
+    np.testing.assert_array_equal(length, [[2, 1, 3], [4, -1, -1], [-1, -1, -1]])
+    np.testing.assert_array_equal(start, [[0, 2, 3, -1], [0, -1, -1, -1], [-1, -1, -1, -1]])
+
+
+def test_places_of_no_sequence_give_and_take_nothing(monkeypatch):
+    """Whatever cuDNN leaves there, NaN too: output and gradients are zero, elsewhere they are untouched. (A stand-in for
+    cuDNN; its numbers can be seen on a GPU alone.)"""
+    monkeypatch.setattr(attention_module, "_within_ranges", junk_at_padding)
+    q = normal(0, 1, 4, 2, 8)
+    segment = jnp.asarray([[1, 1, 2, 0]], jnp.int32)
+
+    def total(q):
+        return jnp.sum(attention_module._cudnn_packed(q, q, q, segment))
+
+    value, gradient = jax.value_and_grad(total)(q)
+    np.testing.assert_allclose(value, 3 * jnp.sum(q[:, :3]), rtol=1e-6)
+    np.testing.assert_array_equal(gradient, jnp.full(q.shape, 3.0).at[:, 3].set(0.0))
+
+
+@jax.custom_vjp
+def junk_at_padding(q, k, v, length, start):
+    del length, start
+    return (q + k + v).at[:, 3].set(jnp.nan)
+
+
+junk_at_padding.defvjp(
+    lambda q, k, v, length, start: (junk_at_padding(q, k, v, length, start), None),
+    lambda _, g: (*[g.at[:, 3].set(jnp.nan)] * 3, None, None),
+)
 
 
 # Shard 0: slot 0 has two pages that do not lie together, slot 1 none, slot 2 one. Shard 1: only slot 1 has pages.

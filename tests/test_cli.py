@@ -1,5 +1,6 @@
 """The command line: every kind of bad input is one line and exit code 2, and nothing is overwritten; export round trip."""
 
+import argparse
 import errno
 import gc
 import json
@@ -72,6 +73,19 @@ def finished(tmp_path_factory, cache):
         patch.setenv("TSOPSD_CACHE_DIR", str(cache))
         assert demo(run) == 0
     return run
+
+
+@pytest.mark.parametrize(
+    ("text", "steps"), [("3:5", (3, 5)), ("4", (4, 4)), ("5:3", None), ("0:2", None), ("a:b", None)]
+)
+def test_steps_to_profile_are_first_and_last(text, steps):
+    from tsopsd_jax.commands.train import _steps
+
+    if steps is None:
+        with pytest.raises(argparse.ArgumentTypeError, match="expected A:B, the first and the last step"):
+            _steps(text)
+    else:
+        assert _steps(text) == steps
 
 
 def test_the_demos_schedule_runs_and_leaves_what_the_contract_names(finished):

@@ -23,6 +23,7 @@ ORDER = [
     "advantages",
     "rewards",
     "model",
+    "hardware",
     "data",
     "logit_stats",
     "head_tiles",

@@ -31,6 +31,11 @@ def test_rows_are_filled_longest_first():
         fill_rows(np.array([8]), 7)
 
 
+def test_a_row_holds_so_many_sequences_and_no_more():
+    """33 sequences of one token fit a row of 40; the 33rd begins another row, since attention counts up to 32."""
+    np.testing.assert_array_equal(fill_rows(np.ones(33, np.int64), 40), [0] * 32 + [1])
+
+
 def test_every_token_once_in_order_with_its_segment():
     length, width = np.array([3, 7, 2, 4, 5, 3]), 8
     batch = batch_of(length, width)

@@ -14,17 +14,8 @@ from tsopsd_jax.cli import main
 from tsopsd_jax.commands.exit_codes import BAD_INPUT, DONE
 from tsopsd_jax.config import load_config
 from tsopsd_jax.distributed.sharding import MESH_AXES
-from tsopsd_jax.model import Qwen3, Qwen3Config
-from tsopsd_jax.model.hf_config import read_config
-from tsopsd_jax.plan import chips
-from tsopsd_jax.plan.case import Part
-from tsopsd_jax.plan.chips import GPUS, TPUS, Topology
-from tsopsd_jax.plan.collectives import Moved, Program
-from tsopsd_jax.plan.compiled import Compiled, CompiledPrograms, _measured
-from tsopsd_jax.plan.planner import Means, make_plan, search
-from tsopsd_jax.plan.report import as_json, as_text
-from tsopsd_jax.plan.roofline import axis_rate, seconds
-from tsopsd_jax.plan.work import (
+from tsopsd_jax.hardware.chips import GPUS, TPUS
+from tsopsd_jax.hardware.work import (
     Lengths,
     Split,
     UpdateShape,
@@ -37,6 +28,16 @@ from tsopsd_jax.plan.work import (
     update_work,
     view_work,
 )
+from tsopsd_jax.model import Qwen3, Qwen3Config
+from tsopsd_jax.model.hf_config import read_config
+from tsopsd_jax.plan import topologies
+from tsopsd_jax.plan.case import Part
+from tsopsd_jax.plan.collectives import Moved, Program
+from tsopsd_jax.plan.compiled import Compiled, CompiledPrograms, _measured
+from tsopsd_jax.plan.planner import Means, make_plan, search
+from tsopsd_jax.plan.report import as_json, as_text
+from tsopsd_jax.plan.roofline import Seconds, Shares, axis_rate, seconds
+from tsopsd_jax.plan.topologies import Topology
 
 ROOT = Path(__file__).resolve().parents[1]
 MESH = {"data": 1, "fsdp": 4, "tensor": 2}
@@ -208,7 +209,7 @@ def test_the_roofline_of_a_part():
     for i, j, k in np.ndindex(2, 2, 2):  # fsdp spans two dimensions of the torus, data goes over slices
         coords[i, j, k] = SimpleNamespace(slice_index=i, coords=(j, k, j))
     mesh = SimpleNamespace(devices=coords, shape={"data": 2, "fsdp": 2, "tensor": 2})
-    place = Topology("v5e:2x2*2", chip, tuple(coords.reshape(-1)), 8)
+    place = Topology("v5e:2x2*2", chip, "tpu", tuple(coords.reshape(-1)), 8)
     assert axis_rate("fsdp", place, mesh) == 10.0
     assert axis_rate("tensor", place, mesh) == 5.0
     assert axis_rate("fsdp+tensor", place, mesh) == 15.0
@@ -220,8 +221,15 @@ def test_the_roofline_of_a_part():
     assert (found.total, found.limit) == (7.0, "links")
 
 
+def test_an_estimate_reaches_shares_of_the_peaks():
+    # 2 s of arithmetic at half the peak are 4 s, 5 s of memory at a quarter 20 s, 7 s of links at all of it 7 s.
+    found = Seconds(2.0, 5.0, 7.0).at(Shares(0.5, 0.25, 1.0))
+    assert tuple(found) == (4.0, 20.0, 7.0)
+    assert (found.total, found.limit) == (20.0, "memory")
+
+
 def test_gpus_of_a_host_are_near():
-    place = Topology("h100:16", GPUS["h100"], None, 16)
+    place = Topology("h100:16", GPUS["h100"], "gpu", None, 16)
     mesh = AbstractMesh((2, 4, 2), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
     assert axis_rate("fsdp+tensor", place, mesh) == GPUS["h100"].link_rate
     assert axis_rate("data", place, mesh) == GPUS["h100"].network_rate
@@ -287,6 +295,13 @@ phases:
 """
 
 
+@pytest.fixture(autouse=True)
+def no_gpu_compiler(monkeypatch):
+    """GPUs by formula, as where the extra `cuda` is not installed; what their compiler says: test_gpu_programs.py."""
+    find = topologies.importlib.util.find_spec
+    monkeypatch.setattr(topologies.importlib.util, "find_spec", lambda name: None if "cuda" in name else find(name))
+
+
 @pytest.fixture(scope="module")
 def config_file(tmp_path_factory):
     """A configuration in a tree like the repository's: the model's directory is absent, its shape is beside it."""
@@ -323,7 +338,7 @@ def test_bad_topologies_say_what_is_known(capsys, config_file, topology, words):
 
 
 def test_without_the_compiler_the_extra_is_named(capsys, config_file, monkeypatch):
-    monkeypatch.setattr(chips.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(topologies.importlib.util, "find_spec", lambda _: None)
     code, _, err = plan(capsys, config_file, "--topology", "v5e:2x2")
     assert code == BAD_INPUT
     assert 'pip install -e ".[tpu]"' in err
@@ -377,6 +392,28 @@ def test_gpus_are_planned_by_formula(capsys, config_file):
     assert found["step_seconds"]["rl"] == pytest.approx(
         sum(part["seconds"]["total"] for part in found["parts"] if "rl" in part["phases"])
     )
+    # A step of each of three phases on four devices; an estimate is at most 1 / 0.4 of the bound, at least 1 / 0.7.
+    run = found["run"]
+    assert run["steps"] == {"rl": 1, "reheat": 1, "rl-again": 1}
+    assert run["hours_at_least"] == pytest.approx(sum(found["step_seconds"].values()) / 3600)
+    assert run["device_hours_at_least"] == pytest.approx(4 * run["hours_at_least"])
+    assert 1 / 0.7 <= run["hours_estimated"] / run["hours_at_least"] <= 1 / 0.4
+    assert any("pip install -e" in line for line in found["assumptions"])
+
+
+def test_a_run_without_a_number_of_steps_has_no_total(capsys, config_file):
+    sets = "--set=phases.1.stop={recovered_above_nats: 0.1}"
+    _, out, _ = plan(capsys, config_file, "--topology", "h100:4", "--json", sets)
+    assert json.loads(out)["run"]["hours_at_least"] is None
+    _, out, _ = plan(capsys, config_file, "--topology", "h100:4", sets)
+    assert "the whole run: unknown, a phase names no stop.steps" in out
+
+
+@pytest.mark.parametrize("shares", ["0.4,0.6", "0.4,0.6,1.1", "0,0.5,0.5"])
+def test_shares_of_the_peaks_lie_between_0_and_1(capsys, config_file, shares):
+    with pytest.raises(SystemExit):
+        main(["plan", str(config_file), "--topology", "h100:4", "--shares", shares])
+    assert "expected three shares in (0, 1]" in capsys.readouterr().err
 
 
 def test_what_does_not_fit_is_said_with_a_remedy(capsys, config_file):
@@ -407,7 +444,7 @@ def compiled(config_file):
     from tsopsd_jax.commands.plan import no_compilation_cache
 
     try:
-        place = chips.topology("v5e:2x2")
+        place = topologies.topology("v5e:2x2")
     except ValueError as error:  # another process may hold the library
         pytest.skip(f"the TPU compiler cannot be used here: {error}")
     with no_compilation_cache():
@@ -473,7 +510,7 @@ def test_the_formula_is_near_the_compiler(compiled, config_file):
 
 def test_search_ranks_what_fits_first(config_file):
     config = load_config(config_file, [])
-    place = chips.topology("h100:4")
+    place = topologies.topology("h100:4")
     plans = search(config, found_config(), place, means=Means(), programs=CompiledPrograms(lambda _: None))
     assert {tuple(p.split) for p in plans} == {
         (4, 1, 1),
@@ -484,6 +521,11 @@ def test_search_ranks_what_fits_first(config_file):
     }  # two key-value heads
     times = [sum(p.step_seconds.values()) for p in plans]
     assert times == sorted(times)
+    # Twice the slots read the weights half as often: where memory allows, all 16 rows of a step are decoded at once.
+    assert {p.slots["rl"] for p in plans} == {16}
+    slow = make_plan(config, found_config(), place, means=Means(), programs=None)
+    assert slow.slots == {"rl": 8, "reheat": 4, "rl-again": 8}
+    assert next(p for p in plans if p.split == slow.split).step_seconds["rl"] < slow.step_seconds["rl"]
     tight = dataclasses.replace(place, chip=dataclasses.replace(place.chip, hbm_bytes=plans[0].peak))
     ranked = search(config, found_config(), tight, means=Means(), programs=CompiledPrograms(lambda _: None))
     assert [p.fits for p in ranked] == sorted((p.fits for p in ranked), reverse=True)

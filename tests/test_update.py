@@ -253,6 +253,7 @@ def test_logp_gap_is_nothing_on_policy_and_what_it_is_off_policy(update, fresh, 
     _, out = update(fresh(), distillation_batch(rollout), INF)
     assert float(out.metrics["rollout/logp_gap_max_nats"]) < 1e-4
     assert float(out.metrics["rollout/logp_gap_mean_nats"]) < 1e-4
+    assert float(out.metrics["rollout/ratio_outside_fraction"]) == 0.0
     # Half a nat on one token of row 1, a quarter on one of row 2 (another micro-batch): max 0.5, mean 0.75 / tokens.
     logp = rollout.logp.at[1, rollout.prompt_length[1]].add(0.5).at[2, rollout.prompt_length[2]].add(-0.25)
     batch = distillation_batch(rollout)
@@ -261,6 +262,8 @@ def test_logp_gap_is_nothing_on_policy_and_what_it_is_off_policy(update, fresh, 
     np.testing.assert_allclose(out.metrics["rollout/logp_gap_max_nats"], 0.5, atol=1e-4)
     tokens = float(rollout.response_length.sum())
     np.testing.assert_allclose(out.metrics["rollout/logp_gap_mean_nats"], 0.75 / tokens, atol=1e-4)
+    # Ratios of exp(-0.5) = 0.61 and exp(0.25) = 1.28 are outside 0.9 to 1.1, those of the other tokens inside.
+    np.testing.assert_allclose(out.metrics["rollout/ratio_outside_fraction"], 2 / tokens, rtol=1e-6)
 
 
 def test_the_learners_logp_is_the_samplers(tiny, rollout):

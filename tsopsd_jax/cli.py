@@ -13,6 +13,7 @@ from pathlib import Path
 
 from tsopsd_jax.commands import exit_codes
 from tsopsd_jax.display.screen import secure
+from tsopsd_jax.hardware.chips import GPU_MEMORY_SHARE
 
 COMMANDS = {
     "init": "write a small commented configuration to start from",
@@ -55,6 +56,7 @@ def _module(name: str):
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's chatter about machine features
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(GPU_MEMORY_SHARE))
     argv = sys.argv[1:] if argv is None else argv
     secure(keep_going=next(iter(argv), None) in LONG)
     if not argv:

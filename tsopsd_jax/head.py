@@ -110,6 +110,10 @@ class Measured(NamedTuple):
         return Measured(jax.tree.map(lambda x: jnp.sum(x, axis=0), self.out), jnp.max(self.gap, axis=0))
 
 
+RATIO_MARGIN = 0.1
+"""Ratios of learner to sampler in 1 +- this are near."""
+
+
 def measure(loss: Loss, stats: dict[str, Array], batch: Batch) -> Measured:
     """Evaluate the loss, and where there is a statistic `logp`, how far the sampler's log-probabilities are from it: with
     one code base that is a test, not a correction."""
@@ -117,7 +121,11 @@ def measure(loss: Loss, stats: dict[str, Array], batch: Batch) -> Measured:
     if "logp" in stats:
         apart = jnp.abs(stats["logp"] - batch.old_logp)
         gap = jnp.max(jnp.where(batch.mask, apart, 0.0))
-        mean = {"rollout/logp_gap_mean_nats": Mean.of(apart, batch.mask)}
+        outside = jnp.abs(jnp.expm1(stats["logp"] - batch.old_logp)) > RATIO_MARGIN
+        mean = {
+            "rollout/logp_gap_mean_nats": Mean.of(apart, batch.mask),
+            "rollout/ratio_outside_fraction": Mean.of(outside.astype(jnp.float32), batch.mask),
+        }
         out = LossOutput(out.loss, out.metrics | mean)
     return Measured(out, gap)
 

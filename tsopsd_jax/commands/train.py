@@ -32,6 +32,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
     parser.add_argument("config", metavar="CONFIG")
     options.add_run(parser)
+    parser.add_argument(
+        "--profile-steps", type=_steps, metavar="A:B", help="trace steps A to B for xprof into RUN_DIR/profile"
+    )
     parser.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0; TPUs, SLURM, Open MPI need no flags")
     parser.add_argument("--processes", type=int, metavar="N", help="how many processes run this command")
     parser.add_argument("--process", type=int, metavar="I", help="which of them this is, from 0")
@@ -44,6 +47,13 @@ def add(parser: argparse.ArgumentParser) -> None:
         default=1800,
         help="time in one step, one compilation or one read after which a process is taken to hang; default 1800, 0: never",
     )
+
+
+def _steps(text: str) -> tuple[int, int]:
+    first, _, last = text.partition(":")
+    if not first.isdigit() or not (last or first).isdigit() or not 1 <= int(first) <= int(last or first):
+        raise argparse.ArgumentTypeError(f"expected A:B, the first and the last step, such as 3:5, got {text!r}")
+    return int(first), int(last or first)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -59,15 +69,38 @@ def run(args: argparse.Namespace) -> int:
         explain=functools.partial(exit_codes.explain, "train"),
     ):
         place = args.run_dir or f"runs/{Path(args.config).stem}"
-        return run_file(Path(args.config), place, args.set, "train", accept_changed=args.accept_changed)
+        return run_file(
+            Path(args.config),
+            place,
+            args.set,
+            "train",
+            accept_changed=args.accept_changed,
+            profile_steps=args.profile_steps,
+        )
 
 
-def run_file(path: Path, place: str, overrides: list[str], command: str, *, accept_changed: bool = False) -> int:
+def run_file(
+    path: Path,
+    place: str,
+    overrides: list[str],
+    command: str,
+    *,
+    accept_changed: bool = False,
+    profile_steps: tuple[int, int] | None = None,
+) -> int:
     """Run a configuration's file at `place` until it is done or stopped; returns the exit code."""
-    return run_config(load_config(path, overrides), place, command=command, accept_changed=accept_changed)
+    config = load_config(path, overrides)
+    return run_config(config, place, command=command, accept_changed=accept_changed, profile_steps=profile_steps)
 
 
-def run_config(config: Config, run_dir: str | Path, *, command: str = "train", accept_changed: bool = False) -> int:
+def run_config(
+    config: Config,
+    run_dir: str | Path,
+    *,
+    command: str = "train",
+    accept_changed: bool = False,
+    profile_steps: tuple[int, int] | None = None,
+) -> int:
     """Run a configuration until it is done or stopped, then print results and write the page. The same call resumes.
 
     Args:
@@ -75,6 +108,7 @@ def run_config(config: Config, run_dir: str | Path, *, command: str = "train", a
         run_dir: a folder, or `gs://...`.
         command: what messages call the run.
         accept_changed: go on though problems or files of functions are not as they were.
+        profile_steps: first and last step of a trace; None: no trace.
 
     Returns:
         The exit code (`commands.exit_codes`): done, a guard stopped the run, or a signal did.
@@ -88,7 +122,8 @@ def run_config(config: Config, run_dir: str | Path, *, command: str = "train", a
     code = exit_codes.DONE
     try:
         table = LiveTable(stream=processes.console())
-        with open_trainer(config, folder, table, accept_changed=accept_changed) as trainer:
+        opened = open_trainer(config, folder, table, accept_changed=accept_changed, profile_steps=profile_steps)
+        with opened as trainer:
             if trainer.progress.phase == len(config.phases):
                 print(f"{run_dir} is done: {int(trainer.state.step)} steps")
             trainer.run()
@@ -154,7 +189,14 @@ def _claimed(config: Config, run_dir: Path, inputs: dict[str, str], accept_chang
 
 
 @contextlib.contextmanager
-def open_trainer(config: Config, run_dir: Path, table: LiveTable, *, accept_changed: bool = False) -> Iterator[Trainer]:
+def open_trainer(
+    config: Config,
+    run_dir: Path,
+    table: LiveTable,
+    *,
+    accept_changed: bool = False,
+    profile_steps: tuple[int, int] | None = None,
+) -> Iterator[Trainer]:
     """A trainer in `run_dir`, resuming what stands there; no other process may run there meanwhile."""
     use_compilation_cache(cache_folder(config))
     _check_same(strict.plain(config), "configuration")
@@ -172,6 +214,7 @@ def open_trainer(config: Config, run_dir: Path, table: LiveTable, *, accept_chan
             keep_checkpoints=config.keep_checkpoints,
             tracker=config.tracker,
             table=table,
+            profile_steps=profile_steps,
         )
         with table, trainer.told():
             for note in parts.notes:

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 
 from tsopsd_jax.config import strict
 from tsopsd_jax.data import CHATS, SOURCES, TEMPLATES
-from tsopsd_jax.head_tiles import TILE_TOKENS
 from tsopsd_jax.judge.groups import RewardRule
 from tsopsd_jax.model.qwen3 import REMAT
 from tsopsd_jax.rewards import VERIFIERS
@@ -188,8 +187,8 @@ class PhaseSettings:
     micro_batches: int | None = None
     """Pieces of the update; changes memory, not the result. null: what the devices' memory asks for, none with more
     than 16,384 tokens a device (2,048 on a CPU)."""
-    chunk_tokens: int = TILE_TOKENS
-    """Tokens whose logits exist at once, on each device."""
+    chunk_tokens: int | None = None
+    """Tokens whose logits exist at once, on each device. null: what suits the device (`hardware.tiles`), 1,024 on a CPU."""
     pack: bool = True
     """Several responses in one row of an update of several pieces, where the objective is tokenwise."""
     measure_start_kl: bool = False

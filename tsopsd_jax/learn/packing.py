@@ -5,11 +5,13 @@ import dataclasses
 import jax
 import numpy as np
 
+from tsopsd_jax.model.attention import MOST_SEGMENTS
 from tsopsd_jax.types import Batch
 
 
 def fill_rows(length: np.ndarray, width: int) -> np.ndarray:
-    """Choose the row of each sequence: longest first, each into the first row that has room for it.
+    """Choose the row of each sequence: longest first, each into the first row that has room for it, at most
+    `attention.MOST_SEGMENTS` in a row.
 
     Raises:
         ValueError: for a sequence longer than a row.
@@ -17,9 +19,11 @@ def fill_rows(length: np.ndarray, width: int) -> np.ndarray:
     if length.size and length.max() > width:
         raise ValueError(f"packing: a sequence of {length.max()} tokens is longer than a row of {width}")
     room, row = np.full(length.size, width), np.empty(length.size, np.int64)
+    held = np.zeros(length.size, np.int64)
     for i in np.argsort(-length, kind="stable"):
-        row[i] = np.argmax(room >= length[i])
+        row[i] = np.argmax((room >= length[i]) & (held < MOST_SEGMENTS))
         room[row[i]] -= length[i]
+        held[row[i]] += 1
     return row
 
 

@@ -9,11 +9,9 @@ import jax
 import numpy as np
 
 from tsopsd_jax.distributed.sharding import DECODE_RULES, tree_shardings
-from tsopsd_jax.learn.update import abstract_state
-from tsopsd_jax.model import Qwen3
-from tsopsd_jax.model.decoding import rollout_view, view_axes
-from tsopsd_jax.plan.collectives import Moved
-from tsopsd_jax.plan.work import (
+from tsopsd_jax.hardware.chips import Chip
+from tsopsd_jax.hardware.tiles import head_tile_tokens
+from tsopsd_jax.hardware.work import (
     Lengths,
     Split,
     UpdateShape,
@@ -24,6 +22,10 @@ from tsopsd_jax.plan.work import (
     update_work,
     view_work,
 )
+from tsopsd_jax.learn.update import abstract_state
+from tsopsd_jax.model import Qwen3
+from tsopsd_jax.model.decoding import rollout_view, view_axes
+from tsopsd_jax.plan.collectives import Moved
 from tsopsd_jax.rollout.engine import segment_tokens
 from tsopsd_jax.rollout.schedule import Geometry
 from tsopsd_jax.train.phase import Phase
@@ -68,6 +70,7 @@ class Case:
         lengths: of a mean row.
         max_prompt_tokens: width of the prompts.
         platform: `tpu` or `gpu`.
+        chip: what a device can do.
     """
 
     names: tuple[str, ...]
@@ -77,6 +80,7 @@ class Case:
     lengths: Lengths
     max_prompt_tokens: int
     platform: str
+    chip: Chip
 
     @property
     def split(self) -> Split:
@@ -117,6 +121,12 @@ class Case:
         axes = {name: x for name, x in view_axes(self.model).items() if name in shapes}
         layout = tree_shardings(axes, shapes, self.mesh, DECODE_RULES)
         return tree_bytes(jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, layout))
+
+    @property
+    def tile_tokens(self) -> int:
+        """Tokens that go through the head at once on a device."""
+        vocab_size = -(-self.model.config.vocab_size // self.split.tensor)
+        return self.phase.tile_tokens or head_tile_tokens(self.chip, vocab_size=vocab_size)
 
     @property
     def geometry(self) -> Geometry:
@@ -161,7 +171,7 @@ class Case:
             width=self.width,
             micro_batches=used,
             rows=each,
-            tile_tokens=phase.tile_tokens,
+            tile_tokens=self.tile_tokens,
             remat=self.model.remat,
             tokenwise=phase.objective.tokenwise,
         )

@@ -95,7 +95,7 @@ def _sampling(case: Case, programs: CompiledPrograms, estimated: dict[str, Part]
 
 
 def _updater(case: Case, pieces: int) -> Updater:
-    phase = dataclasses.replace(case.phase, micro_batches=pieces)
+    phase = dataclasses.replace(case.phase, micro_batches=pieces, tile_tokens=case.tile_tokens)
     return Updater(case.model, phase, case.mesh, max_prompt_tokens=case.max_prompt_tokens, limit_bytes=None)
 
 

@@ -5,9 +5,9 @@ scattered; activations summed over `tensor`; gradients over `data`. Temporaries 
 the compiler's own figures for TPUs show them.
 """
 
+from tsopsd_jax.hardware.work import cache_bytes_per_token, layer_weights, model_weights
 from tsopsd_jax.plan.case import Case, Part
 from tsopsd_jax.plan.collectives import Moved
-from tsopsd_jax.plan.work import cache_bytes_per_token, layer_weights, model_weights
 
 
 def estimate(case: Case, pieces: int) -> list[Part]:
@@ -103,7 +103,7 @@ def update(case: Case, pieces: int) -> dict[str, int]:
     kept = {"full": 1, "dots": 4, "none": 8}[case.model.remat] * d
     saved = c.num_hidden_layers * positions * kept * case.itemsize
     unembed = d * c.vocab_size / t
-    tile = min(phase.tile_tokens, positions) * c.vocab_size / t * 4
+    tile = min(case.tile_tokens, positions) * c.vocab_size / t * 4
     layer = layer_weights(c) / t * case.itemsize
     # A sum over pieces stands beside the piece's own gradients; a layer's activations and their gradients; two layers'
     # gathered weights; the unembedding gathered, and its gradient in float32; a tile's logits and their gradient.

@@ -1,6 +1,8 @@
 """A run's plan on a topology: every phase's parts, whether they fit, how long they take at best; and the search."""
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 from jax.sharding import AbstractMesh, AxisType
@@ -8,14 +10,14 @@ from jax.sharding import AbstractMesh, AxisType
 from tsopsd_jax.config import DTYPES, Config, PhaseSettings
 from tsopsd_jax.config.build import check_batches, make_phase
 from tsopsd_jax.distributed.sharding import MESH_AXES, AnyMesh, make_mesh, mesh_sizes, tree_shardings
-from tsopsd_jax.learn.micro_batches import RESERVE, choose_micro_batches
+from tsopsd_jax.hardware.work import Lengths, Split
+from tsopsd_jax.learn.micro_batches import choose_micro_batches
 from tsopsd_jax.model import Qwen3, Qwen3Config
 from tsopsd_jax.plan import estimate
 from tsopsd_jax.plan.case import Case, Part
-from tsopsd_jax.plan.chips import Topology
 from tsopsd_jax.plan.compiled import CompiledPrograms, compile_parts
-from tsopsd_jax.plan.roofline import Seconds, seconds
-from tsopsd_jax.plan.work import Lengths, Split
+from tsopsd_jax.plan.roofline import LIKELY, Seconds, Shares, seconds
+from tsopsd_jax.plan.topologies import Topology
 
 COMPILED_MESHES = 3
 """Of the meshes that a search ranks by formula, so many of the best are compiled."""
@@ -37,11 +39,18 @@ class Plan:
     parts: tuple[Part, ...]
     times: tuple[Seconds, ...]
     lengths: dict[str, Lengths]
+    slots: dict[str, int]
+    """`rows_at_once` of each phase."""
+    tiles: dict[str, int]
+    """`chunk_tokens` of each phase."""
+    steps: dict[str, int | None]
+    """`stop.steps` of each phase."""
+    shares: Shares
 
     @property
     def limit(self) -> int:
         """Bytes that a program may take of a device."""
-        return int((1 - RESERVE) * self.topology.chip.hbm_bytes)
+        return self.topology.usable_bytes
 
     @property
     def peak(self) -> int:
@@ -53,21 +62,41 @@ class Plan:
 
     @property
     def step_seconds(self) -> dict[str, float]:
-        """Of one step of each phase, its parts one after the other."""
+        """Of one step of each phase, its parts one after the other, at least."""
+        return self._step_seconds(self.times)
+
+    @property
+    def estimated_step_seconds(self) -> dict[str, float]:
+        """The same at the shares of the peaks."""
+        return self._step_seconds(tuple(time.at(self.shares) for time in self.times))
+
+    def _step_seconds(self, times: tuple[Seconds, ...]) -> dict[str, float]:
         return {
-            name: sum(time.total for part, time in zip(self.parts, self.times, strict=True) if name in part.phases)
+            name: sum(time.total for part, time in zip(self.parts, times, strict=True) if name in part.phases)
             for name in self.lengths
         }
 
+    def run_hours(self, step_seconds: dict[str, float]) -> float | None:
+        """Hours of all steps that the phases' `stop.steps` allow; None where a phase names no number."""
+        taken = {name: steps for name, steps in self.steps.items() if steps is not None}
+        return sum(taken[name] * step_seconds[name] for name in taken) / 3600 if len(taken) == len(self.steps) else None
+
 
 def make_plan(
-    config: Config, shape: Qwen3Config, topology: Topology, *, means: Means, programs: CompiledPrograms | None
+    config: Config,
+    shape: Qwen3Config,
+    topology: Topology,
+    *,
+    means: Means,
+    programs: CompiledPrograms | None,
+    shares: Shares = LIKELY,
 ) -> Plan:
     """The plan of a configuration on its own mesh.
 
     Args:
         shape: of the model.
-        programs: what compiles; None, or GPUs: all by formula.
+        programs: what compiles; None, or a topology without devices: all by formula.
+        shares: of the peaks, for the estimate of times.
 
     Raises:
         ValueError: a mesh, batch or model that does not divide; a mean below 1.
@@ -77,18 +106,24 @@ def make_plan(
     real = abstract if topology.devices is None else make_mesh(**asked, devices=topology.devices)
     mesh = abstract if programs is None else real
     check_batches(config, mesh)
-    split, limit = Split(**mesh.shape), int((1 - RESERVE) * topology.chip.hbm_bytes)
+    split, limit = Split(**mesh.shape), topology.usable_bytes
     parts: list[Part] = []
     lengths: dict[str, Lengths] = {}
-    for names, settings in _distinct(config):
+    slots: dict[str, int] = {}
+    tiles: dict[str, int] = {}
+    for alike in _alike(config):
+        names, settings = tuple(phase.name for phase in alike), alike[0]
         case = _case(config, shape, mesh, names, settings, means, topology)
         lengths |= dict.fromkeys(names, case.lengths)
+        slots |= dict.fromkeys(names, case.slots)
+        tiles |= dict.fromkeys(names, case.tile_tokens)
         if programs is None or mesh is abstract:
             parts += estimate.estimate(case, settings.micro_batches or _pieces(case, limit))
         else:
             parts += compile_parts(case, programs, limit_bytes=limit)
     times = tuple(seconds(part, topology, real) for part in parts)
-    return Plan(topology, split, tuple(parts), times, lengths)
+    steps = {phase.name: phase.stop.steps for phase in config.phases}
+    return Plan(topology, split, tuple(parts), times, lengths, slots, tiles, steps, shares)
 
 
 def _case(
@@ -111,19 +146,19 @@ def _case(
     on = None if isinstance(mesh, AbstractMesh) else mesh
     model = Qwen3(shape, compute_dtype=DTYPES[config.model.compute_dtype], remat=config.model.remat, mesh=on)
     tree_shardings(model.param_axes(), model.param_shapes(), mesh)
-    platform = "gpu" if topology.devices is None else "tpu"
-    return Case(names, make_phase(settings), model, mesh, found, config.data.max_prompt_tokens, platform)
+    return Case(
+        names, make_phase(settings), model, mesh, found, config.data.max_prompt_tokens, topology.platform, topology.chip
+    )
 
 
-def _distinct(config: Config) -> list[tuple[tuple[str, ...], PhaseSettings]]:
-    """Phases that differ in what they compute, each with the names of those that do not."""
-    found: dict[str, tuple[list[str], PhaseSettings]] = {}
+def _alike(config: Config) -> list[list[PhaseSettings]]:
+    """Phases, those together that compute the same."""
+    found: dict[str, list[PhaseSettings]] = {}
     free = ("name", "outcome", "stop", "guard", "optimizer_state", "optimizer", "reward")
     for phase in config.phases:
         fields = {key: value for key, value in vars(phase).items() if key not in free}
-        key = f"{fields} {phase.reward is None}"
-        found.setdefault(key, ([], phase))[0].append(phase.name)
-    return [(tuple(names), phase) for names, phase in found.values()]
+        found.setdefault(f"{fields} {phase.reward is None}", []).append(phase)
+    return list(found.values())
 
 
 def _pieces(case: Case, limit: int) -> int:
@@ -139,21 +174,28 @@ def _pieces(case: Case, limit: int) -> int:
         return rows // shards
 
 
-def by_formula(config: Config, shape: Qwen3Config, topology: Topology, *, means: Means) -> list[tuple[Config, Plan]]:
-    """Every mesh that the model and the batches allow, micro-batches chosen anew: (the configuration with it, its plan by
-    formula), best first.
+def by_formula(
+    config: Config, shape: Qwen3Config, topology: Topology, *, means: Means, shares: Shares = LIKELY
+) -> list[tuple[Config, Plan]]:
+    """Every mesh that the model and the batches allow, with the best `rows_at_once` of each phase and micro-batches chosen
+    anew: (the configuration with them, its plan by formula), best first.
 
     Raises:
         ValueError: if no mesh divides model and batches.
     """
-    phases = tuple(dataclasses.replace(phase, micro_batches=None) for phase in config.phases)
     found: list[tuple[Config, Plan]] = []
     refused = ""
     for split in _splits(topology.count):
         mesh = dataclasses.replace(config.mesh, **split._asdict())
-        candidate = dataclasses.replace(config, mesh=mesh, phases=phases)
+        on = dataclasses.replace(config, mesh=mesh)
+        plan = functools.partial(make_plan, shape=shape, topology=topology, means=means, programs=None, shares=shares)
         try:
-            found.append((candidate, make_plan(candidate, shape, topology, means=means, programs=None)))
+            check_batches(on, AbstractMesh(split, MESH_AXES, axis_types=(AxisType.Auto,) * 3))
+            slots: dict[str, int] = {}
+            for alike in _alike(config):
+                slots |= dict.fromkeys((phase.name for phase in alike), _best_slots(on, alike[0], split, plan))
+            candidate = dataclasses.replace(on, phases=tuple(_freed(p, slots[p.name]) for p in config.phases))
+            found.append((candidate, plan(candidate)))
         except ValueError as error:
             refused = str(error)
     if not found:
@@ -161,14 +203,42 @@ def by_formula(config: Config, shape: Qwen3Config, topology: Topology, *, means:
     return sorted(found, key=lambda pair: _rank(pair[1]))
 
 
+def _freed(phase: PhaseSettings, slots: int) -> PhaseSettings:
+    return dataclasses.replace(phase, micro_batches=None, rows_at_once=slots)
+
+
+def _best_slots(config: Config, phase: PhaseSettings, split: Split, plan: Callable[[Config], Plan]) -> int:
+    """The `rows_at_once` with which a phase alone ranks first: its own, or all rows halved again and again."""
+    rows = phase.prompts_per_step * phase.responses_per_prompt
+    halves = (rows >> k for k in range(rows.bit_length()) if rows % (split.rows << k) == 0)
+    tried = {phase.rows_at_once or rows, *halves}
+    plans = {slots: plan(dataclasses.replace(config, phases=(_freed(phase, slots),))) for slots in tried}
+    return min(plans, key=lambda slots: _rank(plans[slots]))
+
+
 def search(
-    config: Config, shape: Qwen3Config, topology: Topology, *, means: Means, programs: CompiledPrograms
+    config: Config,
+    shape: Qwen3Config,
+    topology: Topology,
+    *,
+    means: Means,
+    programs: CompiledPrograms,
+    shares: Shares = LIKELY,
+    tell: Callable[[list[Plan]], None] | None = None,
 ) -> list[Plan]:
-    """Plans of `by_formula`, best first; for TPUs the first few of them, compiled."""
-    rough = by_formula(config, shape, topology, means=means)
+    """Plans of `by_formula`, best first; where there is a compiler, the first few of them compiled.
+
+    `tell` hears what there is so far: the plans by formula, then the compiled ones after each.
+    """
+    rough = by_formula(config, shape, topology, means=means, shares=shares)
     if topology.devices is None:
         return [plan for _, plan in rough]
-    best = [make_plan(c, shape, topology, means=means, programs=programs) for c, _ in rough[:COMPILED_MESHES]]
+    tell = tell or (lambda _: None)
+    tell([plan for _, plan in rough])
+    best: list[Plan] = []
+    for candidate, _ in rough[:COMPILED_MESHES]:
+        best.append(make_plan(candidate, shape, topology, means=means, programs=programs, shares=shares))
+        tell(sorted(best, key=_rank))
     return sorted(best, key=_rank)
 
 

@@ -2,12 +2,13 @@
 
 from typing import Any
 
-from tsopsd_jax.learn.micro_batches import RESERVE
+from tsopsd_jax.hardware.chips import GPU_MEMORY_SHARE
 from tsopsd_jax.plan.case import Part
 from tsopsd_jax.plan.planner import Plan
 from tsopsd_jax.plan.roofline import Seconds
 
 GIB = 2**30
+NO_GPU_COMPILER = ': the GPU compiler is not installed; pip install -e ".[cuda]"'
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
@@ -20,11 +21,23 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "peak_bytes_per_device": plan.peak,
         "hbm_bytes_per_device": plan.topology.chip.hbm_bytes,
         "usable_bytes_per_device": plan.limit,
+        "rows_at_once": plan.slots,
+        "chunk_tokens": plan.tiles,
         "step_seconds": plan.step_seconds,
+        "estimated_step_seconds": plan.estimated_step_seconds,
+        "estimate_shares_of_peaks": plan.shares._asdict(),
+        "run": _run(plan),
         "parts": [_part(part, time, plan) for part, time in zip(plan.parts, plan.times, strict=True)],
         "advice": advice(plan),
         "assumptions": assumptions(plan),
     }
+
+
+def _run(plan: Plan) -> dict[str, Any]:
+    """Totals of the run's steps; None where a phase has no `stop.steps`."""
+    hours = {"at_least": plan.run_hours(plan.step_seconds), "estimated": plan.run_hours(plan.estimated_step_seconds)}
+    devices = {f"device_hours_{name}": None if h is None else h * plan.topology.count for name, h in hours.items()}
+    return {"steps": plan.steps} | {f"hours_{name}": h for name, h in hours.items()} | devices
 
 
 def _part(part: Part, time: Seconds, plan: Plan) -> dict[str, Any]:
@@ -49,12 +62,13 @@ def as_text(plan: Plan) -> str:
     """Tables of memory, work, traffic and time; then assumptions, and what to change."""
     shape, chip = plan.split, plan.topology.chip
     verdict = "fits" if plan.fits else "DOES NOT FIT"
+    verdict += f" (by formula{NO_GPU_COMPILER})" if plan.topology.devices is None else ""
     largest = max(plan.parts, key=lambda part: part.peak)
     lines = [
         f"{plan.topology.name}: {plan.topology.count} devices, mesh data {shape.data} x fsdp {shape.fsdp} x tensor "
         f"{shape.tensor}: {verdict}",
         f"needs {plan.peak / GIB:.2f} GiB of each device's {plan.limit / GIB:.2f} (of {chip.hbm_bytes / GIB:.2f}, "
-        f"{RESERVE:.0%} are left free), most in {_name(largest)}",
+        f"{1 - plan.limit / chip.hbm_bytes:.0%} are left free), most in {_name(largest)}",
         "",
         *_table(_memory_rows(plan)),
         "",
@@ -62,7 +76,8 @@ def as_text(plan: Plan) -> str:
         "",
         *_table(_traffic_rows(plan)),
         "",
-        "a step takes at least " + ", ".join(f"{name} {time:,.1f} s" for name, time in plan.step_seconds.items()),
+        *_time_lines(plan),
+        "of the head at once (chunk_tokens): " + ", ".join(f"{name} {n:,} tokens" for name, n in plan.tiles.items()),
         "",
         "assumed:",
         *(f"- {line}" for line in assumptions(plan)),
@@ -71,15 +86,31 @@ def as_text(plan: Plan) -> str:
     return "\n".join(lines + (["", "to make it fit:", *(f"- {line}" for line in found)] if found else []))
 
 
+def _time_lines(plan: Plan) -> list[str]:
+    least, likely, run = plan.step_seconds, plan.estimated_step_seconds, _run(plan)
+    steps = (f"{name} {least[name]:,.1f} s (estimate {likely[name]:,.0f})" for name in least)
+    lines = ["a step takes at least " + ", ".join(steps)]
+    if run["hours_at_least"] is None:
+        return [*lines, "the whole run: unknown, a phase names no stop.steps"]
+    phases = " + ".join(f"{n:,} {name}" for name, n in plan.steps.items())
+    return [
+        *lines,
+        f"the whole run, {phases} steps (phases may end sooner): at least {run['hours_at_least']:,.1f} h, "
+        f"{run['device_hours_at_least']:,.0f} device-hours; estimate {run['hours_estimated']:,.0f} h, "
+        f"{run['device_hours_estimated']:,.0f} device-hours",
+    ]
+
+
 def ranking(plans: list[Plan]) -> str:
     """One line for each plan of a search."""
-    rows = [["data", "fsdp", "tensor", "micro-batches", "GiB", "fits", "steps, s at least", "from"]]
+    rows = [["data", "fsdp", "tensor", "rows_at_once", "micro-batches", "GiB", "fits", "steps, s at least", "from"]]
     for plan in plans:
         pieces = [str(part.micro_batches) for part in plan.parts if part.micro_batches]
         times = ", ".join(f"{name} {time:,.1f}" for name, time in plan.step_seconds.items())
         sizes = [str(n) for n in plan.split]
         source = "formula" if any(part.source == "formula" for part in plan.parts) else "compiler"
-        rows.append([*sizes, "/".join(pieces), f"{plan.peak / GIB:.2f}", str(plan.fits).lower(), times, source])
+        slots = "/".join(map(str, plan.slots.values()))
+        rows.append([*sizes, slots, "/".join(pieces), f"{plan.peak / GIB:.2f}", str(plan.fits).lower(), times, source])
     return "\n".join(_table(rows))
 
 
@@ -134,12 +165,21 @@ def assumptions(plan: Plan) -> list[str]:
         f"mean tokens ({mean}); --mean-tokens and --mean-prompt-tokens for others",
         f"peaks of a device: {chip.flops / 1e12:,.0f} TFLOP/s bfloat16, {chip.hbm_rate / 1e9:,.0f} GB/s of memory, "
         f"{chip.link_rate / 1e9:,.0f} GB/s of links, {chip.network_rate / 1e9:,.1f} GB/s between slices or hosts",
-        "times are lower bounds: peaks are reached, all three overlap within a part, nothing waits for latency or the host",
+        "times are lower bounds: peaks are reached, all three overlap within a part, nothing waits for latency or the host; "
+        f"estimates: {plan.shares.compute:.0%} of the arithmetic, {plan.shares.memory:.0%} of the memory's rate, "
+        f"{plan.shares.links:.0%} of the links' are reached (--shares for others)",
         "one generation batch a step (dynamic sampling may draw more), slots are full until the rows are out, packed rows "
         "have no gaps; verification and evaluation are not counted",
     ]
     if any(part.source == "formula" for part in plan.parts):
-        found.append("not compiled: memory and traffic by formula (GPUs cannot be compiled for here)")
+        found.append(
+            f"not compiled: memory and traffic by formula{NO_GPU_COMPILER if plan.topology.devices is None else ''}"
+        )
+    if plan.topology.platform == "gpu":
+        found.append(
+            f"of a GPU's memory {GPU_MEMORY_SHARE:.0%} are JAX's (XLA_PYTHON_CLIENT_MEM_FRACTION); with no GPU here the compiler "
+            "cannot time kernels and takes those that it prefers by rule"
+        )
     if any(part.source == "refused" for part in plan.parts):
         found.append("of a program that does not fit, the compiler tells the memory; its traffic is by formula")
     loops = sorted({loop for part in plan.parts for loop in part.uncounted_loops})

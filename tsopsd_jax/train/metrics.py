@@ -49,6 +49,8 @@ class StepFacts(NamedTuple):
     start_kl_nats: float | None
     verifier_killed: int
     step_s: float
+    perf: dict[str, float]
+    """From `perf.step_perf`."""
 
     @property
     def entropy_nats(self) -> float:
@@ -73,7 +75,7 @@ def step_line(phase: str, run: RunState, seen: StepFacts, *, time_s: float) -> d
     reward = np.concatenate([g.reward for g in drawn.judged]) if drawn.judged else accuracy
     rollout_s = sum(s.rollout_s for s in drawn.scored) if drawn.engine is not None else None
     line = {"step": run.step, "phase": phase, "phase_step": run.progress.phase_step, "time_s": time_s}
-    line |= seen.update
+    line |= seen.update | seen.perf
     line |= {
         LENGTH: float(lengths.mean()),
         TRUNCATED: float(1.0 - stopped.mean()),

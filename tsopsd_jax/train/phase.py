@@ -126,7 +126,8 @@ class Phase:
     responses_per_prompt: int
     rows_at_once: int | None
     micro_batches: int | None
-    tile_tokens: int
+    tile_tokens: int | None
+    """Of the head; None: what suits the devices."""
     pack: bool
     measure_start_kl: bool
     reward: RewardRule | None

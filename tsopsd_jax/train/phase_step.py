@@ -28,6 +28,7 @@ from tsopsd_jax.rewards import answers_cut_off
 from tsopsd_jax.rollout import Engine, Progress, Sampling
 from tsopsd_jax.rundir.run_state import RunState
 from tsopsd_jax.train.metrics import Drawn, StepFacts
+from tsopsd_jax.train.perf import step_perf
 from tsopsd_jax.train.phase import GuardError, Phase
 from tsopsd_jax.train.phase_update import Updater
 from tsopsd_jax.train.task import Task
@@ -91,7 +92,7 @@ class PhaseStep:
             limit_bytes=shared.limit_bytes,
         )
         self.engine = shared.engine(phase.sampling, phase.max_response_tokens, phase.rows_at_once or phase.rows)
-        self.start_kl = StartKL(shared.model, pieces=self.update.micro_batches, tile_tokens=phase.tile_tokens)
+        self.start_kl = StartKL(shared.model, pieces=self.update.micro_batches, tile_tokens=self.update.tile_tokens)
         self.program = None
         if phase.reward is None and self.engine.slots >= phase.rows:
             self.program = self.update.reheat_step(self.task.tokenizer.stop_ids)
@@ -124,6 +125,7 @@ class PhaseStep:
             start_kl_nats=start_kl,
             verifier_killed=answers_cut_off() - killed,
             step_s=time.monotonic() - began,
+            perf=step_perf(self.shared.model, self.shared.mesh, drawn, rollout),
         )
 
     # ---------------------------------------------------------------- compiling

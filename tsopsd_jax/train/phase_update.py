@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from tsopsd_jax.distributed.sharding import put, replicated, row_multiple, row_sharding
+from tsopsd_jax.hardware.tiles import head_tile_on
 from tsopsd_jax.learn.micro_batches import TOKENS_PER_CPU, TOKENS_PER_DEVICE, choose_micro_batches, compile_within
 from tsopsd_jax.learn.packing import pack, useful_fraction
 from tsopsd_jax.learn.update import Update, UpdateOut, abstract_state, make_reheat_step, make_update
@@ -29,6 +30,7 @@ class Updater:
         state: shapes and shardings of the train state, which it keeps from step to step: a drifting layout would be
             compiled for again.
         update: the pure function, not jitted.
+        tile_tokens: tokens that go through the head at once.
         micro_batches: pieces of a batch; the phase's, or chosen by the devices' memory.
 
     Raises:
@@ -47,6 +49,7 @@ class Updater:
         self.phase, self.mesh, self.model = phase, mesh, model
         self.max_prompt_tokens = max_prompt_tokens
         self.width = max_prompt_tokens + phase.max_response_tokens
+        self.tile_tokens = phase.tile_tokens or head_tile_on(mesh, vocab_size=model.config.vocab_size)
         self.state = abstract_state(model, phase.optimizer, mesh)
         self._layout = jax.tree.map(lambda x: x.sharding, self.state)
         self._jitted: dict[int, Any] = {}
@@ -77,7 +80,7 @@ class Updater:
             phase.objective,
             phase.optimizer,
             micro_batches=micro_batches,
-            tile_tokens=phase.tile_tokens,
+            tile_tokens=self.tile_tokens,
             learning_rate=phase.learning_rate,
         )
 

@@ -28,6 +28,7 @@ from tsopsd_jax.train.evaluations import Evaluations
 from tsopsd_jax.train.metrics import StepFacts, step_line
 from tsopsd_jax.train.phase import GuardError, Phase
 from tsopsd_jax.train.phase_step import Shared
+from tsopsd_jax.train.profiling import StepProfile
 from tsopsd_jax.train.signals import Interrupted, StopRequest, leave
 from tsopsd_jax.train.task import EvaluationPlan
 from tsopsd_jax.types import PyTree, TrainState
@@ -57,6 +58,7 @@ class Trainer:
         checkpoint_every_steps, keep_checkpoints: periodic saves and how many stay.
         tracker: where the log is mirrored.
         table: where progress is shown.
+        profile_steps: the first and the last step to trace into the run directory; None: none.
     """
 
     def __init__(
@@ -71,9 +73,11 @@ class Trainer:
         keep_checkpoints: int,
         tracker: Tracker,
         table: Screen,
+        profile_steps: tuple[int, int] | None = None,
     ):
         self.shared, self.phases, self.run_dir, self.table = shared, phases, run_dir, table
         self.every = checkpoint_every_steps
+        self.profile = StepProfile(profile_steps, run_dir / "profile")
         heartbeat.tick("looking for checkpoints")
         self.checkpoints = Checkpoints(object_store.checkpoints_address(run_dir), keep=keep_checkpoints)
         self.run_state = self._start(load_params)
@@ -102,6 +106,7 @@ class Trainer:
             closing.callback(self.checkpoints.close)
             closing.callback(heartbeat.tick, "writing the last checkpoint")
             closing.callback(self.steps.close)
+            closing.callback(self.profile.close)
             closing.enter_context(self.signals.heard())
             self._evaluate()
             for phase in self.phases[self.progress.phase :]:
@@ -150,7 +155,8 @@ class Trainer:
                 self._leave("took no step after")
             self.checkpoints.check()
             heartbeat.tick(f"step {self.run_state.step + 1}")
-            self.run_state, seen = step(self.run_state, self._between_segments)
+            with self.profile.step(self.run_state.step + 1):
+                self.run_state, seen = step(self.run_state, self._between_segments)
             self.steps.compile_after(at)
             self._log(phase, seen)
             if over := self._over(phase):
