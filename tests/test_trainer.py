@@ -395,7 +395,7 @@ def test_metrics_have_the_contracts_keys(trainer_in, tmp_path):
     calls = iter(range(10**9))
 
     def verify(response: str, gold: str) -> float:
-        WORKERS.cut_off += next(calls) == 0  # as if the first response had cost the verifier a worker
+        WORKERS.pool.cut_off += next(calls) == 0  # as if the first response had cost the verifier a worker
         return even(response, gold)
 
     trainer_in(tmp_path, phases=SCHEDULE[:2], verify=verify).run()
