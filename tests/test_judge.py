@@ -9,9 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tsopsd_jax.data import Problem
 from tsopsd_jax.judge.dynamic_sampling import ShortageError, collect, informative
 from tsopsd_jax.judge.groups import Groups, RewardRule, join, judge, to_batch
 from tsopsd_jax.judge.scoring import VERIFY_THREADS, accuracies, score_while
+from tsopsd_jax.rewards import Rewards
 from tsopsd_jax.rollout import Finished
 from tsopsd_jax.types import Rollout
 
@@ -198,7 +200,19 @@ def test_reward_rule_refuses(setting, words):
 
 
 def test_judge_takes_what_the_loop_needs_and_no_config():
-    assert list(inspect.signature(judge).parameters) == ["rollout", "accuracy", "group", "rule", "max_response_tokens"]
+    assert list(inspect.signature(judge).parameters) == [
+        "rollout",
+        "accuracy",
+        "group",
+        "rule",
+        "max_response_tokens",
+        "reward",
+    ]
+
+
+def asked(*answers):
+    """A problem for each answer."""
+    return [Problem(str(i), "", answer) for i, answer in enumerate(answers)]
 
 
 def sampling(lengths, *, between=lambda: None):
@@ -227,7 +241,10 @@ def test_responses_are_scored_while_others_are_sampled():
         return float(text == answer)
 
     got = score_while(
-        sampling([1, 2, 3], between=wait), ["0", "1 1", "no"], lambda ids: " ".join(map(str, ids)), verify
+        sampling([1, 2, 3], between=wait),
+        asked("0", "1 1", "no"),
+        lambda ids: " ".join(map(str, ids)),
+        Rewards.of(verify),
     )
     assert seen == ["2 2 2", "1 1", "0"], "in the order of ending, before the rollout was over"
     np.testing.assert_array_equal(got.accuracy, [1, 1, 0])
@@ -239,7 +256,7 @@ def test_what_a_verifier_raises_while_sampling_is_raised():
         raise RuntimeError("broken verifier")
 
     with pytest.raises(RuntimeError, match="broken verifier"):
-        score_while(sampling([1]), ["0"], str, verify)
+        score_while(sampling([1]), asked("0"), str, Rewards.of(verify))
 
 
 def test_a_rollout_that_is_left_does_not_wait_for_verifications_nobody_began():
@@ -257,5 +274,5 @@ def test_a_rollout_that_is_left_does_not_wait_for_verifications_nobody_began():
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        score_while(left, ["0"] * rows, str, verify)
+        score_while(left, asked(*["0"] * rows), str, Rewards.of(verify))
     assert 0 < len(seen) < rows

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import byte_model
 import pytest
@@ -11,7 +12,7 @@ import tokenizers
 
 from tsopsd_jax import huggingface
 from tsopsd_jax.data import CHATS, TEMPLATES, Tokenizer, countdown, load_problems, render
-from tsopsd_jax.data.chat import Turn, read_turn
+from tsopsd_jax.data.chat import read_frame
 from tsopsd_jax.data.prompts import bare
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,9 +29,20 @@ def shown(folder: Path, template: str, chat: str) -> str:
     return turn.before + text + turn.after
 
 
+class Turn(NamedTuple):
+    """What stands around a user's text up to where the assistant begins, and what ends the assistant's turn."""
+
+    before: str
+    after: str
+    end: str
+
+
 def turn_of(folder: Path, *, thinking: bool) -> Turn:
     with huggingface.reading("tokenizer") as transformers:
-        return read_turn(transformers.PreTrainedTokenizerFast.from_pretrained(str(folder)), folder, thinking=thinking)
+        theirs = transformers.PreTrainedTokenizerFast.from_pretrained(str(folder))
+        before, after = read_frame(theirs, folder, ["user"], thinking=thinking)
+        *_, end = read_frame(theirs, folder, ["user", "assistant"], thinking=thinking)
+        return Turn(before, after, end)
 
 
 def check_golden(name: str, text: str) -> None:

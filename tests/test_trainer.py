@@ -27,6 +27,7 @@ from tsopsd_jax.learn.start_kl import StartKL
 from tsopsd_jax.learn.update import make_optimizer
 from tsopsd_jax.model import Qwen3, Qwen3Config
 from tsopsd_jax.objectives import adaptive_entropy_bonus, clip_cov, dapo, ts_opsd
+from tsopsd_jax.rewards import Rewards
 from tsopsd_jax.rewards.math import WORKERS
 from tsopsd_jax.rollout import Sampling
 from tsopsd_jax.rundir.checkpoints import SaveError
@@ -110,12 +111,14 @@ def trainer_in(tokenizer):
     def make(run_dir, *, phases=SCHEDULE, verify=even, evaluate=False, evaluate_every=None, every=100, data=1, width=6):
         mesh = make_mesh(data=data, devices=jax.devices()[:data])
         layout = tree_shardings(MODEL.param_axes(), MODEL.param_shapes(), mesh)
-        task = Task(problems=PROBLEMS, tokenizer=tokenizer, verify=verify, max_prompt_tokens=width, seed=0)
+        task = Task(problems=PROBLEMS, tokenizer=tokenizer, rewards=Rewards.of(verify), max_prompt_tokens=width, seed=0)
         plan = None
         if evaluate:
             plan = EvaluationPlan(
                 benchmark="toy",
                 problems=PROBLEMS[:3],
+                rewards=Rewards.of(verify),
+                max_prompt_tokens=width,
                 samples=4,
                 sampling=Sampling(top_p=0.7),
                 max_response_tokens=5,

@@ -14,7 +14,7 @@ def encode_prompts(problems: Sequence[Problem], tokenizer: Tokenizer, *, max_pro
     Raises:
         ValueError: for a prompt that is empty or longer than the limit, naming it.
     """
-    ids = processes.divided(lambda i: tokenizer.encode(problems[i].prompt), len(problems))
+    ids = processes.divided(lambda i: tokenizer.encode(problems[i].prompt, problems[i].before), len(problems))
     return pad_prompts([problem.id for problem in problems], ids, max_prompt_tokens=max_prompt_tokens)
 
 

@@ -48,7 +48,7 @@ class WorkerPool:
             CutOff: no answer came; `cut_off` counts it.
             StartError: no worker could be started, whatever the question says.
         """
-        worker, reply = self._take(), None
+        worker, reply, began = self._take(), None, time.monotonic()
         try:
             reply = worker.ask(line, self.wall_s)
         finally:
@@ -61,8 +61,19 @@ class WorkerPool:
             if worker is not None:
                 worker.end()
         if reply is None:
-            raise CutOff
+            late = time.monotonic() - began >= self.wall_s
+            raise CutOff(f"took more than {self.wall_s:g} s" if late else "ended its process")
         return reply
+
+    def start(self) -> None:
+        """Start a worker, if none is idle, to see whether it does.
+
+        Raises:
+            StartError: it did not.
+        """
+        worker = self._take()
+        with self._lock:
+            self.idle.append(worker)
 
     def close(self) -> None:
         """End the idle workers; `ask` starts new ones."""
