@@ -150,6 +150,7 @@ def open_trainer(config: Config, run_dir: Path, table: LiveTable, *, accept_chan
             keep_checkpoints=config.keep_checkpoints,
             tracker=config.tracker,
             table=table,
+            samples=config.samples,
         )
         with table, trainer.told():
             for note in parts.notes:

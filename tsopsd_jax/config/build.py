@@ -19,7 +19,7 @@ from tsopsd_jax.model import Qwen3, load_pretrained
 from tsopsd_jax.model.hf import INDEX, WEIGHTS
 from tsopsd_jax.model.hf_config import read_config
 from tsopsd_jax.objectives import Objective, make_objective
-from tsopsd_jax.rewards import Rewards, check_rewards, make_rewards, overlong_penalty
+from tsopsd_jax.rewards import Rewards, make_checked_rewards, make_rewards, overlong_penalty
 from tsopsd_jax.rollout import Sampling
 from tsopsd_jax.testing import objective_notes
 from tsopsd_jax.train.phase import Phase
@@ -290,9 +290,13 @@ def check_functions(config: Config) -> None:
 
 def _rewards(data: DataSettings, problems: Sequence[Problem]) -> Rewards:
     """Make the rewards of a data section, and try functions of one's own on toy responses to its first problem."""
-    rewards = make_rewards(data.verifier, weights=data.reward_weights, accuracy=data.accuracy)
-    check_rewards(rewards, answer=problems[0].answer, row=problems[0].row)
-    return rewards
+    return make_checked_rewards(
+        data.verifier,
+        weights=data.reward_weights,
+        accuracy=data.accuracy,
+        answer=problems[0].answer,
+        row=problems[0].row,
+    )
 
 
 def _evaluation(config: Config, tokenizer: Tokenizer) -> EvaluationPlan | None:

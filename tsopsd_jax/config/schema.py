@@ -22,6 +22,7 @@ from tsopsd_jax.rewards import check_setting
 from tsopsd_jax.rollout import Sampling
 from tsopsd_jax.rundir.trackers import Tracker
 from tsopsd_jax.train.phase import Guard, StopRule
+from tsopsd_jax.train.samples import Samples
 
 RENAMED = {"wandb_project": "tracker.wandb.project"}
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -137,22 +138,6 @@ class EvaluationSettings:
                 raise ValueError(f"{name} must be at least 1, got {vars(self)[name]}")
         if self.every_steps is not None and self.data is None:
             raise ValueError("every_steps: expected evaluation.data too, got none; set it, or leave every_steps out")
-
-
-@dataclass(frozen=True, kw_only=True)
-class SamplesSettings:
-    """Responses that a run keeps for people to read, in samples.jsonl."""
-
-    every_steps: int | None = 20
-    """Steps between two of which responses are kept, and the first; null or 0: none are."""
-    groups: int = 4
-    """Prompts of such a step of which the best and the worst response are kept."""
-
-    def __post_init__(self):
-        if self.every_steps is not None and self.every_steps < 0:
-            raise ValueError(f"every_steps must be at least 1, or 0 or null for none, got {self.every_steps}")
-        if not 1 <= self.groups <= 64:
-            raise ValueError(f"groups must be in 1..64, got {self.groups}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,7 +260,8 @@ class Config:
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     checkpoint_every_steps: int = 20
     keep_checkpoints: int = 2
-    samples: SamplesSettings = field(default_factory=SamplesSettings)
+    samples: Samples = field(default_factory=Samples)
+    """Responses kept in samples.jsonl."""
     tracker: Tracker = field(default_factory=Tracker)
     cache_dir: str | None = None
     """Prepared data sets and compiled programs; null: $TSOPSD_CACHE_DIR, else ~/.cache/tsopsd_jax."""

@@ -2,8 +2,9 @@
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +13,7 @@ from jaxtyping import Array, Float
 
 from tsopsd_jax.data import Problem
 from tsopsd_jax.judge.scoring import Decode, Score, verifying
-from tsopsd_jax.rewards import Verdict, failed_fraction
+from tsopsd_jax.rewards import Verdict
 from tsopsd_jax.rollout import Engine, Finished, Progress
 from tsopsd_jax.types import Prompts, PyTree
 
@@ -29,7 +30,10 @@ class Response(NamedTuple):
     stopped: bool
     correct: bool
     entropy_nats: float
-    verdict: Verdict
+    rewards: Mapping[str, float] = MappingProxyType({})
+    """By name, without weights."""
+    failures: Sequence[str] = ()
+    """What functions of one's own did wrong; the response counts as wrong."""
 
 
 def evaluation_key(key: Array) -> Array:
@@ -72,7 +76,16 @@ def respond(
     def judged(done: Finished) -> Response:
         text = decode(done.tokens.tolist())
         verdict = score(done.row, text)
-        return Response(done.row, text, len(done.tokens), done.stopped, verdict.right, done.entropy_nats, verdict)
+        return Response(
+            done.row,
+            text,
+            len(done.tokens),
+            done.stopped,
+            verdict.right,
+            done.entropy_nats,
+            verdict.parts,
+            verdict.failures,
+        )
 
     with verifying() as threads:
         waiting: deque[Future[Response]] = deque()
@@ -127,7 +140,7 @@ def summarise(responses: Sequence[Response], *, samples: int, k: int) -> dict[st
         "length_mean_tokens": float(tokens.mean()),
         "truncated_fraction": float(np.mean([not r.stopped for r in responses])),
         "entropy_nats": float(np.average([r.entropy_nats for r in responses], weights=tokens)),
-        "reward_failed_fraction": failed_fraction([r.verdict for r in responses]),
+        "reward_failed_fraction": sum(bool(r.failures) for r in responses) / len(responses),
     }
 
 

@@ -1,6 +1,6 @@
 """Rewards (response, answer -> score), the library's verifiers and one's own functions, and shaping (token lengths -> penalty)."""
 
-from tsopsd_jax.rewards.contract import check_reward, check_rewards
+from tsopsd_jax.rewards.contract import check_reward, check_rewards, make_checked_rewards
 from tsopsd_jax.rewards.countdown import verify_countdown
 from tsopsd_jax.rewards.math import answers_cut_off, verify_math
 from tsopsd_jax.rewards.named import (
@@ -29,6 +29,7 @@ __all__ = [
     "check_setting",
     "failed_fraction",
     "failure_words",
+    "make_checked_rewards",
     "make_rewards",
     "overlong_penalty",
     "verify_countdown",

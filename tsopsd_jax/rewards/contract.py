@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tsopsd_jax.rewards.named import RewardFunction, Rewards, check_names
+from tsopsd_jax.rewards.named import RewardFunction, Rewards, check_names, make_rewards
 from tsopsd_jax.rewards.own import LIMIT_S, OwnReward
 from tsopsd_jax.rewards.own_worker import RewardError, call_reward, takes_row
 
@@ -74,6 +74,24 @@ def check_rewards(rewards: Rewards, *, answer: str, row: Mapping[str, Any]) -> N
     if twice := [name for name in dict.fromkeys(known) if known.count(name) > 1]:
         raise ValueError(f"verifier: expected rewards of different names, got {twice[0]!r} twice; rename one")
     check_names(list(rewards.functions), rewards.weights, rewards.accuracy, known=known)
+
+
+def make_checked_rewards(
+    verifier: str | Mapping[str, str],
+    *,
+    weights: Mapping[str, float] | None = None,
+    accuracy: str | None = None,
+    answer: str,
+    row: Mapping[str, Any],
+) -> Rewards:
+    """Make the rewards of a run, and check them on the answer and the row of one of its problems.
+
+    Raises:
+        ValueError: as `make_rewards` and `check_rewards` do.
+    """
+    rewards = make_rewards(verifier, weights=weights, accuracy=accuracy)
+    check_rewards(rewards, answer=answer, row=row)
+    return rewards
 
 
 def _names(function: RewardFunction, place: str, answer: str, row: Mapping[str, Any]) -> Sequence[str]:
