@@ -108,7 +108,7 @@ def without_row(verify: Callable[[str, str], float]) -> RewardFunction:
     return lambda response, answer, _row: verify(response, answer)
 
 
-def check_setting(verifier: str | Mapping[str, str], weights: Mapping[str, float], accuracy: str | None) -> None:
+def check_setting(verifier: str | Mapping[str, Any], weights: Mapping[str, float], accuracy: str | None) -> None:
     """Check what can be checked of a setting (see `make_rewards`) before a function is called.
 
     Raises:
@@ -149,13 +149,13 @@ def check_names(
         raise ValueError(f"accuracy: no reward is called {accuracy!r}; expected one of {', '.join(known)}")
 
 
-def named_functions(verifier: str | Mapping[str, str]) -> dict[str, str]:
+def named_functions(verifier: str | Mapping[str, Any]) -> dict[str, Any]:
     """Name -> verifier; one that stands alone is the accuracy."""
     return {ONE: verifier} if isinstance(verifier, str) else dict(verifier)
 
 
 def make_rewards(
-    verifier: str | Mapping[str, str],
+    verifier: str | Mapping[str, Any],
     *,
     weights: Mapping[str, float] | None = None,
     accuracy: str | None = None,
