@@ -5,6 +5,7 @@ import importlib.util
 import inspect
 import json
 import re
+import types
 import typing
 from pathlib import Path
 
@@ -43,7 +44,8 @@ def _documented(cls: type, prefix: str):
         if key.startswith("evaluation.sampling."):
             default = vars(EvaluationSettings().sampling)[field.name]
         shown = "required" if default is dataclasses.MISSING else json.dumps(default).strip('"')
-        yield key, (typing.get_origin(inner) or inner).__name__, shown
+        kinds = typing.get_args(inner) if isinstance(inner, types.UnionType) else [inner]
+        yield key, ", ".join((typing.get_origin(kind) or kind).__name__ for kind in kinds), shown
 
 
 def test_every_setting_is_documented():

@@ -21,6 +21,7 @@ from tsopsd_jax.display.live_table import LiveTable
 from tsopsd_jax.distributed.sharding import make_mesh
 from tsopsd_jax.evaluation.evaluate import Response, evaluation_key, respond
 from tsopsd_jax.evaluation.scoreboard import compare, write_tables
+from tsopsd_jax.loading import is_own
 from tsopsd_jax.model.hf_config import read_config
 from tsopsd_jax.rewards import Rewards, Verdict, make_checked_rewards
 from tsopsd_jax.rollout import Engine, Sampling
@@ -117,8 +118,8 @@ def evaluate_policy(
     again: bool,
     table: LiveTable,
 ) -> None:
-    """Write a line {benchmark, id, sample, response, tokens, stopped, correct, entropy_nats, rewards} for each response that `out`
-    lacks, to OUT/BENCHMARK/NAME.jsonl, as it is scored.
+    """Write a line {benchmark, id, sample, response, tokens, stopped, correct, entropy_nats} for each response that `out`
+    lacks, to OUT/BENCHMARK/NAME.jsonl, as it is scored; with a function of one's own also {rewards} and, where it failed, {failed}.
 
     All benchmarks go through one rollout. A response depends on the seed, its problem's place in its benchmark and its
     sample, so what was interrupted ends up as what was not, in another order.
@@ -205,7 +206,7 @@ def _add_missing(
         for response in found:
             row = rows[response.row]
             failures += [response.failures[0]] if response.failures else []
-            resumable_jsonl.append(streams[row.benchmark], _line(benchmarks[row.benchmark].name, row, response))
+            resumable_jsonl.append(streams[row.benchmark], _line(benchmarks[row.benchmark], row, response))
     if failures:
         table.note(f"warning: the verifier failed at {len(failures)} responses, which count as wrong: {failures[0]}")
 
@@ -226,9 +227,9 @@ def _encode(
     )
 
 
-def _line(benchmark: str, row: _Row, response: Response) -> dict[str, Any]:
+def _line(benchmark: Benchmark, row: _Row, response: Response) -> dict[str, Any]:
     return {
-        "benchmark": benchmark,
+        "benchmark": benchmark.name,
         "id": row.id,
         "sample": row.sample,
         "response": response.text,
@@ -236,7 +237,7 @@ def _line(benchmark: str, row: _Row, response: Response) -> dict[str, Any]:
         "stopped": response.stopped,
         "correct": response.correct,
         "entropy_nats": round(response.entropy_nats, 6),
-        "rewards": dict(response.rewards),
+        **({"rewards": dict(response.rewards)} if is_own(benchmark.verifier) else {}),
         **({"failed": list(response.failures)} if response.failures else {}),
     }
 
