@@ -87,7 +87,7 @@ def main() -> None:
     began = time.perf_counter()
     WORKERS.order(*ROOTS)
     start_s = time.perf_counter() - began
-    status = Path(f"/proc/{WORKERS._idle[0].process.pid}/status").read_text().splitlines()
+    status = Path(f"/proc/{WORKERS.pool.idle[0].process.pid}/status").read_text().splitlines()
     result = about() | {
         "worker_start_s": round(start_s, 2),
         "worker_resident_mib": next(int(line.split()[1]) for line in status if line.startswith("VmRSS")) // 1024,

@@ -600,16 +600,16 @@ MUTANTS = [
     ),
     Mutant(
         "an answer without a verdict is not counted",
-        "rewards/symbolic.py",
+        "rewards/workers.py",
         "self.cut_off += 1",
         "self.cut_off += 0",
         "test_verifier.py -k over_the_limit",
     ),
     Mutant(
         "a worker that ran over is used again",
-        "rewards/symbolic.py",
-        "elif worker.answered < _ANSWERS_PER_WORKER:",
-        "if worker.answered < _ANSWERS_PER_WORKER:",
+        "rewards/workers.py",
+        "elif self.most_answers is None or worker.answered < self.most_answers:",
+        "if self.most_answers is None or worker.answered < self.most_answers:",
         "test_verifier.py -k over_the_limit",
     ),
     Mutant(

@@ -476,7 +476,7 @@ def test_a_file_that_is_no_mapping_is_one_line(text, tmp_path, capsys):
         ("phases.0.optimizer.learning_rate=-1", "learning_rate must be positive"),
         ("evaluation.samples=0", "samples must be at least 1"),
         ("evaluation.every_steps=0", "every_steps must be at least 1"),
-        ("evaluation.data.max_prompt_tokens=9", "must be those of data"),
+        ("evaluation.data.chat=direct", "expected the chat of data, none, in which the policy is trained, got direct"),
         ("evaluation.max_response_tokens=4000", "more than the model's 128 positions"),
     ],
 )

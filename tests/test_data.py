@@ -78,8 +78,8 @@ def test_jsonl(tmp_path):
     )
     problems = load_problems("jsonl", path=path, template="boxed")
     assert len(problems) == 2
-    assert problems[0] == ("mine-1", render("boxed", "What is {1+1}?"), "2")
-    assert problems[1] == ("7", render("boxed", "¿Half?"), "0.5")
+    assert problems[0][:4] == ("mine-1", render("boxed", "What is {1+1}?"), "2", {"more": 0})
+    assert problems[1][:3] == ("7", render("boxed", "¿Half?"), "0.5")
     assert load_problems("jsonl", path=path, first=1)[-1].prompt == "What is {1+1}?"
 
 
@@ -113,7 +113,7 @@ def test_jsonl_hostile_rows(tmp_path, line):
 def test_jsonl_fields_of_other_names(tmp_path):
     path = write_jsonl(tmp_path / "x.jsonl", {"q": "Why?", "gold": 3, "problem": "no"})
     (problem,) = load_problems("jsonl", path=path, problem_field="q", answer_field="gold")
-    assert problem == ("x-1", "Why?", "3")
+    assert problem[:4] == ("x-1", "Why?", "3", {"problem": "no"})
     with pytest.raises(ValueError, match="row 1: problem is missing"):
         load_problems("jsonl", path=path, problem_field="Q", answer_field="gold")
 
@@ -212,7 +212,7 @@ def test_dapo_layout(tmp_path):
     rows += [dapo_row("u4"), dapo_row("u2", "Find $\\frac{1}{2}$.", "7")]  # another id does not make another problem
     problems = load_problems("dapo_math_17k", path=write_parquet(tmp_path / "d.parquet", rows))
     assert [problem.id for problem in problems] == ["u1", "u2", "u3"]
-    assert problems[1] == ("u2", render("dapo_answer", "Find $\\frac{1}{2}$."), "7")
+    assert problems[1][:3] == ("u2", render("dapo_answer", "Find $\\frac{1}{2}$."), "7")
     # with or without the official wording around it, the problem is the problem
     worded = [dapo_row("u2", render("dapo_answer", "Find $\\frac{1}{2}$."), "7")]
     path = write_parquet(tmp_path / "e.parquet", worded)

@@ -1,6 +1,7 @@
 """Rollout -> Batch on the host: rewards, the informative filter, drawing until full, advantages per token."""
 
 import inspect
+import json
 import threading
 import time
 
@@ -9,9 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tsopsd_jax.data import Problem
+from tsopsd_jax.distributed import processes
 from tsopsd_jax.judge.dynamic_sampling import ShortageError, collect, informative
 from tsopsd_jax.judge.groups import Groups, RewardRule, join, judge, to_batch
-from tsopsd_jax.judge.scoring import VERIFY_THREADS, accuracies, score_while
+from tsopsd_jax.judge.scoring import VERIFY_THREADS, accuracies, score_after, score_while
+from tsopsd_jax.rewards import Rewards
 from tsopsd_jax.rollout import Finished
 from tsopsd_jax.types import Rollout
 
@@ -198,7 +202,19 @@ def test_reward_rule_refuses(setting, words):
 
 
 def test_judge_takes_what_the_loop_needs_and_no_config():
-    assert list(inspect.signature(judge).parameters) == ["rollout", "accuracy", "group", "rule", "max_response_tokens"]
+    assert list(inspect.signature(judge).parameters) == [
+        "rollout",
+        "accuracy",
+        "group",
+        "rule",
+        "max_response_tokens",
+        "reward",
+    ]
+
+
+def asked(*answers):
+    """A problem for each answer."""
+    return [Problem(str(i), "", answer) for i, answer in enumerate(answers)]
 
 
 def sampling(lengths, *, between=lambda: None):
@@ -227,7 +243,10 @@ def test_responses_are_scored_while_others_are_sampled():
         return float(text == answer)
 
     got = score_while(
-        sampling([1, 2, 3], between=wait), ["0", "1 1", "no"], lambda ids: " ".join(map(str, ids)), verify
+        sampling([1, 2, 3], between=wait),
+        asked("0", "1 1", "no"),
+        lambda ids: " ".join(map(str, ids)),
+        Rewards.of(verify),
     )
     assert seen == ["2 2 2", "1 1", "0"], "in the order of ending, before the rollout was over"
     np.testing.assert_array_equal(got.accuracy, [1, 1, 0])
@@ -239,7 +258,52 @@ def test_what_a_verifier_raises_while_sampling_is_raised():
         raise RuntimeError("broken verifier")
 
     with pytest.raises(RuntimeError, match="broken verifier"):
-        score_while(sampling([1]), ["0"], str, verify)
+        score_while(sampling([1]), asked("0"), str, Rewards.of(verify))
+
+
+def test_two_processes_divide_the_scoring_and_know_all_of_it(monkeypatch):
+    """Each scores every second row; what they exchange is JSON; failures come along."""
+    rollout = rollout_of([1, 2, 3, 1])
+    rewards = Rewards({"first": lambda text, answer, row: {"a": float(answer), "b": row["x"] + len(text)}})
+    problems = [Problem(str(i), "", str(i), {"x": 10.0 * i}) for i in range(4)]
+    alone = score_after(rollout, problems, lambda ids: "y" * len(ids), rewards)
+    # a is the answer, b is 10 x row + the response's length; the reward is their sum, the accuracy the first
+    assert [v.parts for v in alone.verdicts] == [{"a": i, "b": 10 * i + n} for i, n in enumerate([1, 2, 3, 1])]
+    np.testing.assert_array_equal(alone.accuracy, [0, 1, 2, 3])
+    np.testing.assert_array_equal(alone.reward, [1, 13, 25, 34])
+    parts, seen = [], []
+
+    class Exchanged(Exception):
+        pass
+
+    def send(mine):
+        parts.append(json.loads(json.dumps(mine)))
+        raise Exchanged
+
+    def counted(text, answer, row):
+        seen.append(answer)
+        return rewards(text, answer, row)
+
+    monkeypatch.setattr(processes.jax, "process_count", lambda: 2)
+    for index in (0, 1):
+        monkeypatch.setattr(processes.jax, "process_index", lambda index=index: index)
+        monkeypatch.setattr(processes, "exchange", send)
+        with pytest.raises(Exchanged):
+            score_after(rollout, problems, lambda ids: "y" * len(ids), counted)
+    assert [sorted(seen[:2]), sorted(seen[2:])] == [["0", "2"], ["1", "3"]]
+    monkeypatch.setattr(processes, "exchange", lambda _: parts)
+    got = score_after(rollout, problems, lambda ids: "y" * len(ids), rewards)
+    assert [v.parts for v in got.verdicts] == [v.parts for v in alone.verdicts]
+    np.testing.assert_array_equal(got.reward, alone.reward)
+
+
+def test_the_judge_adds_the_penalty_to_the_reward_and_keeps_the_accuracy():
+    # penalties of 3 and 6 tokens: -(3 - 2) / 4 = -0.25, -1
+    rule = RewardRule(overlong_buffer_tokens=4)
+    accuracy, reward = np.array([1, 0], np.float32), np.array([1.5, 0.25], np.float32)
+    groups = judge(rollout_of([3, 6]), accuracy, group=GROUP, rule=rule, max_response_tokens=6, reward=reward)
+    np.testing.assert_array_equal(groups.accuracy, [[1, 0]])
+    np.testing.assert_allclose(groups.reward, [[1.25, -0.75]])
 
 
 def test_a_rollout_that_is_left_does_not_wait_for_verifications_nobody_began():
@@ -257,5 +321,5 @@ def test_a_rollout_that_is_left_does_not_wait_for_verifications_nobody_began():
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        score_while(left, ["0"] * rows, str, verify)
+        score_while(left, asked(*["0"] * rows), str, Rewards.of(verify))
     assert 0 < len(seen) < rows

@@ -149,7 +149,7 @@ def test_prepared_sets_are_found_by_name(cache, capsys):
     directory = cache / "datasets"
     problems = load_problems("dapo_math_17k", directory=directory)
     assert [p.id for p in problems] == [f"u{i}" for i in range(12)] + ["u20"]  # 7 repetitions left out
-    assert problems[0] == ("u0", render("dapo_answer", "Find $x$ if $x + 0 = 7$."), "0")
+    assert problems[0][:3] == ("u0", render("dapo_answer", "Find $x$ if $x + 0 = 7$."), "0")
     assert load_problems("dapo_math_17k", directory=directory, first=2) == problems[:2]
     assert load_problems("dapo_math_17k", directory=directory, template="boxed")[1].prompt == render(
         "boxed", "What is $3 - 1$ times two?"

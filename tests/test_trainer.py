@@ -27,10 +27,11 @@ from tsopsd_jax.learn.start_kl import StartKL
 from tsopsd_jax.learn.update import make_optimizer
 from tsopsd_jax.model import Qwen3, Qwen3Config
 from tsopsd_jax.objectives import adaptive_entropy_bonus, clip_cov, dapo, ts_opsd
+from tsopsd_jax.rewards import RewardError, Rewards
 from tsopsd_jax.rewards.math import WORKERS
 from tsopsd_jax.rollout import Sampling
 from tsopsd_jax.rundir.checkpoints import SaveError
-from tsopsd_jax.rundir.log import read_evaluations, read_metrics
+from tsopsd_jax.rundir.log import read_evaluations, read_metrics, read_samples
 from tsopsd_jax.rundir.trackers import Tracker
 from tsopsd_jax.train.phase import Guard, GuardError, Phase, StopRule
 from tsopsd_jax.train.phase_step import PhaseStep, Shared
@@ -110,12 +111,14 @@ def trainer_in(tokenizer):
     def make(run_dir, *, phases=SCHEDULE, verify=even, evaluate=False, evaluate_every=None, every=100, data=1, width=6):
         mesh = make_mesh(data=data, devices=jax.devices()[:data])
         layout = tree_shardings(MODEL.param_axes(), MODEL.param_shapes(), mesh)
-        task = Task(problems=PROBLEMS, tokenizer=tokenizer, verify=verify, max_prompt_tokens=width, seed=0)
+        task = Task(problems=PROBLEMS, tokenizer=tokenizer, rewards=Rewards.of(verify), max_prompt_tokens=width, seed=0)
         plan = None
         if evaluate:
             plan = EvaluationPlan(
                 benchmark="toy",
                 problems=PROBLEMS[:3],
+                rewards=Rewards.of(verify),
+                max_prompt_tokens=width,
                 samples=4,
                 sampling=Sampling(top_p=0.7),
                 max_response_tokens=5,
@@ -329,6 +332,68 @@ def test_killed_run_takes_the_lost_steps_again(trainer_in, tmp_path):
     assert int(second.state.step) == 0 < lost, "steps were logged and not saved"
     assert same(whole, finish(second))
     assert facts(tmp_path / "whole") == facts(run)
+    samples = read_samples(run)
+    assert read_samples(tmp_path / "whole") == samples, "those of steps that are taken again stand there once"
+    # Of step 1, four groups of two: 5 tokens at most, the penalty's ramp the last two. Where both are right and as long, both
+    # are equal, and the first is the best.
+    assert [(each["step"], each["phase"], each["which"]) for each in samples] == [
+        (1, "rl", "best"),
+        (1, "rl", "worst"),
+    ] * 4
+    assert all(best["reward"] >= worst["reward"] for best, worst in zip(samples[::2], samples[1::2], strict=True))
+    assert any(best["reward"] > worst["reward"] for best, worst in zip(samples[::2], samples[1::2], strict=True))
+    for each in samples:
+        assert each["accuracy"] == even(each["response"], "")
+        assert each["prompt"].split()[0] == each["answer"]
+        assert each["reward"] == each["accuracy"] - {5: 1.0, 4: 0.5}.get(each["length_tokens"], 0.0)
+
+
+def test_named_rewards_are_logged_and_their_sum_is_learnt_from(trainer_in, tmp_path):
+    def graded(response, answer, _row):
+        return {"brief": 1.0 / (1 + len(response)), "answer": float(answer)}
+
+    trainer = trainer_in(tmp_path, phases=(rl_phase(stop=StopRule(steps=1), reward=RewardRule()),))
+    functions = {"right": lambda response, answer, _row: even(response, answer), "style": graded}
+    rewards = Rewards(functions, weights={"answer": 0.5, "brief": 2.0})
+    trainer.shared.task.__dict__["rewards"] = rewards
+    trainer.run()
+    (line,) = read_metrics(tmp_path)
+    parts = [line[f"reward/{name}_mean"] for name in ("right", "brief", "answer")]
+    assert line["reward/mean"] == pytest.approx(parts[0] + 2.0 * parts[1] + 0.5 * parts[2], rel=1e-5)
+    assert line["reward/accuracy_fraction"] == parts[0]
+    assert parts[2] > 1, "answers are 1 to 11"
+    assert line["reward/failed_fraction"] == 0.0
+    first = read_samples(tmp_path)[0]
+    assert list(first["rewards"]) == ["right", "brief", "answer"]
+
+
+def test_rewards_that_fail_stop_the_run_before_it_learns_from_them(trainer_in, tmp_path):
+    def fails(_response, _answer):
+        raise RewardError("r.py:f, line 3: raised KeyError: 'x'")
+
+    trainer = trainer_in(tmp_path, phases=(rl_phase(),), verify=fails)
+    before = jax.device_get(trainer.state)
+    with pytest.raises(GuardError, match=r"phase 'rl' stopped: rewards of 8 of 8 responses failed .* r.py:f, line 3"):
+        trainer.run()
+    assert same(before, jax.device_get(trainer.state))
+    assert read_metrics(tmp_path) == []
+
+
+def test_a_few_rewards_that_fail_are_counted_and_told(trainer_in, tmp_path):
+    calls = iter(range(10**9))
+
+    def fails(response, answer):
+        if next(calls) == 0:
+            raise RewardError("r.py:f, line 3: raised KeyError: 'x'")
+        return even(response, answer)
+
+    trainer = trainer_in(tmp_path, phases=(rl_phase(stop=StopRule(steps=1), reward=RewardRule()),), verify=fails)
+    trainer.run()
+    (line,) = read_metrics(tmp_path)
+    assert line["reward/failed_fraction"] == 1 / 8
+    assert "warning: step 1: rewards of 1 of 8 responses failed and count as 0: r.py:f, line 3" in (
+        trainer.table._stream.getvalue()
+    )
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # coroutines that Orbax leaves
@@ -395,7 +460,7 @@ def test_metrics_have_the_contracts_keys(trainer_in, tmp_path):
     calls = iter(range(10**9))
 
     def verify(response: str, gold: str) -> float:
-        WORKERS.cut_off += next(calls) == 0  # as if the first response had cost the verifier a worker
+        WORKERS.pool.cut_off += next(calls) == 0  # as if the first response had cost the verifier a worker
         return even(response, gold)
 
     trainer_in(tmp_path, phases=SCHEDULE[:2], verify=verify).run()

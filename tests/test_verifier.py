@@ -18,9 +18,10 @@ from tsopsd_jax.rewards import math as verifier
 from tsopsd_jax.rewards.answers import final_answer, labelled, option_of
 from tsopsd_jax.rewards.formula import parse_formula
 from tsopsd_jax.rewards.math import read_answer
-from tsopsd_jax.rewards.symbolic import CutOff, Workers
+from tsopsd_jax.rewards.symbolic import Workers
 from tsopsd_jax.rewards.trees import Unreadable
 from tsopsd_jax.rewards.units import measured, read_unit
+from tsopsd_jax.rewards.workers import CutOff
 
 PAIRS = Path(__file__).parent / "golden" / "verify_pairs.jsonl"
 ENDLESS = "\\sum_{k=1}^{10^{12}} \\sin k"
@@ -39,7 +40,7 @@ def workers_of():
 
     yield make
     for workers in made:
-        workers.close()
+        workers.pool.close()
 
 
 def ended(pid: int, within_s: float) -> bool:
@@ -302,38 +303,38 @@ SLOW = parse_formula(ENDLESS), parse_formula("34")
 def test_an_answer_over_the_limit_costs_its_worker_and_is_counted(workers_of):
     workers = workers_of(wall_s=1.0)
     assert workers.order(*ROOTS) == 0
-    (first,) = workers._idle
+    (first,) = workers.pool.idle
     with pytest.raises(CutOff):
         workers.order(*SLOW)
-    assert (workers.cut_off, workers._idle) == (1, [])
+    assert (workers.pool.cut_off, workers.pool.idle) == (1, [])
     assert not Path(f"/proc/{first.process.pid}").exists(), "killed and waited for: no zombie"
     assert workers.order(*ROOTS) == 0
-    assert workers._idle[0].process.pid != first.process.pid
-    assert workers.cut_off == 1
+    assert workers.pool.idle[0].process.pid != first.process.pid
+    assert workers.pool.cut_off == 1
 
 
 def test_a_worker_killed_from_outside_is_replaced(workers_of):
     workers = workers_of()
     assert workers.order(*ROOTS) == 0
-    pid = workers._idle[0].process.pid
+    pid = workers.pool.idle[0].process.pid
     os.kill(pid, signal.SIGKILL)
     assert ended(pid, 5)
     assert workers.order(*ROOTS) == 0, "it died idle: no answer is lost"
-    assert workers.cut_off == 0
-    busy = workers._idle[0].process.pid
+    assert workers.pool.cut_off == 0
+    busy = workers.pool.idle[0].process.pid
     with ThreadPoolExecutor(1) as thread:
         asked = thread.submit(workers.order, *SLOW)
         time.sleep(0.3)
         os.kill(busy, signal.SIGKILL)
         with pytest.raises(CutOff):
             asked.result(timeout=4)  # well before its limit of 5 s
-    assert workers.cut_off == 1
+    assert workers.pool.cut_off == 1
 
 
 def test_a_worker_is_small_apart_and_limited(workers_of):
     workers = workers_of(memory_bytes=200 * 2**20)
     assert workers.order(*ROOTS) == 0
-    pid = workers._idle[0].process.pid
+    pid = workers.pool.idle[0].process.pid
     limits = Path(f"/proc/{pid}/limits").read_text()
     (line,) = [line for line in limits.splitlines() if line.startswith("Max address space")]
     assert line.split()[3:5] == [str(200 * 2**20)] * 2
@@ -351,11 +352,11 @@ def test_old_workers_are_replaced_without_losing_an_answer(workers_of, monkeypat
     monkeypatch.setattr("tsopsd_jax.rewards.symbolic._ANSWERS_PER_WORKER", 2)
     workers = workers_of()
     assert workers.order(*ROOTS) == 0
-    pid = workers._idle[0].process.pid
+    pid = workers.pool.idle[0].process.pid
     assert workers.order(*ROOTS) == 0
-    assert workers._idle == []
+    assert workers.pool.idle == []
     assert ended(pid, 0.1)
-    assert workers.cut_off == 0
+    assert workers.pool.cut_off == 0
 
 
 PARENT = """
@@ -364,7 +365,7 @@ from tsopsd_jax.rewards.formula import parse_formula as parse
 from tsopsd_jax.rewards.symbolic import Workers
 workers = Workers(wall_s=2.0)
 assert workers.order(parse("x+x"), parse("2x")) == 0
-print(workers._idle[0].process.pid, flush=True)
+print(workers.pool.idle[0].process.pid, flush=True)
 if sys.argv[1] == "busy":
     threading.Thread(target=workers.order, args=(parse(sys.argv[2]), parse("34")), daemon=True).start()
 sys.stdin.read()
@@ -394,5 +395,5 @@ def test_threads_get_the_answers_to_their_own_questions(workers_of, monkeypatch)
     with ThreadPoolExecutor(2) as threads:
         scores = list(threads.map(lambda pair: verify_math(*pair), pairs))
     assert scores == [float(n % 2 == 0) for n in range(2, 42)]
-    assert 1 <= len(workers._idle) <= 2
-    assert sum(worker.answered for worker in workers._idle) == len(pairs), "each of them takes a worker"
+    assert 1 <= len(workers.pool.idle) <= 2
+    assert sum(worker.answered for worker in workers.pool.idle) == len(pairs), "each of them takes a worker"

@@ -103,7 +103,8 @@ class Policy:
         """
         names = [f"number {i}" for i in range(len(prompts))]
         positions = self.model.config.max_position_embeddings
-        tokens, lengths = encode_to_fit(names, prompts, self.tokenizer, max_tokens=max_tokens, positions=positions)
+        asked = [(text, ()) for text in prompts]
+        tokens, lengths = encode_to_fit(names, asked, self.tokenizer, max_tokens=max_tokens, positions=positions)
         which = np.repeat(np.arange(len(prompts)), samples)
         engine = self._engine(sampling or Sampling(), tokens.shape[1], max_tokens, slots)
         rows = Prompts(tokens[which], lengths[which], np.arange(len(which), dtype=np.uint32))

@@ -1,4 +1,4 @@
-"""The contract of an objective, checked on a toy batch: for people's own objectives, and before every run."""
+"""The contracts of objectives, checked on a toy batch, and of rewards: for people's own, and before every run."""
 
 import contextlib
 import dataclasses
@@ -29,6 +29,7 @@ from tsopsd_jax.objectives.toy import (
     padded,
     take_rows,
 )
+from tsopsd_jax.rewards import check_reward as check_reward
 from tsopsd_jax.types import Batch, LossOutput, Mean
 
 TOLERANCE = 1e-3

@@ -7,7 +7,15 @@ import jax
 
 from tsopsd_jax.commands import exit_codes, options
 from tsopsd_jax.config import load_config
-from tsopsd_jax.config.build import Parts, check_objectives, divide_cpu, doubts, make_phases, prepare
+from tsopsd_jax.config.build import (
+    Parts,
+    check_functions,
+    check_objectives,
+    divide_cpu,
+    doubts,
+    make_phases,
+    prepare,
+)
 from tsopsd_jax.display.numbers import count
 
 
@@ -30,6 +38,7 @@ def run(args: argparse.Namespace) -> int:
     divide_cpu(divisions.pop())  # first: an objective's file may use JAX as it is imported
     for path, config in configs.items():
         if args.syntax_only:
+            check_functions(config)
             for note in check_objectives(config, make_phases(config)):
                 print(f"{path}: {note}")
             for warning in doubts(config):

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from tsopsd_jax.commands import exit_codes, options
-from tsopsd_jax.commands.generate import GenerateSettings, digest, writing
+from tsopsd_jax.commands.generate import GenerateSettings, digest, own_digest, writing
 from tsopsd_jax.commands.policies import PolicySource, of_directory, of_run
 from tsopsd_jax.config.places import datasets_folder
 from tsopsd_jax.data import Problem, Tokenizer, evaluation_split, load_problems
@@ -21,8 +21,9 @@ from tsopsd_jax.display.live_table import LiveTable
 from tsopsd_jax.distributed.sharding import make_mesh
 from tsopsd_jax.evaluation.evaluate import Response, evaluation_key, respond
 from tsopsd_jax.evaluation.scoreboard import compare, write_tables
+from tsopsd_jax.loading import is_own
 from tsopsd_jax.model.hf_config import read_config
-from tsopsd_jax.rewards import VERIFIERS
+from tsopsd_jax.rewards import Rewards, Verdict, make_checked_rewards
 from tsopsd_jax.rollout import Engine, Sampling
 from tsopsd_jax.rundir import resumable_jsonl
 from tsopsd_jax.types import Prompts
@@ -40,6 +41,8 @@ class Benchmark(NamedTuple):
     problems: Sequence[Problem]
     template: str
     verifier: str
+    """Its name; of a function of one's own with the digest of its file."""
+    rewards: Rewards
 
 
 def load_benchmark(
@@ -57,12 +60,13 @@ def load_benchmark(
         asked: without a split: `test` where the source has one, else its first.
         directory: where prepared data sets lie.
         first: the first N problems only; None: all.
-        template: None: `dapo_answer` for the verifier of mathematics, which looks for an answer marked so; else `plain`.
-        verifier: None: countdown's for countdown, else that of mathematics.
+        template: see `load_problems`; None: `dapo_answer` for the verifier of mathematics, which looks for an answer marked so;
+            else `plain`.
+        verifier: of the library, or `path/to/file.py:function`; None: countdown's for countdown, else that of mathematics.
         fields: problem_field and answer_field of the file's objects.
 
     Raises:
-        ValueError: see `load_problems`; a name that cannot name a file.
+        ValueError: see `load_problems`; a name that cannot name a file; a function of one's own that breaks its contract.
     """
     source, path, split = asked, None, None
     name = asked.replace(":", "-")
@@ -84,7 +88,8 @@ def load_benchmark(
         **(fields if path is not None else {}),
     )
     _check_name("benchmark", name)
-    return Benchmark(name, problems, template, verifier)
+    rewards = make_checked_rewards(verifier, answer=problems[0].answer, row=problems[0].row)
+    return Benchmark(name, problems, template, f"{verifier}{own_digest(verifier)}", rewards)
 
 
 def _check_name(what: str, name: str) -> None:
@@ -99,7 +104,7 @@ class _Row(NamedTuple):
     problem: int
     id: str
     sample: int
-    answer: str
+    asked: Problem
 
 
 def evaluate_policy(
@@ -114,7 +119,7 @@ def evaluate_policy(
     table: LiveTable,
 ) -> None:
     """Write a line {benchmark, id, sample, response, tokens, stopped, correct, entropy_nats} for each response that `out`
-    lacks, to OUT/BENCHMARK/NAME.jsonl, as it is scored.
+    lacks, to OUT/BENCHMARK/NAME.jsonl, as it is scored; with a function of one's own also {rewards} and, where it failed, {failed}.
 
     All benchmarks go through one rollout. A response depends on the seed, its problem's place in its benchmark and its
     sample, so what was interrupted ends up as what was not, in another order.
@@ -180,7 +185,11 @@ def _add_missing(
     )
     view = engine.view(params)
     del params
-    verify = [VERIFIERS[b.verifier] for b in benchmarks]
+
+    def score(at: int, text: str) -> Verdict:
+        asked = rows[at].asked
+        return benchmarks[rows[at].benchmark].rewards(text, asked.answer, asked.row)
+
     found = respond(
         engine,
         view,
@@ -188,14 +197,18 @@ def _add_missing(
         evaluation_key(jax.random.key(settings.seed)),
         group=np.asarray([row.problem for row in rows]),
         decode=tokenizer.decode,
-        score=lambda at, text: verify[rows[at].benchmark](text, rows[at].answer),
+        score=score,
         on_progress=table.sampling,
     )
+    failures: list[str] = []
     with contextlib.ExitStack() as stack:
         streams = [stack.enter_context(file.open("a", encoding="utf-8")) for file in files]
         for response in found:
             row = rows[response.row]
-            resumable_jsonl.append(streams[row.benchmark], _line(benchmarks[row.benchmark].name, row, response))
+            failures += [response.failures[0]] if response.failures else []
+            resumable_jsonl.append(streams[row.benchmark], _line(benchmarks[row.benchmark], row, response))
+    if failures:
+        table.note(f"warning: the verifier failed at {len(failures)} responses, which count as wrong: {failures[0]}")
 
 
 def _encode(
@@ -207,16 +220,16 @@ def _encode(
     problems = [p for b in benchmarks for p in b.problems]
     return encode_to_fit(
         [p.id for p in problems],
-        [p.prompt for p in problems],
+        [(p.prompt, p.before) for p in problems],
         tokenizer,
         max_tokens=max_tokens,
         positions=shape.max_position_embeddings,
     )
 
 
-def _line(benchmark: str, row: _Row, response: Response) -> dict[str, Any]:
+def _line(benchmark: Benchmark, row: _Row, response: Response) -> dict[str, Any]:
     return {
-        "benchmark": benchmark,
+        "benchmark": benchmark.name,
         "id": row.id,
         "sample": row.sample,
         "response": response.text,
@@ -224,6 +237,8 @@ def _line(benchmark: str, row: _Row, response: Response) -> dict[str, Any]:
         "stopped": response.stopped,
         "correct": response.correct,
         "entropy_nats": round(response.entropy_nats, 6),
+        **({"rewards": dict(response.rewards)} if is_own(benchmark.verifier) else {}),
+        **({"failed": list(response.failures)} if response.failures else {}),
     }
 
 
@@ -236,7 +251,7 @@ def _missing(
         done = {(line["id"], line["sample"]) for line in resumable_jsonl.lines(file)}
         for place, p in enumerate(benchmark.problems):
             todo = [s for s in range(samples) if (p.id, s) not in done]
-            rows += [_Row(at, problem, p.id, s, p.answer) for s in todo]
+            rows += [_Row(at, problem, p.id, s, p) for s in todo]
             row_id += [place * samples + s for s in todo]  # as in `every_row`: no matter what else is evaluated
             problem += 1
     which = np.asarray([row.problem for row in rows], np.int64)
@@ -289,11 +304,15 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--k", type=int, help="of pass@k; default: all samples")
     parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="B less A of the tables, by paired bootstrap")
     parser.add_argument(
-        "--template", help="text around the problem; default: dapo_answer for the verifier math, else plain"
+        "--template",
+        help="text around the problem: a name, a text with {problem}, or FILE.py:FUNCTION; default: dapo_answer for the verifier "
+        "math, else plain",
     )
     parser.add_argument("--chat", help="the model's chat turn: none, direct, thinking; default: the run's, else none")
     parser.add_argument(
-        "--verifier", choices=("math", "countdown", "last_number"), help="default: math, countdown for countdown"
+        "--verifier",
+        metavar="NAME",
+        help="math, countdown, last_number or FILE.py:FUNCTION; default: math, countdown for countdown",
     )
     parser.add_argument(
         "--dtype",

@@ -18,11 +18,13 @@ from tsopsd_jax.commands.policies import model_facts
 from tsopsd_jax.config import DTYPES
 from tsopsd_jax.data import Tokenizer
 from tsopsd_jax.data.encode import encode_to_fit
-from tsopsd_jax.data.prompts import render
+from tsopsd_jax.data.prompts import make_template
 from tsopsd_jax.display.live_table import LiveTable
 from tsopsd_jax.distributed.sharding import make_mesh
+from tsopsd_jax.loading import is_own
 from tsopsd_jax.model import load_pretrained
 from tsopsd_jax.model.hf_config import read_config
+from tsopsd_jax.rewards import Rewards, make_checked_rewards
 from tsopsd_jax.rollout import Engine, Sampling
 from tsopsd_jax.rundir import resumable_jsonl
 from tsopsd_jax.rundir.lock import locked
@@ -34,6 +36,8 @@ class Request(NamedTuple):
 
     id: str
     prompt: str
+    row: dict[str, Any]
+    """All of it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,6 +52,8 @@ class GenerateSettings:
     chat: str = "none"
     seed: int = 0
     dtype: str = "float32"
+    score: str | None = None
+    """Verifier of the responses; None: they are not scored."""
 
     def __post_init__(self):
         for name in ("samples", "max_tokens"):
@@ -76,14 +82,15 @@ def generate(
     again: bool = False,
     table: LiveTable,
 ) -> tuple[int, int]:
-    """Write a line {id, sample, prompt, response, tokens, stopped} for every prompt and sample, as responses end.
+    """Write a line {id, sample, prompt, response, tokens, stopped} for every prompt and sample, as responses end; where they are
+    scored, also {answer, correct, rewards} and, where a function of one's own failed, {failed}.
 
     What `out` holds already is kept and not sampled again; a response depends on the seed, its prompt's place in the
     file and its sample alone, so an interrupted file ends up as an uninterrupted one, in another order.
 
     Args:
         settings: model, sampling, seed.
-        prompts: JSON lines with `prompt` and perhaps `id` (default: the line's number).
+        prompts: JSON lines with `prompt` and perhaps `id` (default: the line's number); with `answer` where they are scored.
         out: JSON lines; `out`.settings.json beside it remembers the settings.
         slots: responses decoded side by side.
         tensor: devices over which heads and vocabulary are divided; the others take rows.
@@ -97,14 +104,21 @@ def generate(
         ValueError: a malformed line, a file of other settings or of another model, a prompt that does not fit the model,
             another process that writes `out`.
     """
-    requests = _read_requests(prompts)
-    facts = settings.facts() | {"prompts_sha256": digest([part for r in requests for part in r])}
+    requests = _read_requests(prompts, scored=settings.score is not None)
+    facts = settings.facts() | {"prompts_sha256": digest([part for r in requests for part in (r.id, r.prompt)])}
+    rewards = None
+    if settings.score is not None:
+        first = requests[0].row
+        rewards = make_checked_rewards(settings.score, answer=first["answer"], row=first)
+        facts["score"] = f"{settings.score}{own_digest(settings.score)}"
+        facts["answers_sha256"] = digest([r.row["answer"] for r in requests])
     tokenizer = Tokenizer.load(Path(settings.model), chat=settings.chat)
     shape = read_config(Path(settings.model) / "config.json")
     tokenizer.check_fits(shape.vocab_size)
+    template = make_template(settings.template)
     prompted = encode_to_fit(
         [r.id for r in requests],
-        [render(settings.template, r.prompt) for r in requests],
+        [(template(r.prompt, {}), ()) for r in requests],
         tokenizer,
         max_tokens=settings.max_tokens,
         positions=shape.max_position_embeddings,
@@ -116,7 +130,9 @@ def generate(
         if again:
             resumable_jsonl.remove(out)
         resumable_jsonl.claim_output(out, facts)
-        return _add_missing(settings, requests, tokenizer, prompted, out, slots=slots, tensor=tensor, table=table)
+        return _add_missing(
+            settings, requests, rewards, tokenizer, prompted, out, slots=slots, tensor=tensor, table=table
+        )
 
 
 @contextlib.contextmanager
@@ -135,6 +151,7 @@ def writing(out: Path) -> Iterator[None]:
 def _add_missing(
     settings: GenerateSettings,
     requests: Sequence[Request],
+    rewards: Rewards | None,
     tokenizer: Tokenizer,
     prompted: tuple[np.ndarray, np.ndarray],
     out: Path,
@@ -184,6 +201,10 @@ def _add_missing(
                     "tokens": len(ended.tokens),
                     "stopped": ended.stopped,
                 }
+                if rewards is not None:
+                    verdict = rewards(line["response"], request.row["answer"], request.row)
+                    line |= {"answer": request.row["answer"], "correct": verdict.right, "rewards": verdict.parts}
+                    line |= {"failed": list(verdict.failures)} if verdict.failures else {}
                 resumable_jsonl.append(file, line)
         now = engine.progress
         table.note(
@@ -193,7 +214,15 @@ def _add_missing(
     return len(rows), len(requests) * settings.samples
 
 
-def _read_requests(path: Path) -> list[Request]:
+def own_digest(verifier: str) -> str:
+    """What tells a function of one's own from another of its name: the digest of its file; nothing for the library's."""
+    if not is_own(verifier):
+        return ""
+    file = Path(verifier.rpartition(":")[0])
+    return f" sha256 {hashlib.sha256(file.read_bytes()).hexdigest()[:16]}"
+
+
+def _read_requests(path: Path, *, scored: bool) -> list[Request]:
     if not path.is_file():
         raise ValueError(f"--prompts: expected a file of JSON lines, got {path}: no such file")
     requests: list[Request] = []
@@ -207,7 +236,9 @@ def _read_requests(path: Path) -> list[Request]:
         prompt = row.get("prompt") if isinstance(row, dict) else None
         if not isinstance(prompt, str) or not prompt:
             raise ValueError(f'{path}, line {number}: expected an object with a text "prompt", got {line[:80]}')
-        requests.append(Request(str(row.get("id", number)), prompt))
+        if scored and not isinstance(row.get("answer"), str):
+            raise ValueError(f'{path}, line {number}: --score expects a text "answer" too, got {line[:80]}')
+        requests.append(Request(str(row.get("id", number)), prompt, row))
     repeated = _first_repeated([r.id for r in requests])
     if repeated is not None:
         raise ValueError(f"{path}: id {repeated!r} stands in two lines; ids must differ")
@@ -225,10 +256,19 @@ def add(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
     parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="a Hugging Face model directory")
     parser.add_argument(
+        "--score",
+        metavar="NAME",
+        help="also score: math, countdown, last_number or FILE.py:FUNCTION; prompts have an answer",
+    )
+    parser.add_argument(
         "--prompts", type=Path, required=True, metavar="FILE", help='JSON lines with "prompt", maybe "id"'
     )
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSON lines, in the order of ending")
-    parser.add_argument("--template", default="plain", help="text around the prompt: plain, boxed, dapo_answer")
+    parser.add_argument(
+        "--template",
+        default="plain",
+        help="text around the prompt: plain, boxed, dapo_answer, a text with {problem}, or FILE.py:FUNCTION",
+    )
     parser.add_argument("--chat", default="none", help="the model's chat turn around that: none, direct, thinking")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32 on a CPU, else bfloat16")
     options.add_again(parser)
@@ -255,6 +295,7 @@ def _run(args: argparse.Namespace) -> int:
         chat=args.chat,
         seed=args.seed,
         dtype=dtype,
+        score=args.score,
     )
     with LiveTable(stream=sys.stderr) as table:
         now, total = generate(

@@ -215,6 +215,7 @@ def open_trainer(
             tracker=config.tracker,
             table=table,
             profile_steps=profile_steps,
+            samples=config.samples,
         )
         with table, trainer.told():
             for note in parts.notes:

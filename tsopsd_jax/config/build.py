@@ -9,7 +9,7 @@ import jax
 
 from tsopsd_jax.config.places import datasets_folder, model_folder
 from tsopsd_jax.config.schema import DTYPES, Config, DataSettings, PhaseSettings
-from tsopsd_jax.data import Problem, Tokenizer, load_problems, selection
+from tsopsd_jax.data import Problem, Tokenizer, load_problems, make_template, selection
 from tsopsd_jax.data.encode import encode_prompts
 from tsopsd_jax.distributed import processes
 from tsopsd_jax.distributed.sharding import AnyMesh, make_mesh, row_multiple, tree_shardings
@@ -19,7 +19,7 @@ from tsopsd_jax.model import Qwen3, load_pretrained
 from tsopsd_jax.model.hf import INDEX, WEIGHTS
 from tsopsd_jax.model.hf_config import read_config
 from tsopsd_jax.objectives import Objective, make_objective
-from tsopsd_jax.rewards import VERIFIERS, overlong_penalty
+from tsopsd_jax.rewards import Rewards, make_checked_rewards, make_rewards, overlong_penalty
 from tsopsd_jax.rollout import Sampling
 from tsopsd_jax.testing import objective_notes
 from tsopsd_jax.train.phase import Phase
@@ -235,8 +235,14 @@ def _problems(data: DataSettings, config: Config, tokenizer: Tokenizer, notes: l
             f"left out of {len(problems):,} problems: {len(problems) - len(kept):,} of {', '.join(data.exclude)}"
         )
         problems = kept
+    if data.system_prompt is not None:
+        first = ("system", data.system_prompt)
+        problems = [
+            p if p.before[:1] and p.before[0][0] == "system" else p._replace(before=(first, *p.before))
+            for p in problems
+        ]
     if data.drop_longer:
-        kept = [p for p in problems if len(tokenizer.encode(p.prompt)) <= data.max_prompt_tokens]
+        kept = [p for p in problems if len(tokenizer.encode(p.prompt, p.before)) <= data.max_prompt_tokens]
         fewer = len(problems) - len(kept)
         notes.append(f"left out of {len(problems):,} problems: {fewer:,} over {data.max_prompt_tokens} tokens")
         problems = kept
@@ -266,6 +272,33 @@ def check_weights(folder: Path) -> None:
         )
 
 
+def check_functions(config: Config) -> None:
+    """Load the functions of one's own that data sections name, and call none.
+
+    Raises:
+        ValueError: one that cannot be had, or takes something else.
+    """
+    for where, data in (("data", config.data), ("evaluation.data", config.evaluation.data)):
+        if data is None:
+            continue
+        try:
+            make_rewards(data.verifier, weights=data.reward_weights, accuracy=data.accuracy)
+            make_template(data.template or "plain")
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+
+
+def _rewards(data: DataSettings, problems: Sequence[Problem]) -> Rewards:
+    """Make the rewards of a data section, and try functions of one's own on toy responses to its first problem."""
+    return make_checked_rewards(
+        data.verifier,
+        weights=data.reward_weights,
+        accuracy=data.accuracy,
+        answer=problems[0].answer,
+        row=problems[0].row,
+    )
+
+
 def _evaluation(config: Config, tokenizer: Tokenizer) -> EvaluationPlan | None:
     """Build the plan of evaluations; errors say that they are the evaluation's."""
     asked = config.evaluation
@@ -273,12 +306,15 @@ def _evaluation(config: Config, tokenizer: Tokenizer) -> EvaluationPlan | None:
         return None
     try:
         problems = _problems(asked.data, config, tokenizer, [])
-        encode_prompts(problems, tokenizer, max_prompt_tokens=config.data.max_prompt_tokens)
+        encode_prompts(problems, tokenizer, max_prompt_tokens=asked.data.max_prompt_tokens)
+        rewards = _rewards(asked.data, problems)
     except ValueError as error:
         raise ValueError(f"evaluation.data: {error}") from error
     return EvaluationPlan(
         benchmark=f"{asked.data.name} {asked.data.split or ''}".strip(),
         problems=problems,
+        rewards=rewards,
+        max_prompt_tokens=asked.data.max_prompt_tokens,
         samples=asked.samples,
         sampling=asked.sampling,
         max_response_tokens=asked.max_response_tokens,
@@ -289,14 +325,14 @@ def _evaluation(config: Config, tokenizer: Tokenizer) -> EvaluationPlan | None:
 
 def _check_lengths(config: Config, positions: int) -> None:
     """Check that prompt and response fit the model's positions, in each phase and in the evaluation."""
-    responses = {f"phase {p.name!r}": p.max_response_tokens for p in config.phases}
+    lengths = {f"phase {p.name!r}": (config.data.max_prompt_tokens, p.max_response_tokens) for p in config.phases}
     if config.evaluation.data is not None:
-        responses["evaluation"] = config.evaluation.max_response_tokens
-    for where, tokens in responses.items():
-        if tokens + config.data.max_prompt_tokens > positions:
+        lengths["evaluation"] = (config.evaluation.data.max_prompt_tokens, config.evaluation.max_response_tokens)
+    for where, (prompt, response) in lengths.items():
+        if prompt + response > positions:
             raise ValueError(
-                f"{where}: prompt and response may take {config.data.max_prompt_tokens} + {tokens} tokens, more than "
-                f"the model's {positions} positions; lower data.max_prompt_tokens or max_response_tokens"
+                f"{where}: prompt and response may take {prompt} + {response} tokens, more than the model's {positions} "
+                "positions; lower data.max_prompt_tokens or max_response_tokens"
             )
 
 
@@ -323,10 +359,11 @@ def prepare(config: Config) -> Parts:
     check_batches(config, mesh)
     notes = check_objectives(config, phases)  # not before the mesh, which settles the devices
     shardings = tree_shardings(model.param_axes(), model.param_shapes(), mesh)
+    problems = _problems(config.data, config, tokenizer, notes)
     task = Task(
-        problems=_problems(config.data, config, tokenizer, notes),
+        problems=problems,
         tokenizer=tokenizer,
-        verify=VERIFIERS[config.data.verifier],
+        rewards=_rewards(config.data, problems),
         max_prompt_tokens=config.data.max_prompt_tokens,
         seed=config.seed,
     )

@@ -23,7 +23,7 @@ INPUTS_FILE = "inputs.json"
 FUNCTIONS_FOLDER = "functions"
 """Copies of the Python files that settings name as `path/to/file.py:function`."""
 
-RUNTIME = r"checkpoint_every_steps|keep_checkpoints|tracker(\..+)?|cache_dir"
+RUNTIME = r"checkpoint_every_steps|samples\.(every_steps|groups)|keep_checkpoints|tracker(\..+)?|cache_dir"
 """Settings that may change between two starts of the same run, without a word."""
 CHANGEABLE = r"evaluation\.(rows_at_once|every_steps)|mesh\.(data|fsdp|tensor|cpu_devices)"
 """Settings that may change too, and are told: memory, machine, and when to look."""
@@ -124,11 +124,17 @@ def inputs_of(config: Config, problems: Mapping[str, Sequence[Problem]]) -> dict
     """
     found = {}
     for name, rows in problems.items():
-        digest = hashlib.sha256(json.dumps([(row.prompt, row.answer) for row in rows]).encode())
+        digest = hashlib.sha256(json.dumps([_learned(row) for row in rows], default=str).encode())
         found[name] = f"{len(rows):,}, sha256 {digest.hexdigest()[:16]}"
     for path in _function_files(strict.plain(config)):
         found[path] = f"sha256 {hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]}"
     return found
+
+
+def _learned(problem: Problem) -> tuple[Any, ...]:
+    """What of a problem a run learns from."""
+    beyond = ({**problem.row}, problem.before)
+    return (problem.prompt, problem.answer, *(beyond if any(beyond) else ()))
 
 
 def _function_files(tree: Any) -> Iterable[str]:

@@ -6,6 +6,7 @@ arguments that the layers below take.
 """
 
 import itertools
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,14 @@ from typing import Any
 import jax.numpy as jnp
 
 from tsopsd_jax.config import strict
-from tsopsd_jax.data import CHATS, SOURCES, TEMPLATES
+from tsopsd_jax.data import CHATS, SOURCES, check_template
 from tsopsd_jax.judge.groups import RewardRule
 from tsopsd_jax.model.qwen3 import REMAT
-from tsopsd_jax.rewards import VERIFIERS
+from tsopsd_jax.rewards import check_setting
 from tsopsd_jax.rollout import Sampling
 from tsopsd_jax.rundir.trackers import Tracker
 from tsopsd_jax.train.phase import Guard, StopRule
+from tsopsd_jax.train.samples import Samples
 
 RENAMED = {"wandb_project": "tracker.wandb.project"}
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -67,7 +69,12 @@ class DataSettings:
     """Problems: their source, what is put around them, and how responses are scored."""
 
     name: str
-    verifier: str
+    verifier: str | dict[str, str]
+    """A verifier or `path/to/file.py:function`, or several of them by name."""
+    reward_weights: dict[str, float] = field(default_factory=dict)
+    """Weights of rewards by name in their sum; of others 1."""
+    accuracy: str | None = None
+    """Name of the reward that dynamic sampling and evaluations look at; null: the first."""
     split: str | None = None
     path: str | None = None
     """A published file or a folder with it; null: the prepared data set of that name."""
@@ -75,9 +82,11 @@ class DataSettings:
     answer_field: str = "answer"
     """Names in the rows of a jsonl file."""
     template: str | None = None
-    """Text around a problem; null: the source's own."""
+    """Text around a problem: a name, a text with `{problem}`, or `path/to/file.py:function`; null: the source's own."""
     chat: str = "none"
     """none, or the model's chat turn around that: direct or thinking."""
+    system_prompt: str | None = None
+    """The system's message, in a chat, where a row has none of its own; null: none."""
     exclude: tuple[str, ...] = ()
     """Leave out problems that equal one of these evaluation sets."""
     drop_longer: bool = False
@@ -91,10 +100,15 @@ class DataSettings:
 
     def __post_init__(self):
         _known("name", self.name, SOURCES)
-        _known("verifier", self.verifier, VERIFIERS)
+        check_setting(self.verifier, self.reward_weights, self.accuracy)
+        for name, weight in self.reward_weights.items():
+            if not isinstance(weight, float | int) or isinstance(weight, bool) or not math.isfinite(weight):
+                raise ValueError(f"reward_weights.{name}: expected a finite number, got {weight!r}")
         if self.template is not None:
-            _known("template", self.template, TEMPLATES)
+            check_template(self.template)
         _known("chat", self.chat, CHATS)
+        if self.system_prompt is not None and (self.chat == "none" or not self.system_prompt.strip()):
+            raise ValueError("system_prompt: expected a text, and chat direct or thinking; leave it out, or set both")
         if self.first is not None and self.sample is not None:
             raise ValueError(f"expected first or sample, got both ({self.first}, {self.sample})")
         if self.sample is not None and self.sample < 1:
@@ -245,6 +259,8 @@ class Config:
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     checkpoint_every_steps: int = 20
     keep_checkpoints: int = 2
+    samples: Samples = field(default_factory=Samples)
+    """Responses kept in samples.jsonl."""
     tracker: Tracker = field(default_factory=Tracker)
     cache_dir: str | None = None
     """Prepared data sets and compiled programs; null: $TSOPSD_CACHE_DIR, else ~/.cache/tsopsd_jax."""
@@ -253,15 +269,9 @@ class Config:
         if not self.phases:
             raise ValueError("phases: expected at least one, got none")
         asked = self.evaluation.data
-        if asked is not None and (asked.verifier, asked.max_prompt_tokens, asked.chat) != (
-            self.data.verifier,
-            self.data.max_prompt_tokens,
-            self.data.chat,
-        ):
+        if asked is not None and asked.chat != self.data.chat:
             raise ValueError(
-                "evaluation.data: verifier, max_prompt_tokens and chat must be those of data: the evaluation runs the "
-                f"same task, got {asked.verifier}, {asked.max_prompt_tokens}, {asked.chat} for {self.data.verifier}, "
-                f"{self.data.max_prompt_tokens}, {self.data.chat}"
+                f"evaluation.data: expected the chat of data, {self.data.chat}, in which the policy is trained, got {asked.chat}"
             )
         if asked is not None and (asked.exclude or asked.drop_longer):
             raise ValueError("evaluation.data: exclude and drop_longer choose training problems; leave them out")

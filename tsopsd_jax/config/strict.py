@@ -145,9 +145,11 @@ def _join(where: str, key: Any) -> str:
 def _convert(hint: Any, value: Any, where: str) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
-        if value is None:
+        if value is None and type(None) in args:
             return None
-        return _convert(next(a for a in args if a is not type(None)), value, where)
+        kinds = [a for a in args if a is not type(None)]
+        groups = [a for a in kinds if (typing.get_origin(a) is dict) == isinstance(value, Mapping)]
+        return _convert((groups or kinds)[0], value, where)
     if dataclasses.is_dataclass(hint):
         return build(typing.cast(type, hint), value, where=where)
     if origin is tuple:

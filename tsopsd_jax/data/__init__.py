@@ -3,7 +3,7 @@
 from tsopsd_jax.data.chat import CHATS
 from tsopsd_jax.data.cursor import indices
 from tsopsd_jax.data.layouts import Problem
-from tsopsd_jax.data.prompts import TEMPLATES, render
+from tsopsd_jax.data.prompts import TEMPLATES, check_template, make_template, render
 from tsopsd_jax.data.sources import SOURCES, evaluation_split, load_problems
 from tsopsd_jax.data.tokenizer import Tokenizer
 
@@ -13,8 +13,10 @@ __all__ = [
     "TEMPLATES",
     "Problem",
     "Tokenizer",
+    "check_template",
     "evaluation_split",
     "indices",
     "load_problems",
+    "make_template",
     "render",
 ]

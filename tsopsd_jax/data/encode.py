@@ -7,6 +7,9 @@ import numpy as np
 from tsopsd_jax.data import Problem, Tokenizer
 from tsopsd_jax.distributed import processes
 
+Prompt = tuple[str, tuple[tuple[str, str], ...]]
+"""The user's text, and the (role, content) of the messages before it."""
+
 
 def encode_prompts(problems: Sequence[Problem], tokenizer: Tokenizer, *, max_prompt_tokens: int):
     """Tokenise prompts: right-padded tokens [N, max_prompt_tokens] and lengths [N]; each process takes its share.
@@ -14,19 +17,26 @@ def encode_prompts(problems: Sequence[Problem], tokenizer: Tokenizer, *, max_pro
     Raises:
         ValueError: for a prompt that is empty or longer than the limit, naming it.
     """
-    ids = processes.divided(lambda i: tokenizer.encode(problems[i].prompt), len(problems))
+    ids = processes.divided(lambda i: tokenizer.encode(problems[i].prompt, problems[i].before), len(problems))
     return pad_prompts([problem.id for problem in problems], ids, max_prompt_tokens=max_prompt_tokens)
 
 
 def encode_to_fit(
-    names: Sequence[str], prompts: Sequence[str], tokenizer: Tokenizer, *, max_tokens: int, positions: int
+    names: Sequence[str], prompts: Sequence[Prompt], tokenizer: Tokenizer, *, max_tokens: int, positions: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Tokenise prompts that leave room for `max_tokens` in a model of `positions`: tokens [N, longest] and lengths [N].
+
+    Args:
+        names: of the prompts, for errors.
+        prompts: the user's text, and the messages before it.
+        tokenizer: of the model.
+        max_tokens: room that a response needs.
+        positions: of the model.
 
     Raises:
         ValueError: the longest does not, or one is empty.
     """
-    ids = [tokenizer.encode(prompt) for prompt in prompts]
+    ids = [tokenizer.encode(*prompt) for prompt in prompts]
     longest = max(len(i) for i in ids)
     if longest + max_tokens > positions:
         raise ValueError(

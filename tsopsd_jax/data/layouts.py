@@ -8,8 +8,9 @@ import json
 import math
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,6 +27,16 @@ class Problem(NamedTuple):
     id: str
     prompt: str
     answer: str
+    row: Mapping[str, Any] = MappingProxyType({})
+    """Other columns of a user's row, for rewards and templates of one's own."""
+    before: tuple[tuple[str, str], ...] = ()
+    """(role, content) of the messages before the prompt, which is then the last message, the user's."""
+
+
+ROLES = ("system", "user", "assistant")
+"""Of the messages of a conversation."""
+TEXTS = ("id", "prompt", "answer")
+"""Fields of a problem that a prepared data set holds."""
 
 
 class Layout(NamedTuple):
@@ -227,17 +238,43 @@ _READERS: dict[str, Callable[[Path, tuple[str, ...] | None], Iterator[Row | str]
 def fields(problem: Sequence[str], answer: Sequence[str], *, own: bool = False) -> Callable[[Row, str], Problem | str]:
     """Return a reader of rows: text and answer stand under the first of these names that a row has.
 
-    `own` is for a user's files: the text is taken as it stands, instructions and all.
+    `own` is for a user's files: the text is taken as it stands, instructions and all; a list of {role, content} is a
+    conversation, which the user's message ends; the other columns are kept.
     """
     identity = ("id",) if own else ("unique_id", "id")
 
     def read(row: Row, default_id: str) -> Problem | str:
         asked = [next((row[name] for name in names if name in row), None) for names in (problem, answer)]
         found = next((row[name] for name in identity if name in row), default_id)
-        text = asked[0] if own or not isinstance(asked[0], str) else bare(asked[0])
-        return _checked(found, text, asked[1])
+        if not own:
+            return _checked(found, bare(asked[0]) if isinstance(asked[0], str) else asked[0], asked[1])
+        messages = _messages(asked[0]) if isinstance(asked[0], list) else [("user", asked[0])]
+        if isinstance(messages, str):
+            return messages
+        checked = _checked(found, messages[-1][1], asked[1])
+        if isinstance(checked, str):
+            return checked
+        others = {name: value for name, value in row.items() if name not in (*problem, *answer)}
+        return checked._replace(row=others, before=tuple(messages[:-1]))
 
     return read
+
+
+def _messages(found: list[Any]) -> list[tuple[str, str]] | str:
+    """The (role, content) of a conversation up to its last message, the user's; or what is wrong with it."""
+    messages: list[tuple[str, str]] = []
+    for at, message in enumerate(found):
+        role, content = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
+        if role not in ROLES or not isinstance(content, str) or not content.strip():
+            return f"message {at + 1} of the problem is not {{role: {' | '.join(ROLES)}, content: a text}}"
+        if role == "system" and at:
+            return f"message {at + 1} of the problem is the system's, which must come first"
+        if _HALF.search(content):
+            return f"message {at + 1} of the problem has half a character (a lone surrogate)"
+        messages.append((role, content))
+    if not messages or messages[-1][0] != "user":
+        return "the problem's last message is not the user's"
+    return messages
 
 
 def _checked(identity: Any, prompt: Any, answer: Any) -> Problem | str:

@@ -17,7 +17,7 @@ from tsopsd_jax.data.layouts import (
     prepared_folder,
     read_problems,
 )
-from tsopsd_jax.data.prompts import render
+from tsopsd_jax.data.prompts import make_template
 
 
 class Source(NamedTuple):
@@ -66,8 +66,8 @@ def load_problems(
         path: the published file or a folder that holds it (see `layouts.LAYOUTS`); for `jsonl` the file.
         directory: where prepared data sets are.
         first: at most this many problems; the rest is not read. None for all.
-        template: name of a prompt template (`prompts.TEMPLATES`) that is put around every problem; None for the
-            source's own: `dapo_answer` for `dapo_math_17k`, `plain` for the others.
+        template: what is put around every problem (`prompts.make_template`): a name, a text with `{problem}`, or
+            `path/to/file.py:function`; None for the source's own: `dapo_answer` for `dapo_math_17k`, `plain` for the others.
         problem_field: name of the problem's text in a row of `jsonl`.
         answer_field: name of the answer in a row of `jsonl`.
 
@@ -91,7 +91,7 @@ def load_problems(
         )
     if name != "jsonl" and (problem_field, answer_field) != ("problem", "answer"):
         raise ValueError(f"data source {name}: its fields have fixed names; leave problem_field and answer_field out")
-    render(template, "")  # an unknown template is told before anything is read
+    render = make_template(template)  # before anything is read
     if path is not None or source.needs_path:
         layout = LAYOUTS.get(name) or Layout({"all": ()}, fields((problem_field,), (answer_field,), own=True))
         problems = _read_path(name, layout, path, split=split, first=first)
@@ -99,7 +99,10 @@ def load_problems(
         problems = _read_prepared(name, directory, split=split, first=first)
     if not problems:
         raise ValueError(f"data source {name}: expected at least one row, got none in {path or directory}")
-    return [problem._replace(prompt=render(template, problem.prompt)) for problem in problems]
+    rendered = [problem._replace(prompt=render(problem.prompt, problem.row)) for problem in problems]
+    if rendered[0].prompt != render(problems[0].prompt, problems[0].row):
+        raise ValueError(f"prompt template {template}: expected the same text for the same problem, got two")
+    return rendered
 
 
 def known_source(name: str) -> Source:

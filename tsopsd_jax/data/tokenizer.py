@@ -1,7 +1,8 @@
 """Text <-> token ids, and which ids end a sequence, from the files of a Hugging Face model directory."""
 
 import dataclasses
-from collections.abc import Iterable
+import functools
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import tokenizers
 from jaxtyping import Int
 
 from tsopsd_jax import huggingface
-from tsopsd_jax.data.chat import CHATS, read_turn
+from tsopsd_jax.data.chat import CHATS, read_frame
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,8 +23,8 @@ class Tokenizer:
     """Ids that end a response, the first being the one to append to training text."""
     vocab_size: int
     """Highest token id + 1, added tokens included; a model's (padded) vocabulary may be larger."""
-    turn: tuple[list[int], list[int]] | None = None
-    """Ids before and after a prompt's text: the model's chat turn, up to where the assistant begins."""
+    frame: Callable[[tuple[str, ...]], list[list[int]]] | None = None
+    """Roles of a conversation that the user's message ends -> ids before, between and after its texts; None: no chat."""
     special_ids: frozenset[int] = frozenset()
     """Ids that no prompt's text may become, nor a response's text show."""
 
@@ -56,15 +57,26 @@ class Tokenizer:
             _read_if_there(folder / name)  # names the file if it is damaged
         with huggingface.reading(f"tokenizer: cannot read {path}") as transformers:
             theirs = transformers.PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
-        backend, turn, used = theirs.backend_tokenizer, None, []
+        backend, used = theirs.backend_tokenizer, []
         backend.no_truncation()
         backend.no_padding()
         stop_ids, added = _declared(folder) or _eos(folder, theirs), backend.get_added_tokens_decoder()
+
+        @functools.cache
+        def frame(roles: tuple[str, ...]) -> list[list[int]]:
+            """The ids around the texts of messages of these roles, their special tokens read as such."""
+            texts = read_frame(theirs, folder, roles, thinking=chat == "thinking")
+            outside, backend.encode_special_tokens = backend.encode_special_tokens, False
+            pieces = [_encode(backend, text).ids for text in texts]
+            backend.encode_special_tokens = outside
+            _check_ids(folder, {str(added[token]) for piece in pieces for token in piece if token in added})
+            return pieces
+
         if chat != "none":
-            texts = read_turn(theirs, folder, thinking=chat == "thinking")
-            before, after, end = (_encode(backend, text).ids for text in texts)
+            *_, end = read_frame(theirs, folder, ("user", "assistant"), thinking=chat == "thinking")
+            end = _encode(backend, end).ids
             stop_ids = tuple(dict.fromkeys((*[token for token in end if token in added][:1], *stop_ids)))
-            turn, used = (before, after), [*before, *after]
+            used = [token for piece in frame(("user",)) for token in piece]
         if absent := [token for token in stop_ids if backend.id_to_token(token) is None]:
             raise ValueError(f"tokenizer: expected stop tokens of {path}, got eos_token_id {absent[0]}, which it lacks")
         _check_ids(folder, {str(added[token]) for token in (*used, *stop_ids) if token in added})
@@ -77,20 +89,38 @@ class Tokenizer:
             backend,
             stop_ids,
             vocab_size=max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1,
-            turn=turn,
+            frame=None if chat == "none" else frame,
             special_ids=frozenset({*special, *stop_ids} - {theirs.unk_token_id}),
         )
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, before: Sequence[tuple[str, str]] = ()) -> list[int]:
         """Encode a prompt: `text` in the chat turn if there is one, else with what the tokenizer adds (Qwen3: nothing).
 
-        In a turn the text is stripped, so that it does not fuse with the template's line ends.
+        In a turn texts are stripped, so that they do not fuse with the template's line ends.
+
+        Args:
+            text: of the user's message.
+            before: (role, content) of the messages before it.
 
         Raises:
-            ValueError: if the tokenizer has no token for a part of `text`, or a part of it is the name of a special token that
-                the vocabulary has as a word.
+            ValueError: if there are messages before and no chat, the tokenizer has no token for a part of a text, or a part of
+                it is the name of a special token that the vocabulary has as a word.
         """
-        encoding = _encode(self.backend, text if self.turn is None else text.strip(), add=self.turn is None)
+        if self.frame is None:
+            if before:
+                raise ValueError(
+                    f"tokenizer: expected a chat for a prompt of {len(before) + 1} messages, got none: set data.chat"
+                )
+            return self._text(text, add=True)
+        first, *others = self.frame((*(role for role, _ in before), "user"))
+        ids = [*first]
+        for content, piece in zip((*(content for _, content in before), text), others, strict=True):
+            ids += [*self._text(content.strip()), *piece]
+        return ids
+
+    def _text(self, text: str, *, add: bool = False) -> list[int]:
+        """The ids of a text, of which none is a special token that it names."""
+        encoding = _encode(self.backend, text, add=add)
         ids = encoding.ids
         if not self.special_ids.isdisjoint(ids):
             for token, is_added in zip(ids, encoding.special_tokens_mask, strict=True):
@@ -99,10 +129,7 @@ class Tokenizer:
                     raise ValueError(
                         f"tokenizer: expected a prompt without special tokens, got {name} in {text[:80]!r}"
                     )
-        if self.turn is None:
-            return ids
-        before, after = self.turn
-        return [*before, *ids, *after]
+        return ids
 
     def decode(self, ids: Iterable[int] | Int[np.ndarray, " N"]) -> str:
         """Decode `ids`; special tokens (stop, padding) and ids without an entry give no text."""

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import yaml
 
-from tsopsd_jax.display import run_status
+from tsopsd_jax.display import responses, run_status
 from tsopsd_jax.display.html_parts import details, escape, shorten, table
 from tsopsd_jax.display.numbers import DASH, count, duration, finite, fixed
 from tsopsd_jax.display.plots import Panel, Series, Stretch, draw_panels
@@ -27,14 +27,12 @@ from tsopsd_jax.metric_names import (
     TOKENS_PER_S,
 )
 from tsopsd_jax.rundir import files
-from tsopsd_jax.rundir.log import read_evaluations, read_metrics
+from tsopsd_jax.rundir.log import read_evaluations, read_metrics, read_samples
 from tsopsd_jax.rundir.status import read_status
 
 KEYS = (ENTROPY, REWARD, ACCURACY, GRAD_NORM, LENGTH, TOKENS, TOKENS_PER_S, ROLLOUT_S, SKIPPED, "time_s")
 
 MAX_ROWS = 200
-MAX_STAGES = 12
-MAX_EXAMPLE_BYTES = 400_000
 MAX_CONFIG_CHARACTERS = 60_000
 
 
@@ -71,7 +69,8 @@ def write_report(run_dir: str | Path, out: Path | None = None) -> Path:
         plots=draw_panels(metrics.step, _panels(metrics, _thresholds(plan)), metrics.segments, colours),
         plot_label=escape(f"entropy, reward, gradient norm and response length over steps; phases {phases}"),
         evaluations=_evaluation_table(evaluations),
-        examples=_examples(evaluations),
+        examples=responses.evaluated(evaluations),
+        samples=responses.kept(read_samples(run_dir)),
         config=details("config.yaml", f"<pre>{shorten(config_text, MAX_CONFIG_CHARACTERS)}</pre>")
         if config_text
         else '<p class="muted">No config.yaml in this run directory.</p>',
@@ -283,46 +282,3 @@ def _evaluation_table(evaluations: Sequence[Mapping[str, Any]]) -> str:
         )
     titles = ["stage", "step", "benchmark", "problems", "k", "avg@k, %", "pass@k, %", "tokens", "cut, %", "nats"]
     return table([*titles, "sampling"], rows, {1, 3, 4, 5, 6, 7, 8, 9}) + _more(len(evaluations), "evaluations")
-
-
-def _examples(evaluations: Sequence[Mapping[str, Any]]) -> str:
-    """Some responses of the latest evaluation of each stage and benchmark, right ones and wrong ones."""
-    latest = {(str(each.get("stage")), str(each.get("benchmark"))): each for each in evaluations}
-    parts: list[str] = []
-    room_bytes = MAX_EXAMPLE_BYTES
-    for (stage, benchmark), record in list(latest.items())[:MAX_STAGES]:
-        examples = record.get("examples")
-        examples = [each for each in examples if isinstance(each, dict)] if isinstance(examples, list) else []
-        right = [each for each in examples if each.get("correct")]
-        wrong = [each for each in examples if not each.get("correct")]
-        chosen = right[:3] + wrong[:3]
-        if not chosen:
-            continue
-        parts.append(f'<h3>Responses: {escape(stage)} <span class="muted">{escape(benchmark)}</span></h3>')
-        for example in chosen:
-            part = _example(example)
-            room_bytes -= len(part.encode("utf-8", "replace"))
-            if room_bytes < 0:
-                parts.append('<p class="muted">More responses are in evaluations.jsonl.</p>')
-                return "\n".join(parts)
-            parts.append(part)
-    return "\n".join(parts)
-
-
-def _example(example: Mapping[str, Any]) -> str:
-    right = bool(example.get("correct"))
-    mark = f'<span class="mark {"good" if right else "bad"}">{"✓ correct" if right else "✗ wrong"}</span>'
-    prompt = str(example.get("prompt", ""))
-    first = " ".join(prompt.split())
-    summary = mark + escape(first[:110] + ("…" if len(first) > 110 else ""))
-    parts = (
-        ("Prompt", prompt, 3000),
-        ("Response", example.get("response"), 8000),
-        ("Answer", example.get("answer"), 500),
-    )
-    body = "".join(
-        f'<p class="label">{name}</p><pre>{shorten(str(text), limit)}</pre>'
-        for name, text, limit in parts
-        if text is not None
-    )
-    return details(summary, body)

@@ -2,15 +2,18 @@
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jaxtyping import Array, Float
 
-from tsopsd_jax.judge.scoring import Verifier, verifying
+from tsopsd_jax.data import Problem
+from tsopsd_jax.judge.scoring import Decode, Score, verifying
+from tsopsd_jax.rewards import Verdict
 from tsopsd_jax.rollout import Engine, Finished, Progress
 from tsopsd_jax.types import Prompts, PyTree
 
@@ -19,7 +22,7 @@ RESAMPLES = 10_000
 
 
 class Response(NamedTuple):
-    """A scored response: of which row, its text, its tokens (stop token included), and their mean entropy."""
+    """A scored response: of which row, its text, its tokens (stop token included), their mean entropy, and its rewards."""
 
     row: int
     text: str
@@ -27,6 +30,10 @@ class Response(NamedTuple):
     stopped: bool
     correct: bool
     entropy_nats: float
+    rewards: Mapping[str, float] = MappingProxyType({})
+    """By name, without weights."""
+    failures: Sequence[str] = ()
+    """What functions of one's own did wrong; the response counts as wrong."""
 
 
 def evaluation_key(key: Array) -> Array:
@@ -53,8 +60,8 @@ def respond(
     key: Array,
     *,
     group: int | np.ndarray,
-    decode: Callable[[Sequence[int]], str],
-    score: Callable[[int, str], float],
+    decode: Decode,
+    score: Callable[[int, str], Verdict],
     on_progress: Callable[[Progress], None] | None = None,
 ) -> Iterator[Response]:
     """Sample every row, and score each in one of a few threads as soon as it ended, while others are still decoded.
@@ -63,13 +70,22 @@ def respond(
         engine: with `entropy=True`.
         view, rows, key, group, on_progress: see `Engine.stream`.
         decode: token ids -> text.
-        score: (row, text) -> 1.0 or 0.0. What it raises is raised here.
+        score: (row, text) -> its rewards. What it raises is raised here.
     """
 
     def judged(done: Finished) -> Response:
         text = decode(done.tokens.tolist())
-        right = score(done.row, text) > 0
-        return Response(done.row, text, len(done.tokens), done.stopped, right, done.entropy_nats)
+        verdict = score(done.row, text)
+        return Response(
+            done.row,
+            text,
+            len(done.tokens),
+            done.stopped,
+            verdict.right,
+            done.entropy_nats,
+            verdict.parts,
+            verdict.failures,
+        )
 
     with verifying() as threads:
         waiting: deque[Future[Response]] = deque()
@@ -108,7 +124,8 @@ def summarise(responses: Sequence[Response], *, samples: int, k: int) -> dict[st
     Returns:
         problems, samples, k; avg_at_k, its standard error over problems (None for a single one) and pass_at_k, in 0..1;
         length_mean_tokens; truncated_fraction; entropy_nats, the mean over all tokens of the policy's exact entropy where
-        they were drawn (at temperature 1, over the whole vocabulary, whatever the sampling settings).
+        they were drawn (at temperature 1, over the whole vocabulary, whatever the sampling settings);
+        reward_failed_fraction: of the responses, those of which a reward of one's own failed (they count as wrong).
     """
     correct = np.asarray([r.correct for r in responses], np.float64).reshape(-1, samples)
     tokens = np.asarray([r.tokens for r in responses], np.float64)
@@ -123,6 +140,7 @@ def summarise(responses: Sequence[Response], *, samples: int, k: int) -> dict[st
         "length_mean_tokens": float(tokens.mean()),
         "truncated_fraction": float(np.mean([not r.stopped for r in responses])),
         "entropy_nats": float(np.average([r.entropy_nats for r in responses], weights=tokens)),
+        "reward_failed_fraction": sum(bool(r.failures) for r in responses) / len(responses),
     }
 
 
@@ -132,10 +150,10 @@ def evaluate(
     key: Array,
     *,
     prompts: tuple[np.ndarray, np.ndarray],
-    answers: Sequence[str],
+    problems: Sequence[Problem],
     samples: int,
-    decode: Callable[[Sequence[int]], str],
-    verify: Verifier,
+    decode: Decode,
+    score: Score,
     on_progress: Callable[[Progress], None],
     examples: int = 3,
 ) -> dict[str, Any]:
@@ -144,12 +162,17 @@ def evaluate(
     Args:
         engine, view, key: see `respond`.
         prompts: tokens [problems, P] and their lengths.
-        answers: gold answers, one per problem.
+        problems: whose prompts these are.
         samples: per problem; the k of avg@k and pass@k.
         decode: token ids -> text.
-        verify: (response, gold) -> score.
+        score: (response, answer, row) -> its rewards.
         on_progress: see `Engine.stream`; what it raises ends the evaluation.
     """
+
+    def scored(row: int, text: str) -> Verdict:
+        problem = problems[row // samples]
+        return score(text, problem.answer, problem.row)
+
     found = sorted(
         respond(
             engine,
@@ -158,7 +181,7 @@ def evaluate(
             key,
             group=samples,
             decode=decode,
-            score=lambda row, text: verify(text, answers[row // samples]),
+            score=scored,
             on_progress=on_progress,
         )
     )
@@ -166,10 +189,10 @@ def evaluate(
         {
             "prompt": decode(prompts[0][at, : prompts[1][at]].tolist()),
             "response": found[at * samples].text,
-            "answer": answers[at],
+            "answer": problems[at].answer,
             "correct": found[at * samples].correct,
         }
-        for at in range(min(examples, len(answers)))
+        for at in range(min(examples, len(problems)))
     ]
     return summarise(found, samples=samples, k=samples) | {"examples": shown}
 

@@ -47,7 +47,15 @@ def read_out(out: Path) -> list[Evaluated]:
         # A response that two processes sampled is one response.
         rows = {(line["id"], line["sample"]): line for line in resumable_jsonl.lines(file)}
         responses = [
-            Response(at, "", row["tokens"], row["stopped"], row["correct"], row["entropy_nats"])
+            Response(
+                at,
+                "",
+                row["tokens"],
+                row["stopped"],
+                row["correct"],
+                row["entropy_nats"],
+                failures=row.get("failed", ()),
+            )
             for at, (_, row) in enumerate(sorted(rows.items()))
         ]
         found.append(Evaluated(file.stem, file.parent.name, resumable_jsonl.read_output_settings(file), responses))

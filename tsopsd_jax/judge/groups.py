@@ -68,9 +68,15 @@ def join(parts: Sequence[Groups]) -> Groups:
 
 
 def judge(
-    rollout: Rollout, accuracy: Float[np.ndarray, " B"], *, group: int, rule: RewardRule, max_response_tokens: int
+    rollout: Rollout,
+    accuracy: Float[np.ndarray, " B"],
+    *,
+    group: int,
+    rule: RewardRule,
+    max_response_tokens: int,
+    reward: Float[np.ndarray, " B"] | None = None,
 ) -> Groups:
-    """Judge responses: reward = accuracy + overlong penalty (lengths in tokens), grouped by prompt.
+    """Judge responses: reward + overlong penalty (lengths in tokens), grouped by prompt.
 
     Args:
         rollout: host arrays, [P * group] rows.
@@ -78,6 +84,7 @@ def judge(
         group: responses per prompt.
         rule: the phase's reward rule.
         max_response_tokens: the longest response that was allowed, where the penalty is largest.
+        reward: [P * group] rewards before the penalty; None: the accuracy.
 
     Raises:
         ValueError: if the penalty's ramp is longer than that.
@@ -88,7 +95,7 @@ def judge(
         buffer_tokens=rule.overlong_buffer_tokens,
         factor=rule.overlong_factor,
     )
-    reward = accuracy + np.asarray(penalty, np.float32)
+    reward = (accuracy if reward is None else reward) + np.asarray(penalty, np.float32)
     return Groups(rollout, accuracy.reshape(-1, group), reward.reshape(-1, group))
 
 

@@ -13,9 +13,10 @@ from tsopsd_jax.rewards.answers import LONGEST_ANSWER_CHARACTERS, final_answer, 
 from tsopsd_jax.rewards.compare import Comparison, TooMuch, scaled
 from tsopsd_jax.rewards.formula import parse_formula
 from tsopsd_jax.rewards.markup import clean, remove_spaces, unwrap_text
-from tsopsd_jax.rewards.symbolic import CutOff, Workers
+from tsopsd_jax.rewards.symbolic import Workers
 from tsopsd_jax.rewards.trees import SCALARS, Unreadable
 from tsopsd_jax.rewards.units import Quantity, Unit, measured, read_unit
+from tsopsd_jax.rewards.workers import CutOff
 
 WORKERS = Workers()
 
@@ -68,7 +69,7 @@ def verify_math(response: str, gold: str) -> float:
 
 def answers_cut_off() -> int:
     """Count the answers so far, in this process, that a worker did not survive; they counted as wrong."""
-    return WORKERS.cut_off
+    return WORKERS.pool.cut_off
 
 
 def equal(answer: str, gold: str, comparison: Comparison) -> bool:

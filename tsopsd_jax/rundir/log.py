@@ -1,4 +1,4 @@
-"""The log of a run: `metrics.jsonl` (a line per step), its mirrors (`rundir.trackers`), and evaluations.
+"""The log of a run: `metrics.jsonl` (a line per step), its mirrors (`rundir.trackers`), evaluations, and samples.
 
 `metrics.jsonl` is the truth, the mirrors follow it. All of it is strict JSON: a number that is not finite is
 written as null.
@@ -6,7 +6,7 @@ written as null.
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,6 +19,7 @@ from tsopsd_jax.rundir.trackers import Tracker, open_mirrors
 
 METRICS_FILE = "metrics.jsonl"
 EVALUATIONS_FILE = "evaluations.jsonl"
+SAMPLES_FILE = "samples.jsonl"
 MEASURED = ("avg_at_k", "pass_at_k", "length_mean_tokens", "truncated_fraction", "entropy_nats")
 """Measurements of an evaluation that mirrors show."""
 NOT_MIRRORED = ("step", "time_s", "phase_step")
@@ -44,7 +45,7 @@ class RunLog:
         self.run_dir, self._step = Path(run_dir), last_step
         self.run_dir.mkdir(parents=True, exist_ok=True)
         logged = {}
-        for name in (METRICS_FILE, EVALUATIONS_FILE):
+        for name in (METRICS_FILE, EVALUATIONS_FILE, SAMPLES_FILE):
             records = files.read_objects(self.run_dir / name)
             logged[name] = max((record.get("step", 0) for record in records), default=-1)
             files.mend(self.run_dir / name, lambda record: record.get("step", 0) <= last_step)
@@ -73,6 +74,12 @@ class RunLog:
         self._step = step
         self.status.count(record)
         self._show(METRICS_FILE, step, record)
+
+    def write_samples(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Append responses that are kept for people to read, each with its `step`."""
+        if records:
+            with (self.run_dir / SAMPLES_FILE).open("ab") as file:
+                file.writelines(_encode(_plain(record)) for record in records)
 
     def write_evaluation(self, record: Mapping[str, Any]) -> None:
         """Add an evaluated stage, as `append_evaluation` does, and mirror what was measured as `evaluation/NAME`."""
@@ -148,6 +155,15 @@ def read_evaluations(run_dir: str | Path) -> list[dict[str, Any]]:
         ValueError: if a line before the last is not JSON.
     """
     return files.read_objects(Path(run_dir) / EVALUATIONS_FILE)
+
+
+def read_samples(run_dir: str | Path) -> list[dict[str, Any]]:
+    """Read the responses that a run kept, oldest first; none if the file is absent.
+
+    Raises:
+        ValueError: if a line before the last is not JSON.
+    """
+    return files.read_objects(Path(run_dir) / SAMPLES_FILE)
 
 
 def _identity(evaluation: Mapping[str, Any]) -> str:

@@ -20,6 +20,7 @@ FILES = (
     "functions/*",
     "metrics.jsonl",
     "evaluations.jsonl",
+    "samples.jsonl",
     "status.json",
     "tracker.json",
     "report.html",

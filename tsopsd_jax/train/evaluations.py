@@ -63,11 +63,11 @@ class Evaluations:
             self._engine,
             self._engine.view(run.state.params),
             evaluation_key(self.shared.key),
-            prompts=encode_prompts(plan.problems, task.tokenizer, max_prompt_tokens=task.max_prompt_tokens),
-            answers=[p.answer for p in plan.problems],
+            prompts=encode_prompts(plan.problems, task.tokenizer, max_prompt_tokens=plan.max_prompt_tokens),
+            problems=plan.problems,
             samples=plan.samples,
             decode=task.tokenizer.decode,
-            verify=task.verify,
+            score=plan.rewards,
             on_progress=on_progress,
         )
         where = {"stage": stage, "step": run.step, "phase_step": run.progress.phase_step, **plan.facts()}
@@ -75,11 +75,19 @@ class Evaluations:
             self.log.write_evaluation(where | record)
             self.log.push()
         scores = (f"{name}@{plan.samples} {100 * record[f'{name}_at_k']:.1f} %" for name in ("avg", "pass"))
-        return f"{stage}: {', '.join(scores)}"
+        failed = record["reward_failed_fraction"]
+        note = f"; rewards of {100 * failed:.1f} % of the responses failed: they count as wrong" if failed else ""
+        return f"{stage}: {', '.join(scores)}{note}"
 
     @functools.cached_property
     def _engine(self) -> Engine:
         """Compiled once: every stage is evaluated by the same programs."""
         plan = self.plan
         assert plan is not None
-        return self.shared.engine(plan.sampling, plan.max_response_tokens, plan.rows_at_once, entropy=True)
+        return self.shared.engine(
+            plan.sampling,
+            plan.max_response_tokens,
+            plan.rows_at_once,
+            max_prompt_tokens=plan.max_prompt_tokens,
+            entropy=True,
+        )

@@ -14,12 +14,14 @@ from tsopsd_jax.metric_names import (
     GROUPS_KEPT,
     LENGTH,
     REWARD,
+    REWARD_FAILED,
     ROLLOUT_S,
     STEP_S,
     TOKENS,
     TOKENS_PER_S,
     TRUNCATED,
 )
+from tsopsd_jax.rewards import Verdict, failed_fraction
 from tsopsd_jax.rollout import Engine
 from tsopsd_jax.rundir.run_state import RunState
 
@@ -30,7 +32,7 @@ class Drawn(NamedTuple):
     scored: Sequence[Scored]
     """Every generation batch, kept or not."""
     judged: Sequence[Groups]
-    """The same batches with their rewards; empty where the phase has no reward, and the accuracy stands for it."""
+    """The same batches with their rewards; empty where the phase has no reward: then no penalties are part of it."""
     collected: Collected | None
     """By dynamic sampling; None: every group is used."""
     engine: Engine | None
@@ -72,7 +74,7 @@ def step_line(phase: str, run: RunState, seen: StepFacts, *, time_s: float) -> d
     stopped = np.concatenate([s.rollout.stopped for s in drawn.scored])
     # Over everything sampled: over the kept groups alone a mean would be near one half always.
     accuracy = np.concatenate([s.accuracy for s in drawn.scored])
-    reward = np.concatenate([g.reward for g in drawn.judged]) if drawn.judged else accuracy
+    reward = np.concatenate([g.reward for g in drawn.judged] or [s.reward for s in drawn.scored])
     rollout_s = sum(s.rollout_s for s in drawn.scored) if drawn.engine is not None else None
     line = {"step": run.step, "phase": phase, "phase_step": run.progress.phase_step, "time_s": time_s}
     line |= seen.update | seen.perf
@@ -86,6 +88,7 @@ def step_line(phase: str, run: RunState, seen: StepFacts, *, time_s: float) -> d
         ACCURACY: float(accuracy.mean()),
         GROUPS_KEPT: got.informative_groups / got.sampled_groups if got is not None else 1.0,
     }
+    line |= _named_rewards([verdict for s in drawn.scored for verdict in s.verdicts])
     if got is not None:
         line |= {
             "rollout/generation_batches": got.generation_batches,
@@ -108,3 +111,10 @@ def step_line(phase: str, run: RunState, seen: StepFacts, *, time_s: float) -> d
         STEP_S: seen.step_s,
         "judge/verifier_killed": seen.verifier_killed,
     }
+
+
+def _named_rewards(verdicts: Sequence[Verdict]) -> dict[str, float]:
+    """Each reward's mean without its weight, where there are several; a response of which it failed counts as 0."""
+    names = dict.fromkeys(name for verdict in verdicts for name in verdict.parts)
+    means = {f"reward/{name}_mean": sum(v.parts.get(name, 0.0) for v in verdicts) / len(verdicts) for name in names}
+    return {REWARD_FAILED: failed_fraction(verdicts)} | (means if len(names) > 1 else {})

@@ -36,7 +36,13 @@ def step_perf(model: Qwen3, mesh: jax.sharding.Mesh, drawn: Drawn, updated: Roll
     itemsize, slots = np.dtype(model.compute_dtype).itemsize, drawn.engine.slots
     floor = sum(
         decode_floor_s(
-            model.config, split, chip, rows.prompt_length, rows.response_length, slots=slots, itemsize=itemsize
+            model.config,
+            split,
+            chip,
+            np.asarray(rows.prompt_length),
+            np.asarray(rows.response_length),
+            slots=slots,
+            itemsize=itemsize,
         )
         for rows in (scored.rollout for scored in drawn.scored)
     )

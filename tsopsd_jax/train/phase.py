@@ -7,6 +7,7 @@ import optax
 
 from tsopsd_jax.judge.groups import RewardRule
 from tsopsd_jax.objectives import Objective
+from tsopsd_jax.rewards import Verdict, failed_fraction, failure_words
 from tsopsd_jax.rollout import Sampling
 
 
@@ -76,12 +77,14 @@ class Guard:
 
     `max_start_entropy_nats`: the phase refuses to start on a policy at or above it (the reheater diverges on a policy
     that is not collapsed: paper, appendix C). `runaway_entropy_nats`: entropy at or above it stops the run (appendix D).
-    `max_skipped_in_row`: so many consecutive non-finite updates stop it.
+    `max_skipped_in_row`: so many consecutive non-finite updates stop it. `max_reward_failed_fraction`: so does a batch of responses
+    of which more have no reward, since a function of one's own failed; nothing is learnt from that batch.
     """
 
     max_start_entropy_nats: float | None = None
     runaway_entropy_nats: float | None = None
     max_skipped_in_row: int = 3
+    max_reward_failed_fraction: float = 0.5
 
     def __post_init__(self):
         for name in ("max_start_entropy_nats", "runaway_entropy_nats"):
@@ -90,6 +93,17 @@ class Guard:
                 raise ValueError(f"{name} must be positive, got {limit}; null: no limit")
         if self.max_skipped_in_row < 1:
             raise ValueError(f"max_skipped_in_row must be at least 1, got {self.max_skipped_in_row}")
+        if not 0 <= self.max_reward_failed_fraction <= 1:
+            raise ValueError(f"max_reward_failed_fraction must be in 0..1, got {self.max_reward_failed_fraction}")
+
+    def check_rewards(self, phase: str, verdicts: Sequence[Verdict]) -> None:
+        """Raise GuardError if too many of a batch's responses have a reward that failed."""
+        words = failure_words(verdicts)
+        if words and failed_fraction(verdicts) > self.max_reward_failed_fraction:
+            raise GuardError(
+                f"phase {phase!r} stopped: {words}; mend it, and go on with --accept-changed, or raise "
+                "guard.max_reward_failed_fraction"
+            )
 
     def check(self, *, phase: str, phase_step: int, entropy_nats: float, skipped_in_row: int) -> None:
         """Raise GuardError if the step just taken broke a limit."""

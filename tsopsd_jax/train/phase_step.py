@@ -13,12 +13,12 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
-from tsopsd_jax.data import indices
+from tsopsd_jax.data import Problem, indices
 from tsopsd_jax.distributed import processes
 from tsopsd_jax.distributed.sharding import put, replicated, row_sharding
 from tsopsd_jax.judge.dynamic_sampling import Collected, ShortageError, collect
 from tsopsd_jax.judge.groups import Groups, judge, to_batch
-from tsopsd_jax.judge.scoring import Scored, accuracies, score_while
+from tsopsd_jax.judge.scoring import Scored, score_after, score_while
 from tsopsd_jax.learn.micro_batches import device_bytes
 from tsopsd_jax.learn.start_kl import StartKL
 from tsopsd_jax.learn.update import UpdateOut, distillation_batch
@@ -54,13 +54,21 @@ class Shared(NamedTuple):
         key = jax.jit(lambda: jax.random.key(seed), out_shardings=replicated(mesh))()
         return cls(model, mesh, task, key, device_bytes(mesh))
 
-    def engine(self, sampling: Sampling, max_response_tokens: int, slots: int, *, entropy: bool = False) -> Engine:
-        """A sampler of the task's prompts."""
+    def engine(
+        self,
+        sampling: Sampling,
+        max_response_tokens: int,
+        slots: int,
+        *,
+        max_prompt_tokens: int | None = None,
+        entropy: bool = False,
+    ) -> Engine:
+        """A sampler of the task's prompts, or of others of at most `max_prompt_tokens`."""
         return Engine(
             self.model,
             self.mesh,
             sampling=sampling,
-            max_prompt_tokens=self.task.max_prompt_tokens,
+            max_prompt_tokens=max_prompt_tokens or self.task.max_prompt_tokens,
             max_response_tokens=max_response_tokens,
             stop_ids=self.task.tokenizer.stop_ids,
             slots=slots,
@@ -105,7 +113,7 @@ class PhaseStep:
             on_progress: called after every segment of a rollout.
 
         Raises:
-            GuardError: dynamic sampling found too few informative groups.
+            GuardError: dynamic sampling found too few informative groups, or rewards of one's own failed too often.
         """
         began, killed = time.monotonic(), answers_cut_off()
         after, rollout, out, drawn = (
@@ -171,13 +179,12 @@ class PhaseStep:
         """Sample and update in one call of a jitted function; responses are scored only to be logged."""
         assert self.program is not None
         began = time.monotonic()
-        prompts, answers, after = self._next_prompts(run)
+        prompts, asked, after = self._next_prompts(run)
         prompts = put(prompts, row_sharding(self.shared.mesh))
         state, out, on_devices = self.program(run.state, prompts, self.shared.key, *self._limit_and_knobs(run))
         rollout: Rollout = jax.device_get(on_devices)
         updated = time.monotonic()
-        accuracy = accuracies(rollout, answers, self.task.tokenizer.decode, self.task.verify)
-        scored = Scored(rollout, accuracy, 0.0, time.monotonic() - updated)
+        scored = score_after(rollout, asked, self.task.tokenizer.decode, self.task.rewards)
         return after._replace(state=state), rollout, out, Drawn([scored], [], None, None, None, updated - began)
 
     # -------------------------------------------------------------------- parts
@@ -190,15 +197,15 @@ class PhaseStep:
         phase, rule = self.phase, self.phase.reward
         group, leftover = phase.responses_per_prompt, run.leftover
         key, view = jax.random.fold_in(self.shared.key, run.state.step), self.engine.view(run.state.params)
-        decode, verify = self.task.tokenizer.decode, self.task.verify
+        decode, score = self.task.tokenizer.decode, self.task.rewards
         scored: list[Scored] = []
         judged: list[Groups] = []
 
         def sample() -> Scored:
             nonlocal run
-            prompts, answers, run = self._next_prompts(run)
+            prompts, asked, run = self._next_prompts(run)
             rollout = functools.partial(self.engine.run, view, prompts, key, group=group, on_progress=on_progress)
-            scored.append(score_while(lambda seen: rollout(on_finished=seen), answers, decode, verify))
+            scored.append(score_while(lambda seen: rollout(on_finished=seen), asked, decode, score))
             return scored[-1]
 
         if rule is None:
@@ -207,8 +214,17 @@ class PhaseStep:
 
         def generate() -> Groups:
             batch = sample()
-            longest = phase.max_response_tokens
-            judged.append(judge(batch.rollout, batch.accuracy, group=group, rule=rule, max_response_tokens=longest))
+            phase.guard.check_rewards(phase.name, batch.verdicts)  # before anything is learnt from them
+            judged.append(
+                judge(
+                    batch.rollout,
+                    batch.accuracy,
+                    group=group,
+                    rule=rule,
+                    max_response_tokens=phase.max_response_tokens,
+                    reward=batch.reward,
+                )
+            )
             return judged[-1]
 
         try:
@@ -217,8 +233,8 @@ class PhaseStep:
             raise GuardError(f"phase {phase.name!r} stopped: {error}") from error
         return run, scored, judged, got
 
-    def _next_prompts(self, run: RunState) -> tuple[Prompts, list[str], RunState]:
-        """The next prompts of the data order, each repeated for its group; their answers; and the run with its cursor behind
+    def _next_prompts(self, run: RunState) -> tuple[Prompts, list[Problem], RunState]:
+        """The next prompts of the data order, each repeated for its group; their problems; and the run with its cursor behind
         them."""
         phase, start = self.phase, run.progress.position
         count, group = phase.prompts_per_step, phase.responses_per_prompt
@@ -226,8 +242,8 @@ class PhaseStep:
         chosen = indices(len(lengths), seed=self.task.seed, position=start, count=count)
         rows = np.repeat(chosen, group)
         row_id = (np.arange(count * group) + start * group).astype(np.uint32)
-        answers = [self.task.problems[int(i)].answer for i in rows]
-        return Prompts(tokens[rows], lengths[rows], row_id), answers, run.at(position=start + count)
+        asked = [self.task.problems[int(i)] for i in rows]
+        return Prompts(tokens[rows], lengths[rows], row_id), asked, run.at(position=start + count)
 
     def _knobs(self, run: RunState) -> dict[str, float]:
         """The numbers that the objective turns, as they stand before this step."""

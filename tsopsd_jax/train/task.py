@@ -9,7 +9,7 @@ import numpy as np
 
 from tsopsd_jax.data import Problem, Tokenizer
 from tsopsd_jax.data.encode import encode_prompts
-from tsopsd_jax.judge.scoring import Verifier
+from tsopsd_jax.rewards import Rewards
 from tsopsd_jax.rollout import Sampling
 
 
@@ -19,6 +19,8 @@ class EvaluationPlan:
 
     benchmark: str
     problems: Sequence[Problem]
+    rewards: Rewards
+    max_prompt_tokens: int
     samples: int
     sampling: Sampling
     max_response_tokens: int
@@ -38,7 +40,7 @@ class Task:
 
     problems: Sequence[Problem]
     tokenizer: Tokenizer
-    verify: Verifier
+    rewards: Rewards
     max_prompt_tokens: int
     seed: int
 

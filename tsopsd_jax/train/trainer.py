@@ -18,6 +18,7 @@ from tsopsd_jax.distributed.sharding import put, replicated
 from tsopsd_jax.learn.start_kl import start_policy
 from tsopsd_jax.learn.update import abstract_state, fresh_optimizer_state
 from tsopsd_jax.metric_names import ENTROPY, SKIPPED
+from tsopsd_jax.rewards import failure_words
 from tsopsd_jax.rundir import object_store, status
 from tsopsd_jax.rundir.checkpoints import Checkpoints
 from tsopsd_jax.rundir.log import RunLog
@@ -29,6 +30,7 @@ from tsopsd_jax.train.metrics import StepFacts, step_line
 from tsopsd_jax.train.phase import GuardError, Phase
 from tsopsd_jax.train.phase_step import Shared
 from tsopsd_jax.train.profiling import StepProfile
+from tsopsd_jax.train.samples import Samples, kept_samples
 from tsopsd_jax.train.signals import Interrupted, StopRequest, leave
 from tsopsd_jax.train.task import EvaluationPlan
 from tsopsd_jax.types import PyTree, TrainState
@@ -59,6 +61,7 @@ class Trainer:
         tracker: where the log is mirrored.
         table: where progress is shown.
         profile_steps: the first and the last step to trace into the run directory; None: none.
+        samples: which responses are kept in samples.jsonl.
     """
 
     def __init__(
@@ -73,10 +76,11 @@ class Trainer:
         keep_checkpoints: int,
         tracker: Tracker,
         table: Screen,
+        samples: Samples = Samples(),  # noqa: B008 - frozen
         profile_steps: tuple[int, int] | None = None,
     ):
         self.shared, self.phases, self.run_dir, self.table = shared, phases, run_dir, table
-        self.every = checkpoint_every_steps
+        self.every, self.samples = checkpoint_every_steps, samples
         self.profile = StepProfile(profile_steps, run_dir / "profile")
         heartbeat.tick("looking for checkpoints")
         self.checkpoints = Checkpoints(object_store.checkpoints_address(run_dir), keep=keep_checkpoints)
@@ -201,7 +205,13 @@ class Trainer:
         now = self.progress.after_step(entropy_nats=entropy, skipped=skipped, window_steps=phase.stop.window_steps)
         self.run_state = self.run_state._replace(progress=now)
         line = step_line(phase.name, self.run_state, seen, time_s=time.monotonic() - self.began)
+        if words := failure_words([verdict for scored in seen.drawn.scored for verdict in scored.verdicts]):
+            self.table.note(f"warning: step {self.run_state.step}: {words}")
         if self.log is not None:
+            group, decode = phase.responses_per_prompt, self.shared.task.tokenizer.decode
+            self.log.write_samples(
+                kept_samples(self.samples, seen.drawn, step=line["step"], phase=phase.name, group=group, decode=decode)
+            )
             self.log.write(line)
         left = None if phase.stop.steps is None else (phase.stop.steps - now.phase_step) * seen.step_s
         self.table.step(line, left)
