@@ -531,3 +531,22 @@ def test_transitions_say_what_a_phase_took_and_cost():
     metrics = [{"step": s, "policy/entropy_nats": 0.1 * s} for s in range(1, 6)]
     want = "collapsed -> reheated: 2 steps, entropy 0.300 -> 0.400 nats, avg@k -5.0, pass@k +5.0 points"
     assert transitions(evaluations, metrics) == [want]
+
+
+def test_a_reward_of_ones_own_ends_with_the_exit_code_of_its_fault(tmp_path, capsys):
+    """2 where it cannot be had or breaks its contract on toy responses, 3 where it fails at those of the run."""
+    file = tmp_path / "r.py"
+    verifier = f"data.verifier={file}:f"
+    assert demo(tmp_path / "run", verifier) == 2
+    assert "does not exist" in capsys.readouterr().err
+    file.write_text("def f(response, answer): return len(response) / 0\n")
+    assert demo(tmp_path / "run", verifier) == 2
+    assert "r.py:f, line 1: raised ZeroDivisionError: division by zero (for a right response" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    file.write_text("def f(response, answer): return 1.0 if ' = ' not in response else {}['x']\n")
+    assert demo(tmp_path / "run", verifier) == 3
+    assert re.search(
+        r"phase 'rl' stopped: rewards of \d of 8 .* r.py:f, line 1: raised KeyError: 'x'", capsys.readouterr().err
+    )
+    assert main(["check", "--syntax-only", str(DEMO_CONFIG), "--set", f"data.verifier={file}:g"]) == 2
+    assert "data: reward file" in capsys.readouterr().err

@@ -254,3 +254,28 @@ def test_results_belong_to_weights(toy, tmp_path, capsys):
     with writing(out):
         assert main(command) == 2
     assert "another process writes" in capsys.readouterr().err
+
+
+def test_a_function_of_ones_own_scores(toy, tmp_path, capsys):
+    """Responses with an even number of words fail: they count as wrong, and say why."""
+    out, rewards = tmp_path / "out", tmp_path / "r.py"
+    rewards.write_text("def f(response, answer): return 1.0 if '=' not in response else [0.75][len(response) % 2]\n")
+    assert main(arguments([toy], out, "--verifier", f"{rewards}:f")) == 0
+    assert "the verifier failed at" in capsys.readouterr().err
+    rows = [json.loads(line) for line in lines(out / "toy" / "countdown-tiny.jsonl")]
+    for row in rows:
+        odd = len(row["response"]) % 2 == 1
+        assert row["correct"] == (not odd)
+        assert row["rewards"] == ({} if odd else {"accuracy": 0.75})
+        assert row.get("failed") == (
+            [f"{rewards}:f, line 1: raised IndexError: list index out of range"] if odd else None
+        )
+    assert 0 < sum(row["correct"] for row in rows) < len(rows), "the case must show both"
+    rewards.write_text("def f(response, answer): return 1.0\n")
+    assert main(arguments([toy], out, "--verifier", f"{rewards}:f")) == 2
+    assert "sha256" in capsys.readouterr().err
+    rewards.write_text("def f(response, answer): return 1 / len(response)\n")
+    assert main(arguments([toy], tmp_path / "other", "--verifier", f"{rewards}:f")) == 2
+    assert (
+        "r.py:f, line 1: raised ZeroDivisionError: division by zero (for an empty response" in capsys.readouterr().err
+    )

@@ -137,3 +137,22 @@ def test_two_processes_do_not_write_one_file(prompts, tmp_path, capsys):
     assert "another process writes" in capsys.readouterr().err
     assert not out.exists()
     assert run(prompts, out) == 0
+
+
+def test_responses_are_scored_by_a_function_of_ones_own(tmp_path, capsys):
+    prompts, out, rewards = tmp_path / "p.jsonl", tmp_path / "out.jsonl", tmp_path / "r.py"
+    text = "3 5 7 9 -> 24"
+    prompts.write_text(json.dumps({"id": "a", "prompt": f"{text} :", "answer": text, "level": 3}))
+    rewards.write_text(
+        "def f(response, answer, row): return {'good': row['level'] / 4, 'words': len(response.split())}\n"
+    )
+    assert run(prompts, out, "--score", f"{rewards}:f") == 0
+    for row in rows(out):
+        assert row["rewards"] == {"good": 0.75, "words": len(row["response"].split())}
+        assert (row["answer"], row["correct"]) == (text, True)
+    rewards.write_text("def f(response, answer): return 1.0\n")
+    assert run(prompts, out, "--score", f"{rewards}:f") == 2  # another function of the same name
+    assert "score" in capsys.readouterr().err
+    prompts.write_text(json.dumps({"id": "a", "prompt": f"{text} :"}))
+    assert run(prompts, out, "--score", "countdown", "--again") == 2
+    assert '--score expects a text "answer" too' in capsys.readouterr().err

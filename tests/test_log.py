@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tsopsd_jax.rundir.log import TENSORBOARD, RunLog, append_evaluation, read_evaluations, read_metrics
+from tsopsd_jax.rundir.log import TENSORBOARD, RunLog, append_evaluation, read_evaluations, read_metrics, read_samples
 from tsopsd_jax.rundir.trackers import Tracker, Wandb
 
 
@@ -379,3 +379,13 @@ def test_an_evaluation_torn_by_a_crash_does_not_spoil_the_next(tmp_path):
         file.write(b'{"stage": "coll')
     append_evaluation(tmp_path, evaluation("collapsed", 9, 0.5))
     assert [each["stage"] for each in read_evaluations(tmp_path)] == ["base", "collapsed"]
+
+
+def test_samples_are_kept_up_to_the_step_that_a_run_goes_on_from(tmp_path):
+    with RunLog(tmp_path, last_step=0) as log:
+        log.write_samples([])
+        assert not (tmp_path / "samples.jsonl").exists()
+        log.write_samples([{"step": 1, "response": "\ud83d\u2028"}, {"step": 1, "reward": np.float32(0.5)}])
+        log.write_samples([{"step": 4, "reward": float("nan")}])
+    RunLog(tmp_path, last_step=3).close()
+    assert read_samples(tmp_path) == [{"step": 1, "response": "\ud83d\u2028"}, {"step": 1, "reward": 0.5}]

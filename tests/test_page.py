@@ -241,7 +241,11 @@ def test_hostile_text_stays_text(tmp_path):
     bad = {"prompt": HOSTILE, "response": HOSTILE * 3, "answer": HOSTILE, "correct": True}
     record = evaluation(HOSTILE, 5, benchmark=HOSTILE, sampling={HOSTILE: HOSTILE}, examples=[bad])
     config = json.dumps({"phases": [{"name": HOSTILE, "outcome": HOSTILE, "objective": {"name": HOSTILE}}]})
-    page = Page(write_run(tmp_path / "<b>run&", lines, [record], config))
+    run = write_run(tmp_path / "<b>run&", lines, [record], config)
+    kept = {"step": HOSTILE, "phase": HOSTILE, "which": HOSTILE, "reward": HOSTILE, **bad}
+    (run / "samples.jsonl").write_text(json.dumps(kept) + "\n" + json.dumps(kept | {"step": 3, "reward": 0.5}) + "\n")
+    page = Page(run)
+    assert "reward 0.5" in page.text
     assert not {tag for tag, _ in page.tags} & {"script", "img", "b"}
     assert "<script>alert(1)</script>" in page.text  # as text
     assert not re.search(r"[\x00-\x08\x0b-\x1f]", page.source)

@@ -11,8 +11,9 @@ import pytest
 import tokenizers
 
 from tsopsd_jax import huggingface
-from tsopsd_jax.data import CHATS, TEMPLATES, Tokenizer, countdown, load_problems, render
+from tsopsd_jax.data import CHATS, TEMPLATES, Problem, Tokenizer, countdown, load_problems, render
 from tsopsd_jax.data.chat import read_frame
+from tsopsd_jax.data.encode import encode_prompts
 from tsopsd_jax.data.prompts import bare
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -163,6 +164,13 @@ def test_a_function_is_a_template(name, expected, tmp_path):
     else:
         with pytest.raises(ValueError, match=expected):
             load_problems("jsonl", path=problems, template=template)
+
+
+def test_conversations_are_encoded_with_all_their_messages(tmp_path):
+    chat = Tokenizer.load(byte_model.write(tmp_path), chat="thinking")
+    talk = Problem("a", "Hi", "2", {}, (("system", "Be brief."),))
+    tokens, lengths = encode_prompts([talk], chat, max_prompt_tokens=100)
+    assert tokens[0, : lengths[0]].tolist() == chat.encode("Hi", talk.before) != chat.encode("Hi")
 
 
 def message(role, content):

@@ -4,7 +4,8 @@ import re
 from collections.abc import Callable
 from fractions import Fraction
 
-from tsopsd_jax.rewards.commands import CONSTANTS, Commands
+from tsopsd_jax.rewards import commands
+from tsopsd_jax.rewards.commands import CONSTANTS
 from tsopsd_jax.rewards.trees import SCALARS, Unreadable, negated, number, rational_node, times
 
 DEEPEST = 30
@@ -50,10 +51,30 @@ def _well_formed(tree: tuple) -> bool:
     return True
 
 
-class _Reader(Commands):
+class _Reader:
     """Recursive descent: one method for each level of precedence."""
 
-    ends = _ENDS
+    ends: frozenset[str | None] = _ENDS
+
+    def __init__(self, tokens: list[str]):
+        self.tokens, self.at, self.depth = tokens, 0, 0
+        self.bars: bool = False
+
+    @property
+    def token(self) -> str | None:
+        return self.tokens[self.at] if self.at < len(self.tokens) else None
+
+    def next(self) -> str:
+        token = self.token
+        if token is None:
+            raise Unreadable
+        self.at += 1
+        return token
+
+    def expect(self, *wanted: str) -> str:
+        if self.token not in wanted:
+            raise Unreadable
+        return self.next()
 
     def items(self, close: str | None) -> tuple:
         """Everything up to a closing bracket: one item, or several between commas and words."""
@@ -172,7 +193,7 @@ class _Reader(Commands):
         while self.token in ("^", "!", "°", "%"):
             mark = self.next()
             if mark == "^":
-                base = ("^", base, self.argument())
+                base = ("^", base, commands.argument(self))
                 if self.token == "^":
                     raise Unreadable
             elif mark == "!":
@@ -215,20 +236,20 @@ class _Reader(Commands):
         if token in _FENCES:
             return self.fenced(token)
         if token == "_":
-            return self.choose_before()
+            return commands.choose_before(self)
         if token in CONSTANTS and self.token != "_":
             return ("c", CONSTANTS[token])
         if token.isascii() and token.isalpha():  # a word of four letters or more is one name, no product
             if token in "fgh" and self.token == "(":  # a function's value is no product
                 self.next()
                 return ("v", f"{token}{self.bracketed('(')}")
-            return self.counted(token) or ("v", token + self.subscript())
+            return commands.counted(self, token) or ("v", token + commands.subscript(self))
         if token.startswith("\\"):
-            return self.command(token[1:])
+            return commands.command(self, token[1:])
         raise Unreadable
 
     def bracketed(self, opening: str) -> tuple:
-        bars, self.bars = self.bars, 0
+        bars, self.bars = self.bars, False
         inner = self.items(")")
         closing = self.expect(*_BRACKETS[opening])
         self.bars = bars
