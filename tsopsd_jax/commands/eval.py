@@ -113,8 +113,8 @@ def evaluate_policy(
     again: bool,
     table: LiveTable,
 ) -> None:
-    """Write a line {benchmark, id, sample, response, tokens, stopped, correct, entropy_nats} for each response that `out`
-    lacks, to OUT/BENCHMARK/NAME.jsonl, as it is scored.
+    """Write a line {benchmark, id, sample, response, tokens, stopped, correct, entropy_nats, prompt_ids, response_ids} for
+    each response that `out` lacks, to OUT/BENCHMARK/NAME.jsonl, as it is scored.
 
     All benchmarks go through one rollout. A response depends on the seed, its problem's place in its benchmark and its
     sample, so what was interrupted ends up as what was not, in another order.
@@ -195,7 +195,9 @@ def _add_missing(
         streams = [stack.enter_context(file.open("a", encoding="utf-8")) for file in files]
         for response in found:
             row = rows[response.row]
-            resumable_jsonl.append(streams[row.benchmark], _line(benchmarks[row.benchmark].name, row, response))
+            prompt = tokens[row.problem, : lengths[row.problem]].tolist()
+            line = _line(benchmarks[row.benchmark].name, row, response, prompt)
+            resumable_jsonl.append(streams[row.benchmark], line)
 
 
 def _encode(
@@ -214,7 +216,7 @@ def _encode(
     )
 
 
-def _line(benchmark: str, row: _Row, response: Response) -> dict[str, Any]:
+def _line(benchmark: str, row: _Row, response: Response, prompt_ids: list[int]) -> dict[str, Any]:
     return {
         "benchmark": benchmark,
         "id": row.id,
@@ -224,6 +226,8 @@ def _line(benchmark: str, row: _Row, response: Response) -> dict[str, Any]:
         "stopped": response.stopped,
         "correct": response.correct,
         "entropy_nats": round(response.entropy_nats, 6),
+        "prompt_ids": prompt_ids,
+        "response_ids": list(response.ids),
     }
 
 

@@ -76,7 +76,8 @@ def generate(
     again: bool = False,
     table: LiveTable,
 ) -> tuple[int, int]:
-    """Write a line {id, sample, prompt, response, tokens, stopped} for every prompt and sample, as responses end.
+    """Write a line {id, sample, prompt, response, tokens, stopped, prompt_ids, response_ids} for every prompt and sample, as
+    responses end; the ids are those that the model saw and drew, the stop token included.
 
     What `out` holds already is kept and not sampled again; a response depends on the seed, its prompt's place in the
     file and its sample alone, so an interrupted file ends up as an uninterrupted one, in another order.
@@ -183,6 +184,8 @@ def _add_missing(
                     "response": tokenizer.decode(ended.tokens),
                     "tokens": len(ended.tokens),
                     "stopped": ended.stopped,
+                    "prompt_ids": tokens[which[ended.row], : lengths[which[ended.row]]].tolist(),
+                    "response_ids": ended.tokens.tolist(),
                 }
                 resumable_jsonl.append(file, line)
         now = engine.progress

@@ -41,6 +41,8 @@ class Chart(NamedTuple):
     log_y: bool = False
     marked: bool = False
     """Whether each point has a marker."""
+    whole_x: bool = False
+    """Whether x counts something: layers, steps."""
 
 
 class Histogram(NamedTuple):
@@ -144,10 +146,22 @@ def _draw_chart(axis: Any, chart: Chart) -> None:
                       ha="right", fontsize=6.5)  # fmt: skip
     if chart.log_x:
         axis.set_xscale("log")
+    elif chart.whole_x:
+        axis.xaxis.get_major_locator().set_params(integer=True)
     if chart.log_y:
         axis.set_yscale("log")
+    else:
+        _widen(axis)
     if any(curve.name for curve in chart.curves):
         axis.legend(fontsize=6.5, frameon=False)
+
+
+def _widen(axis: Any) -> None:
+    """Show at least a hundredth of what is measured: rounding errors alone make no picture."""
+    low, high = axis.get_ylim()
+    least = 0.01 * max(abs(low), abs(high))
+    if high - low < least:
+        axis.set_ylim((low + high - least) / 2, (low + high + least) / 2)
 
 
 def _draw_histogram(axis: Any, histogram: Histogram) -> None:

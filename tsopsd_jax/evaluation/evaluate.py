@@ -19,7 +19,8 @@ RESAMPLES = 10_000
 
 
 class Response(NamedTuple):
-    """A scored response: of which row, its text, its tokens (stop token included), and their mean entropy."""
+    """A scored response: of which row, its text, its tokens (stop token included) and their mean entropy, and their ids where
+    they were sampled here."""
 
     row: int
     text: str
@@ -27,6 +28,7 @@ class Response(NamedTuple):
     stopped: bool
     correct: bool
     entropy_nats: float
+    ids: tuple[int, ...] = ()
 
 
 def evaluation_key(key: Array) -> Array:
@@ -69,7 +71,8 @@ def respond(
     def judged(done: Finished) -> Response:
         text = decode(done.tokens.tolist())
         right = score(done.row, text) > 0
-        return Response(done.row, text, len(done.tokens), done.stopped, right, done.entropy_nats)
+        ids = tuple(done.tokens.tolist())
+        return Response(done.row, text, len(ids), done.stopped, right, done.entropy_nats, ids)
 
     with verifying() as threads:
         waiting: deque[Future[Response]] = deque()

@@ -81,7 +81,7 @@ def _figure(found: Found, *, rounded: bool) -> Figure:
         y = np.asarray([np.nan if (v := each._asdict()[key]) is None else v for each in layers.values()])
         whole = found.whole._asdict()[key]
         lines = {} if whole is None else {f"whole model {whole:.3f}": whole}
-        panels.append(Chart(title, "layer", says, [Curve("", x, y)], lines=lines, marked=True))
+        panels.append(Chart(title, "layer", says, [Curve("", x, y)], lines=lines, marked=True, whole_x=True))
     w = found.whole
     caption = (
         f"Heating H = after - before, cooling L = recooled - after: cosine {_text(w.cosine)}, reverse projection "
