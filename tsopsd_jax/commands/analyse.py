@@ -14,6 +14,7 @@ from tsopsd_jax.rundir.log import plain
 ANALYSES = {
     "reversal": "how far cooling undid reheating, whole and per layer (figures 11 and 12)",
     "distributions": "two policies on the same responses: KL, entropy change, overlap of the likeliest tokens (figure 5)",
+    "representations": "linear CKA between the layers of two policies (figure 3)",
 }
 """Name -> what it shows."""
 

@@ -145,15 +145,22 @@ def _draw_chart(axis: Any, chart: Chart) -> None:
         axis.annotate(name, (1, height), (-2, 2), xycoords=("axes fraction", "data"), textcoords="offset points",
                       ha="right", fontsize=6.5)  # fmt: skip
     if chart.log_x:
-        axis.set_xscale("log")
+        _logarithmic(axis.set_xscale, axis.xaxis)
     elif chart.whole_x:
         axis.xaxis.get_major_locator().set_params(integer=True)
     if chart.log_y:
-        axis.set_yscale("log")
+        _logarithmic(axis.set_yscale, axis.yaxis)
     else:
         _widen(axis)
     if any(curve.name for curve in chart.curves):
         axis.legend(fontsize=6.5, frameon=False)
+
+
+def _logarithmic(set_scale: Any, axis: Any, scale: str = "log") -> None:
+    """Make an axis logarithmic, its ticks plain numbers (STYLE parses no mathematics)."""
+    set_scale(scale, **({"linthresh": 1} if scale == "symlog" else {}))
+    axis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.set_minor_formatter(lambda _value, _position: "")
 
 
 def _widen(axis: Any) -> None:
@@ -169,8 +176,8 @@ def _draw_histogram(axis: Any, histogram: Histogram) -> None:
     axis.stairs(histogram.counts, histogram.edges, fill=True, color=PALETTE[0], alpha=0.75)
     axis.set_ylabel("tokens")
     if histogram.log_x:
-        axis.set_xscale("log")
-    axis.set_yscale("symlog", linthresh=1)  # long tails of few tokens are what is looked for
+        _logarithmic(axis.set_xscale, axis.xaxis)
+    _logarithmic(axis.set_yscale, axis.yaxis, "symlog")  # long tails of few tokens are what is looked for
     axis.set_ylim(bottom=0)
     for at, (name, place) in enumerate(histogram.marks.items()):
         axis.axvline(place, color=PALETTE[1 + at], linewidth=1.2, linestyle=DASHES[at % len(DASHES)], label=name)
@@ -192,12 +199,18 @@ def _draw_matrix(axis: Any, matrix: Matrix) -> None:
     axis.set_ylabel(matrix.y_label)
     shown = -np.log10(np.clip(1.0 - matrix.values, 1e-6, 1.0)) if matrix.near_one else matrix.values
     limits = (0.0, 6.0) if matrix.near_one else (-1.0, 1.0)
-    image = axis.imshow(shown, origin="lower", cmap="cividis", vmin=limits[0], vmax=limits[1], aspect="auto")
+    rows, columns = shown.shape
+    extent = (0.5, columns + 0.5, 0.5, rows + 0.5)  # cells are numbered from 1
+    image = axis.imshow(
+        shown, origin="lower", cmap="cividis", vmin=limits[0], vmax=limits[1], aspect="auto", extent=extent
+    )
+    for ticks in (axis.xaxis, axis.yaxis):
+        ticks.get_major_locator().set_params(integer=True)
     bar = axis.figure.colorbar(image, ax=axis, label=matrix.colour_label)
     if matrix.near_one:
         bar.set_ticks(range(7), labels=["0", "0.9", "0.99", "0.999", "1 - 1e-4", "1 - 1e-5", "1 - 1e-6"])
     if matrix.names:
-        places = range(len(matrix.names))
+        places = range(1, len(matrix.names) + 1)
         axis.set_xticks(places, matrix.names, rotation=45, ha="right")
         axis.set_yticks(places, matrix.names)
 
