@@ -15,6 +15,7 @@ ANALYSES = {
     "reversal": "how far cooling undid reheating, whole and per layer (figures 11 and 12)",
     "distributions": "two policies on the same responses: KL, entropy change, overlap of the likeliest tokens (figure 5)",
     "representations": "linear CKA between the layers of two policies (figure 3)",
+    "forks": "stochastic rollouts against greedy ones, checkpoint by checkpoint (figure 6, table 2)",
 }
 """Name -> what it shows."""
 
