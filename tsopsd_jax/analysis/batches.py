@@ -18,14 +18,16 @@ class Answered(NamedTuple):
     response: Sequence[int]
 
 
-class Part(NamedTuple):
+class GivenBatch(NamedTuple):
     """Rows of one width, as host arrays; `which` [rows] are their places in the list, -1 for rows that only fill up."""
 
     batch: Batch
     which: np.ndarray
 
 
-def batches_of(sequences: Sequence[Answered], *, tokens_at_once: int, multiple: int, limit: int) -> Iterator[Part]:
+def batches_of(
+    sequences: Sequence[Answered], *, tokens_at_once: int, multiple: int, limit: int
+) -> Iterator[GivenBatch]:
     """Cut sequences into batches [R, L], shortest first.
 
     Args:
@@ -52,7 +54,7 @@ def batches_of(sequences: Sequence[Answered], *, tokens_at_once: int, multiple: 
             yield _part(sequences, np.pad(which, (0, rows - len(which)), constant_values=-1), width)
 
 
-def _part(sequences: Sequence[Answered], which: np.ndarray, width: int) -> Part:
+def _part(sequences: Sequence[Answered], which: np.ndarray, width: int) -> GivenBatch:
     tokens, mask = np.zeros((len(which), width), np.int32), np.zeros((len(which), width), bool)
     for row, at in enumerate(which):
         if at >= 0:
@@ -60,4 +62,4 @@ def _part(sequences: Sequence[Answered], which: np.ndarray, width: int) -> Part:
             tokens[row, : len(prompt) + len(response)] = [*prompt, *response]
             mask[row, len(prompt) : len(prompt) + len(response)] = True
     zero = np.zeros(mask.shape, np.float32)
-    return Part(Batch(tokens, mask, zero, zero), which)  # pyright: ignore[reportArgumentType] - to be placed on devices
+    return GivenBatch(Batch(tokens, mask, zero, zero), which)  # pyright: ignore[reportArgumentType] - to be placed on devices

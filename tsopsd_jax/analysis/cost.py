@@ -8,8 +8,8 @@ import numpy as np
 from tsopsd_jax.analysis.trajectories import Trajectory
 from tsopsd_jax.metric_names import JUDGE_S, ROLLOUT_S, STEP_S, TOKENS, UPDATE_S
 
-PARTS = {"sampling": ROLLOUT_S, "judging": JUDGE_S, "update": UPDATE_S}
-"""Part of a step -> its metric; what is left of the step is `other`."""
+STEP_PARTS = {"sampling": ROLLOUT_S, "judging": JUDGE_S, "update": UPDATE_S}
+"""GivenBatch of a step -> its metric; what is left of the step is `other`."""
 
 
 class PhaseCost(NamedTuple):
@@ -46,10 +46,12 @@ def cost_of(run: Trajectory, *, batch_sequences: dict[str, int], reheats: Sequen
     found = []
     for phase in dict.fromkeys(phases):
         if phase not in batch_sequences:
-            raise ValueError(f"cost: expected the phases {', '.join(batch_sequences)} of the configuration, got {phase!r}")
+            raise ValueError(
+                f"cost: expected the phases {', '.join(batch_sequences)} of the configuration, got {phase!r}"
+            )
         mine = np.asarray([name == phase for name in phases])
         step_s = run.column(STEP_S)[mine]
-        parts = {name: np.nan_to_num(run.column(key)[mine]) for name, key in PARTS.items()}
+        parts = {name: np.nan_to_num(run.column(key)[mine]) for name, key in STEP_PARTS.items()}
         parts["other"] = np.maximum(step_s - sum(parts.values()), 0.0)
         tokens, steps = int(np.nansum(run.column(TOKENS)[mine])), int(mine.sum())
         total_s = float(np.nansum(step_s))

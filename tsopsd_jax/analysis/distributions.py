@@ -1,7 +1,7 @@
 """What reheating does to the distribution of the next token, at the positions of given responses (TS-OPSD, figure 5).
 
-Two policies, `before` p and `after` q, see the same text. Of each response token: KL(p || q) and KL(q || p), the change of the
-exact entropy, the share of the k likeliest tokens that both have in common, and the probability of those under each.
+Two policies, `before` p and `after` q, see the same text. Of each response token: KL(p || q) and KL(q || p), the change of
+the exact entropy, the share of the k likeliest tokens that both have in common, and the probability of those under each.
 """
 
 from collections.abc import Iterable, Iterator
@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from tsopsd_jax import losses
-from tsopsd_jax.analysis.batches import Part
+from tsopsd_jax.analysis.batches import GivenBatch
 from tsopsd_jax.distributed.sharding import put, replicated, row_sharding
 from tsopsd_jax.head import Reference, batch_stats
 from tsopsd_jax.model import Qwen3
@@ -32,9 +32,7 @@ class OnMesh(NamedTuple):
     params: PyTree
 
 
-def pair_stats(
-    after: Float[Array, "*N V"], before: Float[Array, "*N V"], *, k: int
-) -> dict[str, Float[Array, "*N"]]:
+def pair_stats(after: Float[Array, "*N V"], before: Float[Array, "*N V"], *, k: int) -> dict[str, Float[Array, "*N"]]:
     """Compare two distributions by their logits, position by position.  [..., V] x2 -> {name: [...]}
 
     Returns:
@@ -57,7 +55,7 @@ def pair_stats(
 
 
 def compare_tokens(
-    before: OnMesh, after: OnMesh, parts: Iterable[Part], *, k: int, tile_tokens: int, mesh: Mesh
+    before: OnMesh, after: OnMesh, parts: Iterable[GivenBatch], *, k: int, tile_tokens: int, mesh: Mesh
 ) -> Iterator[dict[str, np.ndarray]]:
     """Compare two policies at each response token of each batch: {name: [tokens]}, one dict a batch.
 

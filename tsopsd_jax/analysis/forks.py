@@ -1,4 +1,7 @@
-"""Where stochastic rollouts leave the greedy one of the same policy, and how likely their tokens are (TS-OPSD, figure 6, table 2)."""
+"""Where stochastic rollouts leave the greedy one of the same policy, and how likely their tokens are.
+
+TS-OPSD, figure 6 and table 2.
+"""
 
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -7,14 +10,20 @@ import numpy as np
 
 
 def fork_position(stochastic: Sequence[int], greedy: Sequence[int]) -> int:
-    """The index of the first token that differs, counted from 0; where one rollout is the beginning of the other, its length."""
+    """The index of the first token that differs, counted from 0.
+
+    Where one rollout is the beginning of the other: its length.
+    """
     length = min(len(stochastic), len(greedy))
     apart = np.flatnonzero(np.asarray(stochastic[:length]) != np.asarray(greedy[:length]))
     return int(apart[0]) if apart.size else length
 
 
 def edit_distance(a: Sequence[int], b: Sequence[int]) -> float:
-    """The least number of tokens to insert, delete or replace (Levenshtein), divided by the longer length; 0 for two empty rollouts."""
+    """The least number of tokens to insert, delete or replace (Levenshtein), divided by the longer length.
+
+    0 for two empty rollouts.
+    """
     if not a or not b:
         return float(len(a) != len(b))
     first, second = np.asarray(a), np.asarray(b)
@@ -28,7 +37,7 @@ def edit_distance(a: Sequence[int], b: Sequence[int]) -> float:
     return float(row[-1]) / max(len(a), len(b))
 
 
-class Drawn(NamedTuple):
+class Stochastic(NamedTuple):
     """A stochastic rollout, the log-probability (nats) of each of its tokens, and the greedy rollout of the same prompt."""
 
     tokens: Sequence[int]
@@ -51,7 +60,7 @@ class Forks(NamedTuple):
     rollouts_by_position: np.ndarray
 
 
-def measure_forks(rollouts: Iterable[Drawn]) -> Forks:
+def measure_forks(rollouts: Iterable[Stochastic]) -> Forks:
     """Measure the rollouts of one policy.
 
     Raises:

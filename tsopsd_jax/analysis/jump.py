@@ -51,7 +51,9 @@ def find_jump(values: np.ndarray) -> Jump:
     """
     y = np.asarray(values, np.float64)
     if len(y) < LEAST_VALUES or not np.isfinite(y).all():
-        raise ValueError(f"jump: expected at least {LEAST_VALUES} finite values, got {np.isfinite(y).sum()} of {len(y)}")
+        raise ValueError(
+            f"jump: expected at least {LEAST_VALUES} finite values, got {np.isfinite(y).sum()} of {len(y)}"
+        )
     n, x = len(y), np.linspace(-1.0, 1.0, len(y))
     basis = np.polynomial.legendre.legvander(x, DEGREE)
     smooth = _fit(basis, y)

@@ -4,9 +4,10 @@ With X [n, D] and Y [n, D'] the states of two layers at the same n tokens, centr
 
     CKA = |X^T Y|^2 / (|X^T X| |Y^T Y|)        Frobenius norms; 1: equal up to a rotation and a scale
 
-The products are summed over tokens in float64, so memory does not grow with them. States are shifted by the mean of the first batch
-before they are multiplied, and what is left of the mean is taken off the sums at the end: a dimension whose mean is a thousand times
-its spread keeps its digits. All pairs of layers take 8 L^2 D^2 bytes; what exceeds `memory_bytes` is done in more than one pass.
+The products are summed over tokens in float64, so memory does not grow with them. States are shifted by the mean of the
+first batch before they are multiplied, and what is left of the mean is taken off the sums at the end: a dimension whose
+mean is a thousand times its spread keeps its digits. All pairs of layers take 8 L^2 D^2 bytes; what exceeds `memory_bytes`
+is done in more than one pass.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -18,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array
 
-from tsopsd_jax.analysis.batches import Part
+from tsopsd_jax.analysis.batches import GivenBatch
 from tsopsd_jax.analysis.distributions import OnMesh
 from tsopsd_jax.distributed.sharding import put, replicated, row_sharding
 from tsopsd_jax.types import Batch, PyTree
@@ -50,9 +51,7 @@ class Sums:
     def squared_norms(self) -> dict[tuple[int, int], float]:
         """|X^T Y|^2 of the centred states, for each pair."""
         x, y = np.asarray(self.x_total), np.asarray(self.y_total)
-        centred = {
-            (i, j): product - np.outer(x[i], y[j]) / self.tokens for (i, j), product in self.products.items()
-        }
+        centred = {(i, j): product - np.outer(x[i], y[j]) / self.tokens for (i, j), product in self.products.items()}
         return {pair: float(np.sum(np.square(product))) for pair, product in centred.items()}
 
 
@@ -63,7 +62,9 @@ def cka(cross: np.ndarray, own_x: np.ndarray, own_y: np.ndarray) -> np.ndarray:
         ValueError: a layer whose states are all the same: it has no direction to compare.
     """
     if not (own_x > 0).all() or not (own_y > 0).all():
-        raise ValueError("representations: expected states that vary over the tokens, got a constant layer; give more tokens")
+        raise ValueError(
+            "representations: expected states that vary over the tokens, got a constant layer; give more tokens"
+        )
     return cross / np.sqrt(own_x[:, None] * own_y[None, :])
 
 
@@ -112,7 +113,7 @@ def groups_of(layers: int, pair_bytes: int, memory_bytes: int) -> list[range]:
 def layer_similarity(
     before: OnMesh,
     after: OnMesh,
-    parts: Callable[[int, int], Iterator[Part]],
+    parts: Callable[[int, int], Iterator[GivenBatch]],
     *,
     mesh: Mesh,
     memory_bytes: int,
@@ -162,7 +163,7 @@ def layer_similarity(
     return cka(cross, own_x, own_y)
 
 
-def _shifts(before: OnMesh, after: OnMesh, parts: Iterator[Part], mesh: Mesh) -> list[np.ndarray]:
+def _shifts(before: OnMesh, after: OnMesh, parts: Iterator[GivenBatch], mesh: Mesh) -> list[np.ndarray]:
     """The mean state of each layer over the first batch, of both policies, [L, D] each."""
     part = next(iter(parts))
     batch, tokens = put(part.batch, row_sharding(mesh)), int(np.sum(np.asarray(part.batch.mask)))

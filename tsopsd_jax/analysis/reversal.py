@@ -68,14 +68,14 @@ def part_of(name: str) -> str:
     return layer[1] if layer else name.removesuffix(".weight").split(".")[-1]
 
 
-class Found(NamedTuple):
+class Reversals(NamedTuple):
     """The measures of the whole model, and of each part in the order of the forward pass."""
 
     whole: Reversal
     parts: dict[str, Reversal]
 
 
-def add_up(sums: Iterable[tuple[str, np.ndarray]]) -> Found:
+def add_up(sums: Iterable[tuple[str, np.ndarray]]) -> Reversals:
     """Add up the sums of tensors, given by their names, for the whole model and its parts.
 
     Raises:
@@ -87,9 +87,9 @@ def add_up(sums: Iterable[tuple[str, np.ndarray]]) -> Found:
         parts[part_of(name)] = parts.get(part_of(name), np.zeros(4)) + each
     if total[0] == 0.0:
         raise ValueError("reversal: expected --before and --after to differ, got two equal policies")
-    return Found(reversal_of(total), {name: reversal_of(each) for name, each in parts.items()})
+    return Reversals(reversal_of(total), {name: reversal_of(each) for name, each in parts.items()})
 
 
-def layers_of(found: Found) -> Iterator[tuple[int, Reversal]]:
+def layers_of(found: Reversals) -> Iterator[tuple[int, Reversal]]:
     """The parts that are layers, with their numbers."""
     return ((int(name), each) for name, each in found.parts.items() if name.isdigit())

@@ -1,8 +1,8 @@
-"""Where teachers of several temperatures pull one policy: gradients of both KLs, and of the entropy (TS-OPSD, section 4.5, figure 8).
+"""Where teachers of several temperatures pull one policy: gradients of both KLs, and of the entropy.
 
-At the point where the self-teacher is built the reverse KL's gradient into the logits is -(1 - 1/T) dH/dz (equation 5), so its cosine
-with entropy ascent is 1 at every T and its norm is in proportion to 1 - 1/T. The forward KL's is p - q, whose direction depends on T;
-the paper's claim is that it hardly does where the policy has collapsed.
+At the point where the self-teacher is built the reverse KL's gradient into the logits is -(1 - 1/T) dH/dz (TS-OPSD, equation
+5), so its cosine with entropy ascent is 1 at every T and its norm is in proportion to 1 - 1/T. The forward KL's is p - q,
+whose direction depends on T; the paper's claim (section 4.5, figure 8) is that it hardly does where the policy has collapsed.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array
 
-from tsopsd_jax.analysis.batches import Part
+from tsopsd_jax.analysis.batches import GivenBatch
 from tsopsd_jax.analysis.distributions import OnMesh
 from tsopsd_jax.distributed.sharding import put, replicated, row_sharding, tree_shardings
 from tsopsd_jax.learn.update import make_gradient
@@ -65,7 +65,7 @@ class Pulls(NamedTuple):
 def measure_pulls(
     policy: OnMesh,
     objectives: Mapping[str, Objective],
-    parts: Callable[[str], Iterable[Part]],
+    parts: Callable[[str], Iterable[GivenBatch]],
     *,
     mesh: Mesh,
     tile_tokens: int,
@@ -88,7 +88,11 @@ def measure_pulls(
 
         def weighed(params: PyTree, batch: Batch, one=one) -> tuple[PyTree, Array, Array]:
             gradient, out, _ = one(params, batch)
-            return jax.tree.map(lambda g: g.astype(jnp.float32) * out.loss.count, gradient), out.loss.total, out.loss.count
+            return (
+                jax.tree.map(lambda g: g.astype(jnp.float32) * out.loss.count, gradient),
+                out.loss.total,
+                out.loss.count,
+            )
 
         step = jax.jit(weighed, out_shardings=(layout, replicated(mesh), replicated(mesh)))
         total, sums = None, np.zeros(2)

@@ -9,10 +9,11 @@ from tsopsd_jax.commands import exit_codes
 from tsopsd_jax.display.figures import write_png
 from tsopsd_jax.distributed import processes
 from tsopsd_jax.rundir import files
-from tsopsd_jax.rundir.log import plain
+from tsopsd_jax.rundir.log import strict_json
 
 ANALYSES = {
-    "curves": "reward, entropy, gradient norm, length and accuracy over steps, runs side by side or averaged (figures 1, 2, 7, 9 to 13)",
+    "curves": "reward, entropy, gradient norm, length and accuracy over steps, runs side by side or averaged (figures 1, 2, "
+    "7, 9 to 11, 13)",
     "representations": "linear CKA between the layers of two policies (figure 3)",
     "reasoning": "accuracy and entropy over the checkpoints of a reheating phase (figure 4)",
     "distributions": "two policies on the same responses: KL, entropy change, overlap of the likeliest tokens (figure 5)",
@@ -46,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     found, figure = _module(args.analysis).run(args)
     if processes.is_first():
         args.out.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(plain(found), indent=1, allow_nan=False) + "\n"
+        text = json.dumps(strict_json(found), indent=1, allow_nan=False) + "\n"
         files.replace(args.out / f"{args.analysis}.json", [text.encode()])
         write_png(figure, args.out / f"{args.analysis}.png")
         print(figure.caption)

@@ -97,7 +97,7 @@ def add_policies(parser: argparse.ArgumentParser) -> None:
     add_policy(parser, "--after", "the policy after it")
 
 
-def named(text: str, *, dtype: str | None, chat: str | None) -> Policy:
+def policy_of(text: str, *, dtype: str | None, chat: str | None) -> Policy:
     """The policy that a text names: a model directory, RUN_DIR@STEP, or RUN_DIR for its latest checkpoint.
 
     Raises:

@@ -19,7 +19,9 @@ class Responses(NamedTuple):
         """A sentence for a caption; empty where all tokens are those that were sampled."""
         if not self.encoded_again:
             return ""
-        return f" {self.encoded_again} of {len(self.answered)} responses have no ids in the file and were encoded again."
+        return (
+            f" {self.encoded_again} of {len(self.answered)} responses have no ids in the file and were encoded again."
+        )
 
 
 def read_responses(path: Path, tokenizer: Tokenizer, *, first: int | None = None) -> Responses:
@@ -50,7 +52,9 @@ def read_responses(path: Path, tokenizer: Tokenizer, *, first: int | None = None
                 )
             one, again = _encode(row, tokenizer), again + 1
         if max(*one.prompt, *one.response, 0) >= tokenizer.vocab_size:
-            raise ValueError(f"{path}, line {number}: a token id is beyond the tokenizer's {tokenizer.vocab_size} entries")
+            raise ValueError(
+                f"{path}, line {number}: a token id is beyond the tokenizer's {tokenizer.vocab_size} entries"
+            )
         answered.append(one)
     if not answered:
         raise ValueError(f"{path}: expected at least one response")

@@ -77,13 +77,13 @@ class Matrix(NamedTuple):
     near_one: bool = False
 
 
-Panel = Chart | Histogram | Bars | Matrix
+AnyPanel = Chart | Histogram | Bars | Matrix
 
 
 class Figure(NamedTuple):
     """Panels, `columns` in a row, over a caption that says what they show."""
 
-    panels: Sequence[Panel]
+    panels: Sequence[AnyPanel]
     caption: str
     columns: int = 2
 
@@ -160,7 +160,7 @@ def _logarithmic(set_scale: Any, axis: Any, scale: str = "log") -> None:
     """Make an axis logarithmic, its ticks plain numbers (STYLE parses no mathematics)."""
     set_scale(scale, **({"linthresh": 1} if scale == "symlog" else {}))
     low, high = axis.get_view_interval()
-    if 0 < low and high < 100 * low:  # the powers of ten alone would be a tick or none
+    if low > 0 and high < 100 * low:  # the powers of ten alone would be a tick or none
         subs = (1.0, 2.0, 5.0) if high > 10 * low else (1.0, 1.2, 1.5, 2.0, 3.0, 5.0, 7.0)
         axis.get_major_locator().set_params(subs=subs)
     axis.set_major_formatter(lambda value, _: f"{value:g}")

@@ -340,7 +340,9 @@ class Qwen3:
 
     def layer_states(self, params: PyTree, tokens: Int[Array, "B L"]) -> Float[Array, "layers B L D"]:
         """The output of every layer (the residual stream after it, before the last norm) of whole rows. For analyses."""
-        return self._run(params, tokens, None, every=True)[1]
+        _, states = self._run(params, tokens, None, every=True)
+        assert states is not None
+        return states
 
     def _run(self, params: PyTree, tokens_BT: Array, segment: Array | None, *, every: bool):
         """Go through the layers: (the last one's output, those of all, stacked, if `every` is asked for)."""

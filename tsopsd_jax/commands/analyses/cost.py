@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from tsopsd_jax.analysis.cost import PARTS, PhaseCost, cost_of, reheating_share
+from tsopsd_jax.analysis.cost import STEP_PARTS, PhaseCost, cost_of, reheating_share
 from tsopsd_jax.commands.analyses.runs import add_runs, reheating_phases, trajectory_of
 from tsopsd_jax.config.restore import resolved_config
 from tsopsd_jax.display.figures import Bars, Figure
@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], Figure]:
 
 def _figure(rows: dict[str, PhaseCost], report: dict[str, Any]) -> Figure:
     names = [f"{name}\n{each.steps} x {each.batch_sequences}" for name, each in rows.items()]
-    parts = (*PARTS, "other")
+    parts = (*STEP_PARTS, "other")
 
     def bars(title: str, unit: str, factor) -> Bars:
         return Bars(title, unit, names, {p: [each.part_s[p] * factor(each) for each in rows.values()] for p in parts})
@@ -45,7 +45,8 @@ def _figure(rows: dict[str, PhaseCost], report: dict[str, Any]) -> Figure:
     shares = [each["reheating_share_of_the_rest"] for each in report.values()]
     words = ", ".join("none" if share is None else f"{100 * share:.1f} %" for share in shares)
     caption = (
-        f"Phases by steps x responses of a batch. Reheating takes {words} of the time of the other phases (TS-OPSD, table 6, which "
-        "divides a step's time by 1024 sequences for reheating and by 64 prompts, 512 sequences, for RL; here both are by sequences)."
+        f"Phases by steps x responses of a batch. Reheating takes {words} of the time of the other phases (TS-OPSD, table 6, "
+        "which divides a step's time by 1024 sequences for reheating and by 64 prompts, 512 sequences, for RL; here both are by "
+        "sequences)."
     )
     return Figure(panels, caption)

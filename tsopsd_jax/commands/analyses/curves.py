@@ -18,7 +18,7 @@ LOGGED = {
     "length": (LENGTH, "Response length", "tokens"),
 }
 """Key of the JSON -> metric, title, unit."""
-MEASURED = {"avg_at_k": "avg@k", "pass_at_k": "pass@k"}
+ACCURACIES = {"avg_at_k": "avg@k", "pass_at_k": "pass@k"}
 """Key of an evaluation -> title."""
 
 
@@ -39,7 +39,10 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], Figure]:
     """Read the runs and draw them over their steps."""
     runs = [trajectory_of(each) for each in args.run_dirs]
     groups = _groups(args.mean, [each.name for each in runs])
-    charts, report = [], {name: {"runs": [args.run_dirs[at] for at in members]} for name, members in groups.items()}
+    charts: list[Chart] = []
+    report: dict[str, dict[str, Any]] = {
+        name: {"runs": [args.run_dirs[at] for at in members]} for name, members in groups.items()
+    }
     shaded = shades(runs[0]) if len({tuple(each.spans) for each in runs}) == 1 else []
     for key, (metric, title, unit) in LOGGED.items():
         curves = []
@@ -49,7 +52,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], Figure]:
             curves.append(_curve(name if len(groups) > 1 else "", band, positive=key in args.log))
         charts.append(Chart(title, "step", unit, curves, shaded=shaded, log_y=key in args.log, whole_x=True))
     evaluations = [evaluations_of(each) for each in args.run_dirs]
-    for key, title in MEASURED.items():
+    for key, title in ACCURACIES.items():
         charts += _evaluated(key, title, evaluations, groups, report, shaded)
     return {"curves": report, "phases": _phases(runs)}, Figure(charts, _caption(groups, runs))
 
@@ -124,5 +127,7 @@ def _caption(groups: dict[str, list[int]], runs: Sequence[Trajectory]) -> str:
     many = {name: len(members) for name, members in groups.items() if len(members) > 1}
     text = f"{', '.join(groups)} over {max(int(r.step[-1]) for r in runs)} steps."
     if many:
-        text += " Mean and standard deviation over runs: " + ", ".join(f"{n} of {name}" for name, n in many.items()) + "."
+        text += (
+            " Mean and standard deviation over runs: " + ", ".join(f"{n} of {name}" for name, n in many.items()) + "."
+        )
     return text + " Shaded: the phases." if len({tuple(r.spans) for r in runs}) == 1 else text

@@ -10,10 +10,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from tsopsd_jax.analysis.forks import Drawn, Forks, measure_forks
+from tsopsd_jax.analysis.forks import Forks, Stochastic, measure_forks
 from tsopsd_jax.commands.analyses.pair import add_pair, check_computing, on_mesh
 from tsopsd_jax.commands.generate import digest, writing
-from tsopsd_jax.commands.policies import Policy, named
+from tsopsd_jax.commands.policies import Policy, policy_of
 from tsopsd_jax.commands.responses import Responses, read_responses
 from tsopsd_jax.data import Tokenizer
 from tsopsd_jax.data.encode import pad_prompts
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], Figure]:
     if args.samples < 1 or args.slots < 1 or (args.max_tokens is not None and args.max_tokens < 1):
         raise ValueError("--samples, --slots and --max-tokens: expected at least 1")
     texts = [args.before, *args.between, args.after]
-    policies = [named(text, dtype=args.dtype, chat=args.chat) for text in texts]
+    policies = [policy_of(text, dtype=args.dtype, chat=args.chat) for text in texts]
     names = [policy.name for policy in policies]
     if len(set(names)) < len(names):
         raise ValueError(f"expected policies of different names, got {', '.join(names)}")
@@ -140,17 +140,19 @@ def _sample(
             resumable_jsonl.append(out, line)
 
 
-def _drawn(lines: Sequence[dict[str, Any]]) -> list[Drawn]:
+def _drawn(lines: Sequence[dict[str, Any]]) -> list[Stochastic]:
     greedy = {line["prompt"]: line["response_ids"] for line in lines if line["sample"] == GREEDY}
     return [
-        Drawn(line["response_ids"], line["logp_nats"], greedy[line["prompt"]])
+        Stochastic(line["response_ids"], line["logp_nats"], greedy[line["prompt"]])
         for line in lines
         if line["sample"] != GREEDY
     ]
 
 
 def _figure(found: dict[str, Forks], note: str) -> Figure:
-    curves = [Curve(name, *_smooth(each.logp_by_position_nats, each.rollouts_by_position)) for name, each in found.items()]
+    curves = [
+        Curve(name, *_smooth(each.logp_by_position_nats, each.rollouts_by_position)) for name, each in found.items()
+    ]
     panels = [Chart("(a) Log-probability of the tokens drawn", "token position", "mean log-probability, nats", curves)]
     at = np.arange(1, len(found) + 1)
     for title, label, key in (
@@ -163,8 +165,8 @@ def _figure(found: dict[str, Forks], note: str) -> Figure:
     names = ", ".join(f"{number} {name}" for number, name in enumerate(found, start=1))
     rollouts = next(iter(found.values())).rollouts
     caption = (
-        f"{rollouts} rollouts at temperature 1 of each checkpoint against the greedy rollout of the same checkpoint and prompt. (a) is a "
-        f"moving mean over positions. Checkpoints: {names} (TS-OPSD, figure 6 and table 2).{note}"
+        f"{rollouts} rollouts at temperature 1 of each checkpoint against the greedy rollout of the same checkpoint and prompt. "
+        f"(a) is a moving mean over positions. Checkpoints: {names} (TS-OPSD, figure 6 and table 2).{note}"
     )
     return Figure(panels, caption)
 

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import jax
 
-from tsopsd_jax.analysis.batches import Part, batches_of
+from tsopsd_jax.analysis.batches import GivenBatch, batches_of
 from tsopsd_jax.analysis.distributions import OnMesh
-from tsopsd_jax.commands.policies import Policy, add_policies, named
+from tsopsd_jax.commands.policies import Policy, add_policies, policy_of
 from tsopsd_jax.commands.responses import Responses, read_responses
 from tsopsd_jax.data import Tokenizer
 from tsopsd_jax.display.live_table import LiveTable
@@ -64,7 +64,7 @@ class Pair(NamedTuple):
     tokens_at_once: int
     facts: dict[str, Any]
 
-    def parts(self, table: LiveTable, doing: str = "comparing") -> Iterator[Part]:
+    def parts(self, table: LiveTable, doing: str = "comparing") -> Iterator[GivenBatch]:
         """The responses in batches; the table shows how many went by."""
         limit = min(each.model.config.max_position_embeddings for each in (self.before, self.after))
         answered, seen = self.responses.answered, 0
@@ -82,7 +82,7 @@ def open_pair(args: argparse.Namespace) -> Pair:
         ValueError: what is not there, or policies of different vocabularies.
     """
     check_computing(args)
-    before, after = (named(text, dtype=args.dtype, chat=args.chat) for text in (args.before, args.after))
+    before, after = (policy_of(text, dtype=args.dtype, chat=args.chat) for text in (args.before, args.after))
     responses = read_responses(args.responses, Tokenizer.load(after.folder, chat=after.chat), first=args.first)
     mesh = make_mesh(tensor=args.tensor)
     policies = on_mesh(before, mesh), on_mesh(after, mesh)

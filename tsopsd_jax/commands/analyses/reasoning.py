@@ -91,7 +91,7 @@ def _figure(points: dict[str, list[Point]], entropy: Curve, run: str, phase: str
         Chart("(b) Mean token entropy", "step of the checkpoint", "nats", [entropy], marked=True, whole_x=True),
     ]
     caption = (
-        f"Checkpoints of phase {phase} of {run}, the first being the policy that it began with: accuracy, with a band of a standard error "
-        "over problems, and entropy (TS-OPSD, figure 4)."
+        f"Checkpoints of phase {phase} of {run}, the first being the policy that it began with: accuracy, with a band of a "
+        "standard error over problems, and entropy (TS-OPSD, figure 4)."
     )
     return Figure(panels, caption)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from tsopsd_jax.analysis.batches import Part
+from tsopsd_jax.analysis.batches import GivenBatch
 from tsopsd_jax.analysis.representations import layer_similarity
 from tsopsd_jax.commands.analyses.pair import add_pair, open_pair
 from tsopsd_jax.display.figures import Chart, Curve, Figure, Matrix
@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], Figure]:
     with LiveTable(stream=sys.stderr) as table:
         pair = open_pair(args)
 
-        def parts(number: int, passes: int) -> Iterator[Part]:
+        def parts(number: int, passes: int) -> Iterator[GivenBatch]:
             return pair.parts(table, f"comparing layers, pass {number + 1} of {passes}")
 
         values = layer_similarity(
@@ -63,8 +63,9 @@ def _figure(values: np.ndarray, report: dict[str, Any], note: str) -> Figure:
         ),
     ]
     caption = (
-        f"Linear CKA of the residual stream after each layer of {report['before']} (before) and {report['after']} (after), at the "
-        f"tokens of {report['responses']} responses: least {report['diagonal_min']:.6f} (layer {report['diagonal_argmin_layer']}), mean "
-        f"{report['diagonal_mean']:.6f} on the diagonal (TS-OPSD, figure 3). Colours show -log10(1 - CKA).{note}"
+        f"Linear CKA of the residual stream after each layer of {report['before']} (before) and {report['after']} (after), at "
+        f"the tokens of {report['responses']} responses: least {report['diagonal_min']:.6f} (layer "
+        f"{report['diagonal_argmin_layer']}), mean {report['diagonal_mean']:.6f} on the diagonal (TS-OPSD, figure 3). Colours "
+        f"show -log10(1 - CKA).{note}"
     )
     return Figure(panels, caption)

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from tsopsd_jax.analysis.reversal import Found, add_up, layers_of, moved
-from tsopsd_jax.commands.policies import add_policies, add_policy, named, weights_of
+from tsopsd_jax.analysis.reversal import Reversals, add_up, layers_of, moved
+from tsopsd_jax.commands.policies import add_policies, add_policy, policy_of, weights_of
 from tsopsd_jax.display.figures import Chart, Curve, Figure
 from tsopsd_jax.display.live_table import LiveTable
 from tsopsd_jax.distributed import processes
@@ -27,7 +27,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], Figure]:
     """Read the three policies tensor by tensor and compare them."""
     names = ("before", "after", "recooled")
-    policies = [named(vars(args)[name], dtype="float32", chat=None) for name in names]
+    policies = [policy_of(vars(args)[name], dtype="float32", chat=None) for name in names]
     with contextlib.ExitStack() as stack:
         table = stack.enter_context(LiveTable(stream=sys.stderr))
         # The mesh is that of checkpoints, which are restored onto it; directories are read where they lie.
@@ -68,7 +68,7 @@ def _number(part: str) -> int | str:
     return int(part) if part.isdigit() else part
 
 
-def _figure(found: Found, *, rounded: bool) -> Figure:
+def _figure(found: Reversals, *, rounded: bool) -> Figure:
     layers = dict(layers_of(found))
     x = np.asarray(list(layers))
     panels = []

@@ -42,7 +42,9 @@ def chosen_span(run: Trajectory, run_dir: Path, phase: str | None) -> Span:
     span = next((span for span in run.spans if span.phase in wanted), None)
     if span is None:
         have = ", ".join(dict.fromkeys(span.phase for span in run.spans))
-        raise ValueError(f"{run_dir}: expected steps of {' or '.join(wanted) or 'a reheating phase'}, its log has: {have}")
+        raise ValueError(
+            f"{run_dir}: expected steps of {' or '.join(wanted) or 'a reheating phase'}, its log has: {have}"
+        )
     return span
 
 

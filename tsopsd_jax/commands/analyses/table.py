@@ -49,6 +49,7 @@ def _figure(finished: list[Evaluated], curves: dict[str, tuple[np.ndarray, np.nd
         lines = [Curve(model, *curves[name]) for model in models if (name := f"{benchmark}/{model}") in curves]
         panels.append(Chart(f"pass@k, {benchmark}", "k", "%", lines, marked=True, whole_x=True))
     caption = (
-        f"pass@k over k of {', '.join(models)}: the unbiased estimator from all samples of a problem; k = 1 is avg@n (TS-OPSD, table 1)."
+        f"pass@k over k of {', '.join(models)}: the unbiased estimator from all samples of a problem; k = 1 is avg@n "
+        "(TS-OPSD, table 1)."
     )
     return Figure(panels, caption, columns=3)

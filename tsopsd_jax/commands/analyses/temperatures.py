@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from tsopsd_jax.analysis.batches import Part, batches_of
+from tsopsd_jax.analysis.batches import GivenBatch, batches_of
 from tsopsd_jax.analysis.temperatures import ASCENT, Pulls, measure_pulls, sweep_of
 from tsopsd_jax.commands.analyses.pair import add_computing, check_computing, on_mesh
-from tsopsd_jax.commands.policies import add_policy, named
+from tsopsd_jax.commands.policies import add_policy, policy_of
 from tsopsd_jax.commands.responses import read_responses
 from tsopsd_jax.data import Tokenizer
 from tsopsd_jax.display.figures import Chart, Curve, Figure, Matrix
@@ -32,14 +32,14 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], Figure]:
     """Compute the gradient of each teacher on the responses, and their cosines."""
     check_computing(args)
     objectives = sweep_of(dict.fromkeys(args.temperatures))
-    policy = named(args.before, dtype=args.dtype, chat=args.chat)
+    policy = policy_of(args.before, dtype=args.dtype, chat=args.chat)
     responses = read_responses(args.responses, Tokenizer.load(policy.folder, chat=policy.chat), first=args.first)
     mesh = make_mesh(tensor=args.tensor)
     with LiveTable(stream=sys.stderr) as table:
         loaded = on_mesh(policy, mesh)
         limit = loaded.model.config.max_position_embeddings
 
-        def parts(name: str) -> Iterator[Part]:
+        def parts(name: str) -> Iterator[GivenBatch]:
             table.status(f"gradient of {name}, {list(objectives).index(name) + 1} of {len(objectives)}")
             return batches_of(
                 responses.answered, tokens_at_once=args.tokens_at_once, multiple=row_multiple(mesh), limit=limit
@@ -66,7 +66,9 @@ def _figure(pulls: Pulls, names: list[str], temperatures: list[float], report: d
     order = np.argsort(t)
 
     def both(values: np.ndarray) -> list[Curve]:
-        return [Curve(n, t[order], values[part][order]) for n, part in (("forward KL", forward), ("reverse KL", reverse))]
+        return [
+            Curve(n, t[order], values[part][order]) for n, part in (("forward KL", forward), ("reverse KL", reverse))
+        ]
 
     panels = [
         Matrix("(a) Cosines of the gradients", "", "", "cosine", pulls.cosine, names),
