@@ -14,6 +14,7 @@ import pytest
 from tsopsd_jax.cli import main
 from tsopsd_jax.commands.generate import writing
 from tsopsd_jax.config.places import DEMO_CONFIG
+from tsopsd_jax.data import Tokenizer
 from tsopsd_jax.evaluation.scoreboard import read_out
 from tsopsd_jax.rewards import verify_countdown
 from tsopsd_jax.rundir import resumable_jsonl
@@ -48,7 +49,14 @@ def test_every_response_is_kept_and_scored(toy, tmp_path, capsys):
     other = write_benchmark(tmp_path / "other.jsonl", {"x": "2 3 4 5 -> 14", "a": "3 5 7 9 -> 24"})
     assert main(arguments([toy, other], out)) == 0
     rows = [json.loads(line) for line in lines(out / "toy" / "countdown-tiny.jsonl")]
-    assert list(rows[0]) == ["benchmark", "id", "sample", "response", "tokens", "stopped", "correct", "entropy_nats"]
+    scored = ["benchmark", "id", "sample", "response", "tokens", "stopped", "correct", "entropy_nats"]
+    assert list(rows[0]) == [*scored, "prompt_ids", "response_ids"]
+    tokenizer = Tokenizer.load(MODEL)
+    for r in rows:
+        assert len(r["response_ids"]) == r["tokens"]
+        assert (r["response_ids"][-1] in tokenizer.stop_ids) == r["stopped"]
+        assert tokenizer.decode(r["response_ids"]) == r["response"]
+        assert r["prompt_ids"] == tokenizer.encode(f"{PROBLEMS[r['id']]} :")
     assert [(r["id"], r["sample"]) for r in rows] == [(i, s) for i in PROBLEMS for s in range(3)]
     assert all(r["correct"] == (verify_countdown(r["response"], PROBLEMS[r["id"]]) > 0) for r in rows)
     assert 0 < sum(r["correct"] for r in rows) < len(rows), "the case must show both"

@@ -8,6 +8,7 @@ import pytest
 from tsopsd_jax.cli import main
 from tsopsd_jax.commands.generate import writing
 from tsopsd_jax.config.places import DEMO_CONFIG
+from tsopsd_jax.data import Tokenizer
 from tsopsd_jax.rewards import verify_countdown
 
 MODEL = DEMO_CONFIG.parent / "countdown-tiny"
@@ -42,6 +43,12 @@ def test_an_interrupted_file_is_gone_on_with(prompts, tmp_path, capsys):
     assert [(r["id"], r["sample"]) for r in written] == [(i, k) for i in sorted(PROBLEMS) for k in range(3)]
     right = [verify_countdown(r["response"], PROBLEMS[r["id"]]) for r in written if r["stopped"]]
     assert sum(right) >= 2, "the packaged model solves some of these"
+    tokenizer = Tokenizer.load(MODEL)
+    for r in written:
+        assert r["prompt_ids"] == tokenizer.encode(r["prompt"])
+        assert len(r["response_ids"]) == r["tokens"]
+        assert (r["response_ids"][-1] in tokenizer.stop_ids) == r["stopped"]
+        assert tokenizer.decode(r["response_ids"]) == r["response"]
     assert len({r["response"] for r in written}) > 4, "samples of a prompt differ"
     # As if killed in the middle of a line.
     run(prompts, part)

@@ -25,10 +25,11 @@ COMMANDS = {
     "convert": "export a run's policy as a Hugging Face directory",
     "generate": "sample responses to a file of prompts; the same command again resumes",
     "eval": "accuracy on benchmarks, all models in one table; the same command again resumes",
+    "analyse": "figures and tables of the paper, from policies, responses and runs",
     "data": "prepare published data sets once, to be found by name",
 }
 """Name -> what it does."""
-LONG = ("demo", "train", "generate", "eval")
+LONG = ("demo", "train", "generate", "eval", "analyse")
 """What they make is in files: that it cannot be shown is no reason to end them."""
 
 

@@ -118,8 +118,9 @@ def evaluate_policy(
     again: bool,
     table: LiveTable,
 ) -> None:
-    """Write a line {benchmark, id, sample, response, tokens, stopped, correct, entropy_nats} for each response that `out`
-    lacks, to OUT/BENCHMARK/NAME.jsonl, as it is scored; with a function of one's own also {rewards} and, where it failed, {failed}.
+    """Write a line {benchmark, id, sample, response, tokens, stopped, correct, entropy_nats, prompt_ids, response_ids} for
+    each response that `out` lacks, to OUT/BENCHMARK/NAME.jsonl, as it is scored; with a function of one's own also {rewards}
+    and, where it failed, {failed}.
 
     All benchmarks go through one rollout. A response depends on the seed, its problem's place in its benchmark and its
     sample, so what was interrupted ends up as what was not, in another order.
@@ -206,7 +207,9 @@ def _add_missing(
         for response in found:
             row = rows[response.row]
             failures += [response.failures[0]] if response.failures else []
-            resumable_jsonl.append(streams[row.benchmark], _line(benchmarks[row.benchmark], row, response))
+            prompt = tokens[row.problem, : lengths[row.problem]].tolist()
+            line = _line(benchmarks[row.benchmark], row, response, prompt)
+            resumable_jsonl.append(streams[row.benchmark], line)
     if failures:
         table.note(f"warning: the verifier failed at {len(failures)} responses, which count as wrong: {failures[0]}")
 
@@ -227,7 +230,7 @@ def _encode(
     )
 
 
-def _line(benchmark: Benchmark, row: _Row, response: Response) -> dict[str, Any]:
+def _line(benchmark: Benchmark, row: _Row, response: Response, prompt_ids: list[int]) -> dict[str, Any]:
     return {
         "benchmark": benchmark.name,
         "id": row.id,
@@ -237,6 +240,8 @@ def _line(benchmark: Benchmark, row: _Row, response: Response) -> dict[str, Any]
         "stopped": response.stopped,
         "correct": response.correct,
         "entropy_nats": round(response.entropy_nats, 6),
+        "prompt_ids": prompt_ids,
+        "response_ids": list(response.ids),
         **({"rewards": dict(response.rewards)} if is_own(benchmark.verifier) else {}),
         **({"failed": list(response.failures)} if response.failures else {}),
     }

@@ -82,8 +82,9 @@ def generate(
     again: bool = False,
     table: LiveTable,
 ) -> tuple[int, int]:
-    """Write a line {id, sample, prompt, response, tokens, stopped} for every prompt and sample, as responses end; where they are
-    scored, also {answer, correct, rewards} and, where a function of one's own failed, {failed}.
+    """Write a line {id, sample, prompt, response, tokens, stopped, prompt_ids, response_ids} for every prompt and sample, as
+    responses end; the ids are those that the model saw and drew, the stop token included. Where responses are scored, also
+    {answer, correct, rewards} and, where a function of one's own failed, {failed}.
 
     What `out` holds already is kept and not sampled again; a response depends on the seed, its prompt's place in the
     file and its sample alone, so an interrupted file ends up as an uninterrupted one, in another order.
@@ -200,6 +201,8 @@ def _add_missing(
                     "response": tokenizer.decode(ended.tokens),
                     "tokens": len(ended.tokens),
                     "stopped": ended.stopped,
+                    "prompt_ids": tokens[which[ended.row], : lengths[which[ended.row]]].tolist(),
+                    "response_ids": ended.tokens.tolist(),
                 }
                 if rewards is not None:
                     verdict = rewards(line["response"], request.row["answer"], request.row)

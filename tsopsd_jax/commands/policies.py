@@ -1,6 +1,8 @@
 """Policies that commands take: a Hugging Face directory, or a run's checkpoint."""
 
-from collections.abc import Callable
+import argparse
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +13,7 @@ from tsopsd_jax.config.places import digests_file, model_folder
 from tsopsd_jax.config.restore import checkpoints_of, resolved_config, restore_run
 from tsopsd_jax.model import Qwen3, load_pretrained
 from tsopsd_jax.model.fingerprint import fingerprint
+from tsopsd_jax.model.weights import Weights, held_weights, stored_weights
 from tsopsd_jax.types import PyTree
 
 
@@ -81,3 +84,40 @@ def of_run(run_dir: Path, *, step: int | None, name: str | None, chat: str | Non
         dtype,
         load,
     )
+
+
+def add_policy(parser: argparse.ArgumentParser, option: str, help: str) -> None:
+    """Add an option that names a policy."""
+    parser.add_argument(option, required=True, metavar="POLICY", help=f"{help}: a model directory, or RUN_DIR@STEP")
+
+
+def add_policies(parser: argparse.ArgumentParser) -> None:
+    """Add `--before` and `--after`."""
+    add_policy(parser, "--before", "the policy before reheating")
+    add_policy(parser, "--after", "the policy after it")
+
+
+def policy_of(text: str, *, dtype: str | None, chat: str | None) -> PolicySource:
+    """The policy that a text names: a model directory, RUN_DIR@STEP, or RUN_DIR for its latest checkpoint.
+
+    Raises:
+        ValueError: there is no such thing.
+    """
+    folder, at, step = text.rpartition("@")
+    if at and step.isdigit() and not Path(text).exists():
+        return of_run(Path(folder), step=int(step), name=None, chat=chat, dtype=dtype)
+    if (Path(text) / "config.json").is_file():
+        return of_directory(Path(text), name=None, chat=chat, dtype=dtype)
+    if (Path(text) / "config.yaml").is_file():
+        return of_run(Path(text), step=None, name=None, chat=chat, dtype=dtype)
+    raise ValueError(f"expected a Hugging Face model directory or RUN_DIR@STEP, got {text}: neither is there")
+
+
+@contextlib.contextmanager
+def weights_of(policy: PolicySource, mesh: jax.sharding.Mesh) -> Iterator[Weights]:
+    """The policy's weights tensor by tensor: a directory's are read as they are asked for, a checkpoint's lie on the mesh."""
+    if policy.source["step"] is None:
+        with stored_weights(policy.folder) as weights:
+            yield weights
+    else:
+        yield held_weights(*policy.load(mesh))

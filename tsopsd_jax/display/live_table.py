@@ -108,6 +108,10 @@ class LiveTable:
         text = f"sampling: {progress.finished} of {progress.rows} responses, {progress.tokens:,} tokens"
         self._view.status(f"{text}, {duration(progress.left_s)} left")
 
+    def status(self, text: str) -> None:
+        """Show what is being done now; on a log, a line a minute."""
+        self._view.status(text)
+
     def note(self, text: str) -> None:
         """Write a message that stays: above the live table, or as a line of its own."""
         self._view.note(text)

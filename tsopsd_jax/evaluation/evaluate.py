@@ -22,7 +22,8 @@ RESAMPLES = 10_000
 
 
 class Response(NamedTuple):
-    """A scored response: of which row, its text, its tokens (stop token included), their mean entropy, and its rewards."""
+    """A scored response: of which row, its text, its tokens (stop token included), their mean entropy, its rewards, and its
+    tokens' ids where they were sampled here."""
 
     row: int
     text: str
@@ -34,6 +35,7 @@ class Response(NamedTuple):
     """By name, without weights."""
     failures: Sequence[str] = ()
     """What functions of one's own did wrong; the response counts as wrong."""
+    ids: tuple[int, ...] = ()
 
 
 def evaluation_key(key: Array) -> Array:
@@ -75,16 +77,17 @@ def respond(
 
     def judged(done: Finished) -> Response:
         text = decode(done.tokens.tolist())
-        verdict = score(done.row, text)
+        verdict, ids = score(done.row, text), tuple(done.tokens.tolist())
         return Response(
             done.row,
             text,
-            len(done.tokens),
+            len(ids),
             done.stopped,
             verdict.right,
             done.entropy_nats,
             verdict.parts,
             verdict.failures,
+            ids,
         )
 
     with verifying() as threads:

@@ -62,7 +62,7 @@ def _open(path: Path, stack: contextlib.ExitStack):
         raise ValueError(f"{path}: truncated or corrupt safetensors file ({error}); fetch it again") from None
 
 
-def _open_tensors(folder: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
+def open_tensors(folder: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
     """Lazy slices of every tensor in the directory's weight files, by name."""
     if (folder / WEIGHTS).is_file():
         file = _open(folder / WEIGHTS, stack)
@@ -86,7 +86,7 @@ def _open_tensors(folder: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
     return {name: files[shard].get_slice(name) for name, shard in where.items()}
 
 
-def _check_tensors(model: Qwen3, stored: dict[str, Any], folder: Path) -> None:
+def check_tensors(model: Qwen3, stored: dict[str, Any], folder: Path) -> None:
     """Names, shapes and dtypes against the config, before any weight is read."""
     expected = {t.layout.name: t.layout.stored_shape(t.shape) for t in stored_tensors(model)}
     if model.config.tie_word_embeddings and HEAD.name in stored:
@@ -177,8 +177,8 @@ def load_pretrained(path: str | Path, *, dtype: Any = jnp.float32, mesh: Mesh | 
     if mesh is not None:
         shardings = jax.tree.leaves(tree_shardings(model.param_axes(), model.param_shapes(), mesh))
     with contextlib.ExitStack() as stack:
-        stored = _open_tensors(folder, stack)
-        _check_tensors(model, stored, folder)
+        stored = open_tensors(folder, stack)
+        check_tensors(model, stored, folder)
         layers: dict[tuple[str, ...], list[Stored]] = defaultdict(list)
         for tensor in stored_tensors(model):
             layers[tensor.path].append(tensor)
@@ -206,7 +206,7 @@ def _gather(array, sharding):
     return jax.lax.with_sharding_constraint(array, sharding)
 
 
-def _fetch(tensor: Stored, params: PyTree) -> np.ndarray:
+def fetch_tensor(tensor: Stored, params: PyTree) -> np.ndarray:
     """One tensor on the host, in our layout. Collective where the parameter spans processes."""
     array = functools.reduce(lambda tree, key: tree[key], tensor.path, params)
     spans = isinstance(array, jax.Array) and not array.is_fully_addressable
@@ -348,12 +348,12 @@ def save_pretrained(
     shards = _shards(model, target.itemsize, max_shard_bytes)
 
     def value(tensor: Stored) -> np.ndarray:
-        return cast(tensor.layout.to_stored(_fetch(tensor, params)), target, tensor.layout.name)
+        return cast(tensor.layout.to_stored(fetch_tensor(tensor, params)), target, tensor.layout.name)
 
     with jax.transfer_guard("allow"):
         if jax.process_index() != 0:
             for tensor in stored_tensors(model):
-                _fetch(tensor, params)
+                fetch_tensor(tensor, params)
         else:
             with _replacing(folder) as fresh:
                 for name, shard in shards.items():

@@ -335,13 +335,25 @@ class Qwen3:
             segment: [B, L], where rows hold several sequences: equal numbers side by side are one, whose positions count
                 from 0 and attend among themselves.
         """
-        positions_BL = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :], tokens.shape)
+        x_BLD, _ = self._run(params, tokens, segment, every=False)
+        return rms_norm(x_BLD, params["final_norm"], self.config.rms_norm_eps)
+
+    def layer_states(self, params: PyTree, tokens: Int[Array, "B L"]) -> Float[Array, "layers B L D"]:
+        """The output of every layer (the residual stream after it, before the last norm) of whole rows. For analyses."""
+        _, states = self._run(params, tokens, None, every=True)
+        assert states is not None
+        return states
+
+    def _run(self, params: PyTree, tokens_BT: Array, segment: Array | None, *, every: bool):
+        """Go through the layers: (the last one's output, those of all, stacked, if `every` is asked for)."""
+        positions_BL = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None, :], tokens_BT.shape)
         if segment is not None:
             positions_BL = positions_BL - segment_starts(segment)
 
         def body(x_BLD, layer):
             block = nnx.merge(_abstract(self.config)[0], layer)
-            return block(x_BLD, positions_BL, lambda q, k, v: causal_attention(q, k, v, segment, mesh=self.mesh)), None
+            x_BLD = block(x_BLD, positions_BL, lambda q, k, v: causal_attention(q, k, v, segment, mesh=self.mesh))
+            return x_BLD, x_BLD if every else None
 
         step = body
         if self.remat != "none":
@@ -349,8 +361,7 @@ class Qwen3:
             step = jax.checkpoint(body, prevent_cse=False, policy=keep)
         # A few layers are unrolled: the loop's stacked residuals cost more there than it saves in compilation.
         shallow = self.config.num_hidden_layers <= 4
-        x_BLD, _ = jax.lax.scan(step, self._embed(params, tokens), params["layers"], unroll=shallow)
-        return rms_norm(x_BLD, params["final_norm"], self.config.rms_norm_eps)
+        return jax.lax.scan(step, self._embed(params, tokens_BT), params["layers"], unroll=shallow)
 
     def project(self, params: PyTree, hidden: Float[Array, "*N D"]) -> Float[Array, "*N V"]:
         """Project hidden states to float32 logits."""

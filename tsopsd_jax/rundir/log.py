@@ -59,7 +59,7 @@ class RunLog:
         Raises:
             ValueError: if `step` is missing or not above the last one, or if a value is not a scalar.
         """
-        record = {key: _plain(value) for key, value in line.items()}
+        record = {key: strict_json(value) for key, value in line.items()}
         step = record.get("step")
         if type(step) is not int or step <= self._step:
             raise ValueError(
@@ -79,12 +79,12 @@ class RunLog:
         """Append responses that are kept for people to read, each with its `step`."""
         if records:
             with (self.run_dir / SAMPLES_FILE).open("ab") as file:
-                file.writelines(_encode(_plain(record)) for record in records)
+                file.writelines(_encode(strict_json(record)) for record in records)
 
     def write_evaluation(self, record: Mapping[str, Any]) -> None:
         """Add an evaluated stage, as `append_evaluation` does, and mirror what was measured as `evaluation/NAME`."""
         append_evaluation(self.run_dir, record)
-        measured = {f"evaluation/{name}": _plain(record.get(name)) for name in MEASURED}
+        measured = {f"evaluation/{name}": strict_json(record.get(name)) for name in MEASURED}
         self._show(EVALUATIONS_FILE, record["step"], measured | {"evaluation/stage": record.get("stage")})
 
     def _show(self, file: str, step: int, record: Mapping[str, Any]) -> None:
@@ -143,7 +143,7 @@ def append_evaluation(run_dir: str | Path, record: Mapping[str, Any]) -> None:
     """
     path = Path(run_dir) / EVALUATIONS_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = _plain(record)
+    new = strict_json(record)
     kept = [old for old in read_evaluations(run_dir) if _identity(old) != _identity(new)]
     files.replace(path, (_encode(each) for each in [*kept, new]))
 
@@ -171,17 +171,17 @@ def _identity(evaluation: Mapping[str, Any]) -> str:
     return json.dumps([evaluation.get(field) for field in fields], sort_keys=True)
 
 
-def _plain(value: Any) -> Any:
+def strict_json(value: Any) -> Any:
     """Turn `value` into strict JSON: NumPy and JAX scalars become Python's, non-finite numbers become None."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(each) for key, each in value.items()}
+        return {str(key): strict_json(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
+        return [strict_json(each) for each in value]
     if not isinstance(value, bool | int | float | str | None):
         value = np.asarray(value)
         if value.dtype == object:
             raise ValueError(f"a log holds numbers and text, got {value.item()!r}")
-        return _plain(value.tolist())
+        return strict_json(value.tolist())
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else None
     return value

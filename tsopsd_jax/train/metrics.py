@@ -12,6 +12,7 @@ from tsopsd_jax.metric_names import (
     ACCURACY,
     ENTROPY,
     GROUPS_KEPT,
+    JUDGE_S,
     LENGTH,
     REWARD,
     REWARD_FAILED,
@@ -20,6 +21,7 @@ from tsopsd_jax.metric_names import (
     TOKENS,
     TOKENS_PER_S,
     TRUNCATED,
+    UPDATE_S,
 )
 from tsopsd_jax.rewards import Verdict, failed_fraction
 from tsopsd_jax.rollout import Engine
@@ -106,8 +108,8 @@ def step_line(phase: str, run: RunState, seen: StepFacts, *, time_s: float) -> d
         line["policy/start_kl_nats"] = seen.start_kl_nats
     return line | {
         ROLLOUT_S: rollout_s,
-        "time/judge_s": sum(s.waited_s for s in drawn.scored),
-        "time/update_s": drawn.update_s,
+        JUDGE_S: sum(s.waited_s for s in drawn.scored),
+        UPDATE_S: drawn.update_s,
         STEP_S: seen.step_s,
         "judge/verifier_killed": seen.verifier_killed,
     }

@@ -1,0 +1,178 @@
+"""How similar the layers of two policies are: linear CKA between every pair of layers (TS-OPSD, figure 3).
+
+With X [n, D] and Y [n, D'] the states of two layers at the same n tokens, centred over the tokens (arXiv 1905.00414, equation 3):
+
+    CKA = |X^T Y|^2 / (|X^T X| |Y^T Y|)        Frobenius norms; 1: equal up to a rotation and a scale
+
+The products are summed over tokens in float64, so memory does not grow with them. States are shifted by the mean of the
+first batch before they are multiplied, and what is left of the mean is taken off the sums at the end: a dimension whose
+mean is a thousand times its spread keeps its digits. All pairs of layers take 8 L^2 D^2 bytes; what exceeds `memory_bytes`
+is done in more than one pass.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array
+
+from tsopsd_jax.analysis.batches import GivenBatch
+from tsopsd_jax.analysis.distributions import OnMesh
+from tsopsd_jax.distributed.sharding import put, replicated, row_sharding
+from tsopsd_jax.types import Batch, PyTree
+
+
+class Sums:
+    """Sums over tokens for some pairs of layers: X^T Y, the states themselves, and how many tokens they are of.
+
+    Args:
+        pairs: of layers (i, j) whose products are summed, X_i^T Y_j.
+    """
+
+    def __init__(self, pairs: Iterable[tuple[int, int]]):
+        self.products: dict[tuple[int, int], np.ndarray | float] = dict.fromkeys(pairs, 0.0)
+        self.x_total: np.ndarray | float = 0.0
+        self.y_total: np.ndarray | float = 0.0
+        self.tokens = 0
+
+    def add(
+        self, x_total: np.ndarray, y_total: np.ndarray, tokens: int, product: Callable[[int, int], np.ndarray]
+    ) -> None:
+        """Add a batch's sums: of states [layers, D] each, and `product(i, j)`, its X_i^T Y_j [D, D']."""
+        self.x_total = self.x_total + np.asarray(x_total, np.float64)
+        self.y_total = self.y_total + np.asarray(y_total, np.float64)
+        self.tokens += tokens
+        for i, j in self.products:
+            self.products[i, j] = self.products[i, j] + np.asarray(product(i, j), np.float64)
+
+    def squared_norms(self) -> dict[tuple[int, int], float]:
+        """|X^T Y|^2 of the centred states, for each pair."""
+        x, y = np.asarray(self.x_total), np.asarray(self.y_total)
+        centred = {(i, j): product - np.outer(x[i], y[j]) / self.tokens for (i, j), product in self.products.items()}
+        return {pair: float(np.sum(np.square(product))) for pair, product in centred.items()}
+
+
+def cka(cross: np.ndarray, own_x: np.ndarray, own_y: np.ndarray) -> np.ndarray:
+    """Linear CKA of all pairs from squared norms: |X_i^T Y_j|^2 [L, L'], |X_i^T X_i|^2 [L], |Y_j^T Y_j|^2 [L'].
+
+    Raises:
+        ValueError: a layer whose states are all the same: it has no direction to compare.
+    """
+    if not (own_x > 0).all() or not (own_y > 0).all():
+        raise ValueError(
+            "representations: expected states that vary over the tokens, got a constant layer; give more tokens"
+        )
+    return cross / np.sqrt(own_x[:, None] * own_y[None, :])
+
+
+class _Batched(NamedTuple):
+    """Programs that work on the states of a batch, which stay on the devices."""
+
+    states: Callable[..., Array]
+    total: Callable[[Array], Array]
+    product: Callable[..., Array]
+
+
+def _programs(policies: tuple[OnMesh, OnMesh], mesh: Mesh) -> tuple[_Batched, _Batched]:
+    everywhere = replicated(mesh)
+
+    def total(states: Array) -> Array:
+        return jnp.sum(states, axis=(1, 2))
+
+    def product(x: Array, y: Array, i: Array, j: Array) -> Array:
+        x, y = jax.lax.dynamic_index_in_dim(x, i, keepdims=False), jax.lax.dynamic_index_in_dim(y, j, keepdims=False)
+        return jnp.einsum("BLD,BLE->DE", x, y, precision="highest", preferred_element_type=jnp.float32)
+
+    def programs(policy: OnMesh) -> _Batched:
+        def states(params: PyTree, batch: Batch, shift: Array) -> Array:
+            found = policy.model.layer_states(params, batch.tokens).astype(jnp.float32)
+            return jnp.where(batch.mask[None, :, :, None], found - shift[:, None, None, :], 0.0)
+
+        return _Batched(
+            jax.jit(states), jax.jit(total, out_shardings=everywhere), jax.jit(product, out_shardings=everywhere)
+        )
+
+    return programs(policies[0]), programs(policies[1])
+
+
+def groups_of(layers: int, pair_bytes: int, memory_bytes: int) -> list[range]:
+    """Divide the layers of `before` into groups, one for each pass: as many as `memory_bytes` holds products of.
+
+    Args:
+        layers: of each policy.
+        pair_bytes: of one product.
+        memory_bytes: for products; a layer at a time is the least.
+    """
+    each = max(1, memory_bytes // (pair_bytes * (layers + 2)))
+    return [range(start, min(start + each, layers)) for start in range(0, layers, each)]
+
+
+def layer_similarity(
+    before: OnMesh,
+    after: OnMesh,
+    parts: Callable[[int, int], Iterator[GivenBatch]],
+    *,
+    mesh: Mesh,
+    memory_bytes: int,
+) -> np.ndarray:
+    """Linear CKA of each layer of `before` with each of `after`, [L, L'], at the response tokens.
+
+    Args:
+        before, after: on the mesh.
+        parts: (pass, passes) -> the batches, from the start.
+        memory_bytes: for the sums, on the host.
+
+    Raises:
+        ValueError: a layer whose states do not vary.
+    """
+    mine, theirs = _programs((before, after), mesh)
+    counts = before.model.config.num_hidden_layers, after.model.config.num_hidden_layers
+    widths = before.model.config.hidden_size, after.model.config.hidden_size
+    groups = groups_of(max(counts), 8 * max(widths) ** 2, memory_bytes)
+    groups = [range(g.start, min(g.stop, counts[0])) for g in groups if g.start < counts[0]]
+    shifts = _shifts(before, after, parts(0, len(groups)), mesh)
+    cross, own_x, own_y = np.zeros(counts), np.zeros(counts[0]), np.zeros(counts[1])
+    for number, group in enumerate(groups):
+        # The layers of `after` with themselves go along with the passes, each with one of them.
+        apart = range(number * counts[1] // len(groups), (number + 1) * counts[1] // len(groups))
+        sums = Sums((i, j) for i in group for j in range(counts[1]))
+        xx, yy = Sums((i, i) for i in group), Sums((j, j) for j in apart)
+        for part in parts(number, len(groups)):
+            batch, tokens = put(part.batch, row_sharding(mesh)), int(np.sum(np.asarray(part.batch.mask)))
+            x = mine.states(before.params, batch, put(shifts[0], replicated(mesh)))
+            y = theirs.states(after.params, batch, put(shifts[1], replicated(mesh)))
+            x_total, y_total = jax.device_get((mine.total(x), theirs.total(y)))
+            for each, a, b, totals in (
+                (sums, x, y, (x_total, y_total)),
+                (xx, x, x, (x_total, x_total)),
+                (yy, y, y, (y_total, y_total)),
+            ):
+                each.add(
+                    *totals,
+                    tokens,
+                    lambda i, j, a=a, b=b: jax.device_get(mine.product(a, b, np.int32(i), np.int32(j))),
+                )
+        for (i, j), norm in sums.squared_norms().items():
+            cross[i, j] = norm
+        for own, found in ((own_x, xx), (own_y, yy)):
+            for (i, _), norm in found.squared_norms().items():
+                own[i] = norm
+    return cka(cross, own_x, own_y)
+
+
+def _shifts(before: OnMesh, after: OnMesh, parts: Iterator[GivenBatch], mesh: Mesh) -> list[np.ndarray]:
+    """The mean state of each layer over the first batch, of both policies, [L, D] each."""
+    part = next(iter(parts))
+    batch, tokens = put(part.batch, row_sharding(mesh)), int(np.sum(np.asarray(part.batch.mask)))
+
+    def mean(policy: OnMesh) -> np.ndarray:
+        def of(params: PyTree, batch: Batch) -> Array:
+            states = policy.model.layer_states(params, batch.tokens).astype(jnp.float32)
+            return jnp.sum(jnp.where(batch.mask[None, :, :, None], states, 0.0), axis=(1, 2)) / tokens
+
+        return np.asarray(jax.device_get(jax.jit(of, out_shardings=replicated(mesh))(policy.params, batch)))
+
+    return [mean(before), mean(after)]

@@ -1,0 +1,98 @@
+"""What analyses of two policies on given responses share: their options, and both policies on one mesh."""
+
+import argparse
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from tsopsd_jax.analysis.batches import GivenBatch, batches_of
+from tsopsd_jax.analysis.distributions import OnMesh
+from tsopsd_jax.commands.policies import PolicySource, add_policies, policy_of
+from tsopsd_jax.commands.responses import Responses, read_responses
+from tsopsd_jax.data import Tokenizer
+from tsopsd_jax.display.live_table import LiveTable
+from tsopsd_jax.distributed.sharding import make_mesh, row_multiple
+
+
+def add_computing(parser: argparse.ArgumentParser) -> None:
+    """Add which responses are looked at, and how policies are computed."""
+    parser.add_argument(
+        "--responses", type=Path, required=True, metavar="FILE", help="JSON lines of tsopsd generate or eval"
+    )
+    parser.add_argument("--first", type=int, metavar="N", help="the first N responses only")
+    parser.add_argument("--chat", help="the model's chat turn around prompts without ids: none, direct, thinking")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="default: the run's; of a model float32 on a CPU, else bfloat16",
+    )
+    parser.add_argument("--tensor", type=int, default=1, help="devices that share one copy of the weights; default 1")
+    parser.add_argument("--tokens-at-once", type=int, default=16384, help="positions of a forward pass; default 16384")
+    parser.add_argument("--tile-tokens", type=int, default=1024, help="tokens whose logits exist at once; default 1024")
+
+
+def add_pair(parser: argparse.ArgumentParser) -> None:
+    """Add both policies, and what `add_computing` adds."""
+    add_policies(parser)
+    add_computing(parser)
+
+
+def on_mesh(policy: PolicySource, mesh: jax.sharding.Mesh) -> OnMesh:
+    """Load a policy onto the mesh."""
+    model, params = policy.load(mesh)
+    return OnMesh(dataclasses.replace(model, mesh=mesh), params)
+
+
+def check_computing(args: argparse.Namespace) -> None:
+    """Raise ValueError for numbers that are out of range."""
+    for name in ("first", "tensor", "tokens_at_once", "tile_tokens"):
+        value = vars(args)[name]
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')}: expected at least 1, got {value}")
+
+
+class Pair(NamedTuple):
+    """Two policies on one mesh, and the responses at which they are compared."""
+
+    before: OnMesh
+    after: OnMesh
+    responses: Responses
+    mesh: jax.sharding.Mesh
+    tokens_at_once: int
+    facts: dict[str, Any]
+
+    def parts(self, table: LiveTable, doing: str = "comparing") -> Iterator[GivenBatch]:
+        """The responses in batches; the table shows how many went by."""
+        limit = min(each.model.config.max_position_embeddings for each in (self.before, self.after))
+        answered, seen = self.responses.answered, 0
+        multiple = row_multiple(self.mesh)
+        for part in batches_of(answered, tokens_at_once=self.tokens_at_once, multiple=multiple, limit=limit):
+            table.status(f"{doing}: {seen} of {len(answered)} responses")
+            yield part
+            seen += int((part.which >= 0).sum())
+
+
+def open_pair(args: argparse.Namespace) -> Pair:
+    """Load the policies and read the responses that the options of `add_pair` name.
+
+    Raises:
+        ValueError: what is not there, or policies of different vocabularies.
+    """
+    check_computing(args)
+    before, after = (policy_of(text, dtype=args.dtype, chat=args.chat) for text in (args.before, args.after))
+    responses = read_responses(args.responses, Tokenizer.load(after.folder, chat=after.chat), first=args.first)
+    mesh = make_mesh(tensor=args.tensor)
+    policies = on_mesh(before, mesh), on_mesh(after, mesh)
+    sizes = [each.model.vocab_size for each in policies]
+    if sizes[0] != sizes[1]:
+        raise ValueError(f"--after: expected the vocabulary of --before, {sizes[0]} entries, got {sizes[1]}")
+    facts = {
+        "before": before.name,
+        "after": after.name,
+        "responses": len(responses.answered),
+        "encoded_again": responses.encoded_again,
+    }
+    return Pair(*policies, responses, mesh, args.tokens_at_once, facts)
