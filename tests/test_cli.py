@@ -546,7 +546,7 @@ def test_a_reward_of_ones_own_ends_with_the_exit_code_of_its_fault(tmp_path, cap
     file.write_text("def f(response, answer): return 1.0 if ' = ' not in response else {}['x']\n")
     assert demo(tmp_path / "run", verifier) == 3
     assert re.search(
-        r"phase 'rl' stopped: rewards of \d of 8 .* r.py:f, line 1: raised KeyError: 'x'", capsys.readouterr().err
+        r"phase 'rl' stopped: rewards of \d of 8 .*r.py:f, line 1: raised KeyError: 'x'", capsys.readouterr().err
     )
     assert main(["check", "--syntax-only", str(DEMO_CONFIG), "--set", f"data.verifier={file}:g"]) == 2
     assert "data: reward file" in capsys.readouterr().err

@@ -265,14 +265,16 @@ def test_results_belong_to_weights(toy, tmp_path, capsys):
 
 
 def test_a_function_of_ones_own_scores(toy, tmp_path, capsys):
-    """Responses with an even number of words fail: they count as wrong, and say why."""
+    """Responses with an odd number of sums fail: they count as wrong, and say why."""
     out, rewards = tmp_path / "out", tmp_path / "r.py"
-    rewards.write_text("def f(response, answer): return 1.0 if '=' not in response else [0.75][len(response) % 2]\n")
+    rewards.write_text(
+        "def f(response, answer): return 1.0 if '=' not in response else [0.75][response.count('+') % 2]\n"
+    )
     assert main(arguments([toy], out, "--verifier", f"{rewards}:f")) == 0
     assert "the verifier failed at" in capsys.readouterr().err
     rows = [json.loads(line) for line in lines(out / "toy" / "countdown-tiny.jsonl")]
     for row in rows:
-        odd = len(row["response"]) % 2 == 1
+        odd = row["response"].count("+") % 2 == 1
         assert row["correct"] == (not odd)
         assert row["rewards"] == ({} if odd else {"accuracy": 0.75})
         assert row.get("failed") == (
