@@ -31,6 +31,7 @@ CHECKED = [
     "learn.update",
     "learn.packing",
     "evaluation.evaluate",
+    "analysis",
 ]
 for _name in CHECKED:  # a stale name would be silently inert
     assert importlib.util.find_spec(f"tsopsd_jax.{_name}") is not None, f"no module tsopsd_jax.{_name}"

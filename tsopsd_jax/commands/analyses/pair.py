@@ -17,8 +17,8 @@ from tsopsd_jax.display.live_table import LiveTable
 from tsopsd_jax.distributed.sharding import make_mesh, row_multiple
 
 
-def add_computing(parser: argparse.ArgumentParser) -> None:
-    """Add which responses are looked at, and how policies are computed."""
+def add_computing(parser: argparse.ArgumentParser, *, tokens_at_once: int) -> None:
+    """Add which responses are looked at, and how policies are computed; `tokens_at_once` is a default."""
     parser.add_argument(
         "--responses", type=Path, required=True, metavar="FILE", help="JSON lines of tsopsd generate or eval"
     )
@@ -30,14 +30,19 @@ def add_computing(parser: argparse.ArgumentParser) -> None:
         help="default: the run's; of a model float32 on a CPU, else bfloat16",
     )
     parser.add_argument("--tensor", type=int, default=1, help="devices that share one copy of the weights; default 1")
-    parser.add_argument("--tokens-at-once", type=int, default=16384, help="positions of a forward pass; default 16384")
+    parser.add_argument(
+        "--tokens-at-once",
+        type=int,
+        default=tokens_at_once,
+        help=f"positions of a forward pass; default {tokens_at_once}",
+    )
     parser.add_argument("--tile-tokens", type=int, default=1024, help="tokens whose logits exist at once; default 1024")
 
 
-def add_pair(parser: argparse.ArgumentParser) -> None:
+def add_pair(parser: argparse.ArgumentParser, *, tokens_at_once: int = 16384) -> None:
     """Add both policies, and what `add_computing` adds."""
     add_policies(parser)
-    add_computing(parser)
+    add_computing(parser, tokens_at_once=tokens_at_once)
 
 
 def on_mesh(policy: PolicySource, mesh: jax.sharding.Mesh) -> OnMesh:

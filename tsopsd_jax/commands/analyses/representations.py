@@ -16,7 +16,7 @@ from tsopsd_jax.display.live_table import LiveTable
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
-    add_pair(parser)
+    add_pair(parser, tokens_at_once=4096)  # the states of all layers are kept for a batch
     parser.add_argument(
         "--memory-gib", type=float, default=8.0, help="of sums on the host; less takes more passes; default 8"
     )

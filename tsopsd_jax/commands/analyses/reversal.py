@@ -21,7 +21,6 @@ def add(parser: argparse.ArgumentParser) -> None:
     """Add the three policies."""
     add_policies(parser)
     add_policy(parser, "--recooled", "after cooling")
-    parser.set_defaults(dtype="float32", chat=None, tensor=1)
 
 
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], Figure]:

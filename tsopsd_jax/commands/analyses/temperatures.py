@@ -21,11 +21,10 @@ from tsopsd_jax.distributed.sharding import make_mesh, row_multiple
 def add(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
     add_policy(parser, "--before", "the policy before reheating")
-    add_computing(parser)
+    add_computing(parser, tokens_at_once=4096)
     parser.add_argument(
         "--temperatures", type=float, nargs="+", default=[1.1, 1.2, 1.5, 2.0], metavar="T", help="default 1.1 1.2 1.5 2"
     )
-    parser.set_defaults(tokens_at_once=4096)
 
 
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], Figure]:
