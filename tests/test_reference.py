@@ -315,7 +315,7 @@ def test_a_reference_of_other_sizes_and_no_gradient_into_it(tiny):
 
 def test_an_update_leaves_the_reference_as_it_is_and_asks_for_it(tiny):
     model, params = tiny
-    optimizer, objective = make_optimizer(learning_rate=1e-2), OBJECTIVES["ts_opsd"](teacher="frozen")
+    optimizer, objective = make_optimizer(learning_rate=1e-4), OBJECTIVES["ts_opsd"](teacher="frozen")
     update = jax.jit(make_update(model, objective, optimizer, tile_tokens=4), donate_argnums=0)
     reference = jax.tree.map(lambda x: jnp.copy(x), params)
     state = TrainState(jnp.int32(0), jax.tree.map(jnp.copy, params), optimizer.init(params))
