@@ -1,6 +1,8 @@
 # pyright: strict, reportUnknownMemberType=false
 """What objectives share that compare the policy with a frozen reference: its statistics, and the distance to a phase's start."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -81,11 +83,13 @@ def with_start_kl(objective: Objective) -> Objective:
     """The objective with one more metric, `policy/start_kl_nats`: KL(policy || reference) over the whole vocabulary, exact, at
     temperature 1. Its phase's reference is the policy that the phase began with. Nothing is learned from it."""
 
+    @functools.wraps(objective.stats)  # errors name the place of the objective's own functions
     def stats(logits: Array, tokens: Array, reference_logits: Array) -> dict[str, Array]:
         beside = (reference_logits,) if objective.reference else ()
         apart = losses.reverse_kl(reference_logits, jax.lax.stop_gradient(logits))
         return objective.stats(logits, tokens, *beside) | {"start_kl": apart}
 
+    @functools.wraps(objective.loss)
     def loss(stats: dict[str, Array], batch: Batch) -> LossOutput:
         out = objective.loss(stats, batch)
         return LossOutput(out.loss, out.metrics | {START_KL: Mean.of(stats["start_kl"], batch.mask)})
