@@ -520,7 +520,7 @@ def test_the_formula_is_near_the_compiler(compiled, config_file):
 def test_a_reference_is_held_and_computed(config_file, tmp_path):
     """A copy in bfloat16 of the float32 parameters, and one forward pass more; another model's are its own."""
     frozen = ["phases.1.objective.hyperparameters={teacher: frozen}", "phases.1.reference"]
-    (tmp_path / "config.json").write_text(json.dumps(SMALL | {"num_hidden_layers": 1}))
+    (tmp_path / "config.json").write_text(json.dumps(SMALL | {"intermediate_size": 64}))
     place, steps = topologies.topology("h100:4"), []
     for overrides in ([], [frozen[0], f"{frozen[1]}=start"], [frozen[0], f"{frozen[1]}={tmp_path}"]):
         config = load_config(config_file, overrides)
