@@ -356,7 +356,7 @@ def prepare(config: Config) -> Parts:
         return load_pretrained(folder, mesh=mesh)[1]
 
     warnings = [*doubts(config), *_repetitions(config, len(task.problems)), *([late] if late else [])]
-    references = find_references(config, model, tokenizer)
+    references = find_references(config, model, mesh, tokenizer)
     for other in reference_folders(config).values():
         check_weights(other, key="reference")
     return Parts(model, mesh, phases, task, evaluation, load_params, references, notes, warnings)

@@ -1,6 +1,9 @@
 """The models that a run's phases are compared with: their directories, checked before anything is written."""
 
+from collections.abc import Callable
 from pathlib import Path
+
+import jax
 
 from tsopsd_jax.config.schema import Config
 from tsopsd_jax.data import Tokenizer
@@ -10,6 +13,7 @@ from tsopsd_jax.model import Qwen3, load_pretrained
 from tsopsd_jax.model.hf_config import read_config
 from tsopsd_jax.model.packaged import model_directory
 from tsopsd_jax.train.phase import START
+from tsopsd_jax.types import PyTree
 
 
 def reference_folders(config: Config) -> dict[str, Path]:
@@ -33,7 +37,9 @@ def reference_model(folder: Path, model: Qwen3) -> Qwen3:
     return Qwen3(shape, compute_dtype=model.compute_dtype, mesh=model.mesh)
 
 
-def find_references(config: Config, model: Qwen3, tokenizer: Tokenizer) -> dict[str, ReferenceSource]:
+def find_references(
+    config: Config, model: Qwen3, mesh: jax.sharding.Mesh, tokenizer: Tokenizer
+) -> dict[str, ReferenceSource]:
     """Check every other model that a phase is compared with; nothing is loaded yet.
 
     Raises:
@@ -53,10 +59,10 @@ def find_references(config: Config, model: Qwen3, tokenizer: Tokenizer) -> dict[
                     f"phase {phase.name!r}: reference: prompt and response may take {width} tokens, more than the "
                     f"{other.config.max_position_embeddings} positions of {folder}; lower max_response_tokens"
                 )
-        tree_shardings(other.param_axes(), other.param_shapes(), model.mesh)  # names what does not divide
+        tree_shardings(other.param_axes(), other.param_shapes(), mesh)  # names what does not divide
         found[name] = ReferenceSource(other, _loading(folder, other))
     return found
 
 
-def _loading(folder: Path, model: Qwen3):
+def _loading(folder: Path, model: Qwen3) -> Callable[[], PyTree]:
     return lambda: load_pretrained(folder, dtype=model.compute_dtype, mesh=model.mesh)[1]
