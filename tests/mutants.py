@@ -32,6 +32,118 @@ class Mutant(NamedTuple):
 
 MUTANTS = [
     Mutant(
+        "a frozen teacher looks at the policy's own logits",
+        "objectives/reference.py",
+        "teacher = jax.lax.stop_gradient(reference_logits) / t",
+        "teacher = jax.lax.stop_gradient(logits) / t",
+        "test_reference.py -k frozen_teacher_by_hand",
+    ),
+    Mutant(
+        "a frozen teacher's temperature is inverted",
+        "objectives/reference.py",
+        "jax.lax.stop_gradient(reference_logits) / t",
+        "jax.lax.stop_gradient(reference_logits) * t",
+        "test_reference.py -k frozen_teacher_by_hand",
+    ),
+    Mutant(
+        "a frozen teacher's KLs change places",
+        "objectives/reference.py",
+        '{"forward_kl": losses.forward_kl, "reverse_kl": losses.reverse_kl}',
+        '{"forward_kl": losses.reverse_kl, "reverse_kl": losses.forward_kl}',
+        "test_reference.py -k frozen_teacher_by_hand",
+    ),
+    Mutant(
+        "agreement of the smallest entries",
+        "objectives/reference.py",
+        "jnp.any(tops[0] & tops[1], axis=-1)",
+        "jnp.all(tops[0] == tops[1], axis=-1)",
+        "test_reference.py -k agreement",
+    ),
+    Mutant(
+        "the KL to the start is learned from",
+        "objectives/reference.py",
+        "return LossOutput(out.loss, out.metrics |",
+        'return LossOutput(out.loss + Mean.of(stats["start_kl"], batch.mask), out.metrics |',
+        "test_reference.py -k teaches_nothing",
+    ),
+    Mutant(
+        "the KL to the start in the other direction",
+        "objectives/reference.py",
+        "losses.reverse_kl(reference_logits, jax.lax.stop_gradient(logits))",
+        "losses.forward_kl(reference_logits, jax.lax.stop_gradient(logits))",
+        "test_reference.py -k teaches_nothing",
+    ),
+    Mutant(
+        "eopd adds the forward KL where the teacher is decided",
+        "objectives/opd.py",
+        'stats["teacher_entropy"] > threshold_nats',
+        'stats["teacher_entropy"] < threshold_nats',
+        "test_reference.py -k eopd_by_hand",
+    ),
+    Mutant(
+        "k3 of the ratio upside down",
+        "losses.py",
+        "d = -log_ratio(logp, reference_logp)",
+        "d = log_ratio(logp, reference_logp)",
+        "test_reference.py -k kl_to_the_reference",
+    ),
+    Mutant(
+        "dapo rewards distance from its reference",
+        "objectives/dapo.py",
+        'per_token + kl_coefficient * stats["reference_kl"]',
+        'per_token - kl_coefficient * stats["reference_kl"]',
+        "test_reference.py -k kl_to_the_reference",
+    ),
+    Mutant(
+        "the reference's KL forgets the policy temperature",
+        "objectives/dapo.py",
+        "jax.lax.stop_gradient(reference_logits) / policy_temperature",
+        "jax.lax.stop_gradient(reference_logits)",
+        "test_reference.py -k kl_to_the_reference",
+    ),
+    Mutant(
+        "the reference's states are not shifted with the policy's",
+        "head.py",
+        "reference and Reference(states(reference.hidden), reference.unembed)",
+        "reference and Reference(reference.hidden[:, 1:].reshape(-1, reference.hidden.shape[-1]), reference.unembed)",
+        "test_reference.py -k in_tiles",
+    ),
+    Mutant(
+        "a renewed reference is never renewed",
+        "train/phase.py",
+        "phase_step % every == 0",
+        "False",
+        "test_trainer.py -k renewed",
+    ),
+    Mutant(
+        "another model is loaded at every step",
+        "train/phase_step.py",
+        "        if self._loaded is None:\n",
+        "        if True:\n",
+        "test_trainer.py -k loaded_once",
+    ),
+    Mutant(
+        "a model of other tokens is taken for a reference",
+        "config/references.py",
+        "theirs.backend.get_vocab(with_added_tokens=True) !=",
+        "tokenizer.backend.get_vocab(with_added_tokens=True) !=",
+        "test_configs.py -k has_the_policys_vocabulary",
+    ),
+    Mutant(
+        "a reference that nothing uses is kept",
+        "config/build.py",
+        'if phase.reference != "none" and not (objective.reference or phase.measure_start_kl):',
+        "if False:",
+        "test_configs.py -k that_nothing_uses",
+    ),
+    Mutant(
+        "a plan forgets the reference's bytes",
+        "plan/case.py",
+        'found["reference"] = tree_bytes(',
+        'found["reference"] = 0 * tree_bytes(',
+        "test_plan.py -k held_and_computed",
+    ),
+    Mutant(
         "entropy_advantage: the bonus knows no limit",
         "objectives/entropy_advantage.py",
         "jnp.minimum(alpha * entropy, jnp.abs(batch.advantage) / kappa)",
@@ -289,6 +401,8 @@ MUTANTS = [
         "tokenizer.encode(problems[i].prompt, problems[i].before)",
         "tokenizer.encode(problems[i].prompt)",
         "test_prompts.py -k encoded_with",
+    ),
+    Mutant(
         "reversal: the projection on the cooling",
         "analysis/reversal.py",
         "reverse_projection=-product / heated2,",
@@ -620,8 +734,8 @@ MUTANTS = [
     Mutant(
         "a failed save is noticed at the next one",
         "train/trainer.py",
-        "            self.checkpoints.check()\n            heartbeat",
-        "            heartbeat",
+        "            self.checkpoints.check()\n            self._renew_reference(phase)",
+        "            self._renew_reference(phase)",
         "test_trainer.py -k full_disk",
     ),
     Mutant(
@@ -1110,8 +1224,8 @@ MUTANTS = [
     Mutant(
         "objective ignores its direction",
         "objectives/ts_opsd.py",
-        'Mean.of(stats[f"{direction}_kl"], batch.mask)',
-        'Mean.of(stats[[k for k in stats if "kl" in k][0]] if direction == "forward" else stats["entropy"], batch.mask)',
+        "Mean.of(stats[kl], batch.mask)",
+        'Mean.of(stats[kl] if direction == "forward" else stats["entropy"], batch.mask)',
         "test_objectives.py -k ts_opsd_by_hand",
     ),
     Mutant(
@@ -1896,13 +2010,6 @@ MUTANTS = [
         "return jax.tree.map(lambda a, g: (a + g).astype(model.compute_dtype).astype(a.dtype), carry[0], grads), "
         "carry[1] + found",
         "test_update.py -k float32",
-    ),
-    Mutant(
-        "KL to the start in the other direction",
-        "learn/start_kl.py",
-        'gained = jnp.where(batch.mask, stats["logp"] - batch.old_logp, 0.0)',
-        'gained = jnp.where(batch.mask, batch.old_logp - stats["logp"], 0.0)',
-        "test_trainer.py -k start_policy",
     ),
     Mutant(
         "the first phase's start kept for all",

@@ -158,6 +158,8 @@ def refused(run) -> str | None:
 
 # ------------------------------------------------------------------ setting -> a value, what it changes
 
+PULLED = "phases.0.objective.hyperparameters={kl_coefficient: 0.1}"
+
 EFFECTS: dict[str, tuple] = {
     "model.path": ("PLACE/other", lambda run: run.model.config.num_hidden_layers),
     "model.random_init": ("false", refused),  # weight files are asked for then
@@ -253,7 +255,9 @@ EFFECTS: dict[str, tuple] = {
     "phases[].micro_batches": ("2", phase("micro_batches")),
     "phases[].chunk_tokens": ("64", phase("tile_tokens")),
     "phases[].pack": ("false", phase("pack")),
-    "phases[].measure_start_kl": ("true", phase("measure_start_kl")),
+    "phases[].measure_start_kl": ("true", phase("reference")),
+    "phases[].reference": ("start", refused),  # the base's objective compares with none
+    "phases[].reference_every_steps": ("3", phase("reference_every_steps"), "phases.0.reference=start", PULLED),
     "phases[].guard.max_start_entropy_nats": ("3", rule("guard", "max_start_entropy_nats")),
     "phases[].guard.runaway_entropy_nats": ("3", rule("guard", "runaway_entropy_nats")),
     "phases[].guard.max_skipped_in_row": ("5", rule("guard", "max_skipped_in_row")),

@@ -18,9 +18,18 @@ from tsopsd_jax.cli import main
 from tsopsd_jax.commands.exit_codes import BAD_INPUT
 from tsopsd_jax.config import Config, PhaseSettings, load_config, strict
 from tsopsd_jax.config import build as building
-from tsopsd_jax.config.build import check_batches, check_objectives, divide_cpu, doubts, make_phase, make_phases
+from tsopsd_jax.config.build import (
+    check_batches,
+    check_objectives,
+    divide_cpu,
+    doubts,
+    make_phase,
+    make_phases,
+    prepare,
+)
 from tsopsd_jax.config.places import DEMO_CONFIG
 from tsopsd_jax.distributed.sharding import make_mesh
+from tsopsd_jax.model.packaged import ASSETS, PACKAGED_MODEL
 from tsopsd_jax.rundir.log import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -646,7 +655,7 @@ def test_every_phase_setting_reaches_the_trainer():
     """PhaseSettings and the trainer's Phase may not drift apart: every setting is read."""
     ours = {f.name for f in dataclasses.fields(PhaseSettings)}
     theirs = {f.name for f in dataclasses.fields(make_phase(build().phases[0]))}
-    assert ours - theirs == {"optimizer_state", "chunk_tokens"}
+    assert ours - theirs == {"optimizer_state", "chunk_tokens", "measure_start_kl"}
     assert theirs - ours == {"reset_optimizer", "tile_tokens", "learning_rate"}  # which is logged
 
 
@@ -772,3 +781,89 @@ def test_one_step_of_each_phase_with_the_real_tokenizer_and_prompts(shared_data,
     assert reheat["optim/grad_norm"] > 0
     assert max(rl["rollout/logp_gap_max_nats"], reheat["rollout/logp_gap_max_nats"]) < 1e-3
     assert (run_dir / "report.html").is_file()
+
+
+# ------------------------------------------------------------------ the reference of a phase
+
+PULLED = {"objective__hyperparameters": {"kl_coefficient": 0.1}}
+
+
+def of_phase(**settings) -> Config:
+    return build(**{f"phases__0__{key}": value for key, value in settings.items()})
+
+
+def test_a_phase_has_the_reference_that_its_objective_needs():
+    assert make_phase(of_phase().phases[0]).reference is None
+    made = make_phase(of_phase(**PULLED, reference="start", reference_every_steps=5).phases[0])
+    assert (made.reference, made.reference_every_steps, made.objective.reference) == ("start", 5, True)
+    assert [made.renews_reference(step) for step in (0, 1, 5, 6, 10)] == [True, False, True, False, True]
+    assert make_phase(of_phase(**PULLED, reference="some/model").phases[0]).reference == "some/model"
+    for reference in ("none", "start"):
+        measured = make_phase(of_phase(measure_start_kl=True, reference=reference).phases[0])
+        assert (measured.reference, measured.objective.reference) == ("start", True)
+    hot = {"objective__hyperparameters": {"policy_temperature": 1.2}, "sampling": {"sampling_temperature": 1.2}}
+    assert make_phase(of_phase(measure_start_kl=True, **hot).phases[0]).reference == "start"
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (
+            PULLED,
+            r"phase 'rl': reference: objective 'dapo' compares .*; expected reference: start, or a model directory, got none",
+        ),
+        (
+            {"reference": "start"},
+            r"phase 'rl': reference: objective 'dapo' compares .* no reference; expected .* none, got start",
+        ),
+        ({"reference": "a/model"}, r"phase 'rl': reference: .* got a/model; leave it out"),
+        (
+            PULLED | {"reference_every_steps": 3},
+            r"reference_every_steps: expected .* beside reference: start, .* got 3",
+        ),
+        (
+            PULLED | {"reference": "start", "reference_every_steps": 0},
+            r"reference_every_steps: expected a number of at least 1",
+        ),
+        ({"measure_start_kl": True, "reference": "a/model"}, r"measure_start_kl: .* got a/model and None"),
+        (
+            {"measure_start_kl": True, "reference": "start", "reference_every_steps": 2},
+            r"measure_start_kl: .* got start and 2",
+        ),
+    ],
+)
+def test_a_reference_that_is_missing_or_that_nothing_uses_is_refused(settings, words):
+    with pytest.raises(ValueError, match=words) as error:
+        make_phase(of_phase(**settings).phases[0])
+    assert "\n" not in str(error.value)
+
+
+def test_a_reference_has_the_policys_vocabulary(tmp_path):
+    """Its other sizes are its own; directory, weights, vocabulary and tokens are looked at before anything is written."""
+    data = strict.read_yaml(DEMO_CONFIG)
+    folder = tmp_path / "teacher"
+    data["phases"] = [data["phases"][1] | {"objective": {"name": "opd"}, "reference": str(folder)}]
+
+    def refused(words):
+        with pytest.raises(ValueError, match=words) as error:
+            prepare(strict.build(Config, data))
+        assert "\n" not in str(error.value)
+
+    refused("reference: expected a Hugging Face model directory, got .*teacher: no such directory")
+    shutil.copytree(ASSETS / PACKAGED_MODEL, folder)
+    (source,) = prepare(strict.build(Config, data)).references.values()
+    assert sorted(source.load()) == sorted(source.model.param_shapes())
+    shape = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(shape | {"num_hidden_layers": 1}))
+    assert prepare(strict.build(Config, data)).references[str(folder)].model.config.num_hidden_layers == 1
+    (folder / "model.safetensors").rename(folder / "elsewhere")
+    refused("^reference: expected weight files in .*teacher, got no model.safetensors .*; fetch them$")
+    (folder / "elsewhere").rename(folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(shape | {"max_position_embeddings": 16}))
+    refused("phase 'reheat': reference: prompt and response may take 26 tokens, more than the 16 positions")
+    (folder / "config.json").write_text(json.dumps(shape | {"vocab_size": shape["vocab_size"] + 8}))
+    refused(r"reference: expected a model of the policy's \d+ vocabulary entries, got \d+ in .*teacher")
+    (folder / "config.json").write_text(json.dumps(shape))
+    tokens = (folder / "tokenizer.json").read_text()
+    (folder / "tokenizer.json").write_text(tokens.replace('"17":', '"seventeen":'))
+    refused("reference: expected the policy's tokenizer in .*teacher, got one of other tokens or ids")

@@ -12,8 +12,8 @@ import pytest
 from tsopsd_jax import losses
 from tsopsd_jax.distributed.sharding import make_mesh, replicated, row_sharding
 from tsopsd_jax.learn.packing import pack
-from tsopsd_jax.learn.update import make_gradient, whole_stats
-from tsopsd_jax.objectives import OBJECTIVES, Objective, make_objective
+from tsopsd_jax.learn.update import ReferencePolicy, make_gradient, whole_stats
+from tsopsd_jax.objectives import OBJECTIVES, Objective, make_objective, with_start_kl
 from tsopsd_jax.objectives.base import token_hash
 from tsopsd_jax.types import Batch, LossOutput, Mean
 
@@ -43,6 +43,14 @@ CASES = {
     "ts_opsd-forward": ("ts_opsd", {"direction": "forward", "teacher_temperature": 1.2}),
     "ts_opsd-reverse": ("ts_opsd", {"direction": "reverse", "teacher_temperature": 1.2}),
     "dapo-hot": ("dapo", {"policy_temperature": 1.2}),
+    "ts_opsd-frozen": ("ts_opsd", {"teacher": "frozen", "teacher_temperature": 1.5}),
+    "dapo-k1": ("dapo", {"kl_coefficient": 0.3, "kl_estimator": "k1"}),
+    "dapo-k3": ("dapo", {"kl_coefficient": 0.3, "kl_estimator": "k3"}),
+    "dapo-exact": ("dapo", {"kl_coefficient": 0.3, "kl_estimator": "exact", "policy_temperature": 1.2}),
+    "opd": ("opd", {}),
+    "eopd": ("eopd", {"threshold_nats": 1.5}),
+    "jsd-frozen": ("jsd", {"beta": 0.3, "teacher": "frozen"}),
+    "top_entropy-start_kl": ("top_entropy", {"fraction": 0.4}),
     "jsd": ("jsd", {"beta": 0.3, "teacher_temperature": 1.5}),
     "entropy_bonus": ("entropy_bonus", {"coefficient": 0.1}),
     "adaptive_entropy_bonus": ("adaptive_entropy_bonus", {"initial": 0.1}),
@@ -70,7 +78,8 @@ def own_file(tmp_path_factory):
 @pytest.fixture(scope="module", params=CASES)
 def objective(request, own_file):
     name, settings = CASES[request.param]
-    return make_objective(own_file if name == "own" else name, settings)
+    made = make_objective(own_file if name == "own" else name, settings)
+    return with_start_kl(made) if request.param.endswith("start_kl") else made
 
 
 def test_the_cases_cover_every_entry():
@@ -103,9 +112,10 @@ def case(objective, tiny):
     """(traces of stats, jitted gradient of micro_batches and tile_tokens, batch, reference)."""
     traces = []
 
-    def stats(logits, tokens):
+    def stats(logits, tokens, *reference):
+        assert len(reference) == objective.reference
         traces.append(logits.shape)
-        return objective.stats(logits, tokens)
+        return objective.stats(logits, tokens, *reference)
 
     counted = objective._replace(stats=stats)
 
@@ -115,9 +125,10 @@ def case(objective, tiny):
         cut = {"micro_batches": micro_batches, "tile_tokens": tile_tokens}
         knobs = asked.control.init if asked.control else {}
         batch = dataclasses.replace(batch, knobs={name: jnp.float32(value) for name, value in knobs.items()})
+        frozen = ReferencePolicy(model, jax.tree.map(lambda x: 0.8 * x, params)) if asked.reference else None
         if asked.select is not None:
-            batch = asked.select(whole_stats(model, params, batch, asked, **cut), batch)
-        return make_gradient(model, asked, **cut)(params, batch)
+            batch = asked.select(whole_stats(model, params, batch, asked, reference=frozen, **cut), batch)
+        return make_gradient(model, asked, **cut)(params, batch, frozen)
 
     batch = Batch.of(**fields())
     return traces, gradient, batch, gradient(tiny[1], batch)
@@ -191,11 +202,12 @@ def test_extreme_logits_stay_finite(objective, scale):
 
     knobs = objective.control.init if objective.control else {}
     batch = dataclasses.replace(batch, knobs={name: jnp.float32(value) for name, value in knobs.items()})
+    given = (batch.tokens % 5, -logits) if objective.reference else (batch.tokens % 5,)
     if objective.select is not None:
-        batch = objective.select(objective.stats(logits, batch.tokens % 5), batch)
+        batch = objective.select(objective.stats(logits, *given), batch)
 
     def total(logits):
-        return objective.loss(objective.stats(logits, batch.tokens % 5), batch).loss.total
+        return objective.loss(objective.stats(logits, *given), batch).loss.total
 
     value, grad = jax.value_and_grad(total)(logits)
     assert np.isfinite(value)

@@ -25,6 +25,7 @@ from tsopsd_jax.hardware.work import (
     decode_work,
     layer_weights,
     prefill_work,
+    reference_work,
     update_work,
     view_work,
 )
@@ -181,6 +182,14 @@ def test_flops_of_an_update(remat, products, attention):
     u = UpdateShape(2, 3, 1, 3, 1, 2, 8, remat, tokenwise=True)
     assert update_work(C, ONE, u).flops == 2880 * products + 2 * 192 * attention + 3 * 160
     assert update_work(C, ONE, u._replace(tokenwise=False)).flops - update_work(C, ONE, u).flops == 160
+
+
+def test_flops_of_a_reference():
+    """One forward pass of `test_flops_of_an_update`'s: 2,880 for the layers, 2 x 192 for attention, 160 for the head."""
+    u = UpdateShape(2, 3, 1, 3, 1, 2, 8, "none", tokenwise=True)
+    assert reference_work(C, ONE, u).flops == 2880 + 2 * 192 + 160
+    # Bytes: 240 weights x 4; activations of 6 positions x 2 layers x (16 + 2 x 8 + 18) x 2; logits 2 x 10 x 8; a tile's 40 x 2.
+    assert reference_work(C, ONE, u).hbm_bytes == 960 + 6 * 2 * 50 * 2 + 160 + 80
 
 
 def test_work_of_sampling():
@@ -506,6 +515,23 @@ def test_the_formula_is_near_the_compiler(compiled, config_file):
         assert (guess.name, guess.work) == (true.name, true.work)
         kinds = set(guess.bytes) - {"temporaries"}
         assert {k: guess.bytes[k] for k in kinds} == {k: true.bytes[k] for k in kinds}
+
+
+def test_a_reference_is_held_and_computed(config_file, tmp_path):
+    """A copy in bfloat16 of the float32 parameters, and one forward pass more; another model's are its own."""
+    frozen = ["phases.1.objective.hyperparameters={teacher: frozen}", "phases.1.reference"]
+    (tmp_path / "config.json").write_text(json.dumps(SMALL | {"intermediate_size": 64}))
+    place, steps = topologies.topology("h100:4"), []
+    for overrides in ([], [frozen[0], f"{frozen[1]}=start"], [frozen[0], f"{frozen[1]}={tmp_path}"]):
+        config = load_config(config_file, overrides)
+        plan = make_plan(config, found_config(), place, means=Means(), programs=None)
+        steps.append(next(part for part in plan.parts if part.name == "reheat_step"))
+    plain, start, other = steps
+    assert "reference" not in plain.bytes
+    assert start.bytes["reference"] == plain.bytes["parameters"] // 2
+    assert other.bytes["reference"] < start.bytes["reference"]
+    assert 0 < other.work.flops - plain.work.flops < start.work.flops - plain.work.flops < plain.work.flops / 3
+    assert start.peak > other.peak > plain.peak
 
 
 def test_search_ranks_what_fits_first(config_file):

@@ -12,7 +12,6 @@ import threading
 import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -23,10 +22,10 @@ from tsopsd_jax.data.encode import encode_prompts
 from tsopsd_jax.display.live_table import LiveTable
 from tsopsd_jax.distributed.sharding import make_mesh, tree_shardings
 from tsopsd_jax.judge.groups import RewardRule
-from tsopsd_jax.learn.start_kl import StartKL
+from tsopsd_jax.learn.reference import ReferenceSource
 from tsopsd_jax.learn.update import make_optimizer
 from tsopsd_jax.model import Qwen3, Qwen3Config
-from tsopsd_jax.objectives import adaptive_entropy_bonus, clip_cov, dapo, ts_opsd
+from tsopsd_jax.objectives import adaptive_entropy_bonus, clip_cov, dapo, opd, ts_opsd, with_start_kl
 from tsopsd_jax.rewards import RewardError, Rewards
 from tsopsd_jax.rewards.math import WORKERS
 from tsopsd_jax.rollout import Sampling
@@ -38,7 +37,6 @@ from tsopsd_jax.train.phase_step import PhaseStep, Shared
 from tsopsd_jax.train.signals import Interrupted
 from tsopsd_jax.train.task import EvaluationPlan, Task
 from tsopsd_jax.train.trainer import Trainer
-from tsopsd_jax.types import Rollout
 
 MODEL = Qwen3(
     Qwen3Config(
@@ -82,7 +80,6 @@ def rl_phase(name="rl", **changes) -> Phase:
         "micro_batches": 1,
         "tile_tokens": 4,
         "pack": True,
-        "measure_start_kl": False,
         # Keeps surplus groups: the checkpoint must carry them.
         "reward": RewardRule(
             overlong_buffer_tokens=2,
@@ -108,7 +105,18 @@ SCHEDULE = (rl_phase(), reheat_phase(), rl_phase("again", stop=StopRule(steps=2)
 def trainer_in(tokenizer):
     """trainer_in(run_dir, phases=..., verify=..., evaluate=...) -> Trainer on one device; closed at the end."""
 
-    def make(run_dir, *, phases=SCHEDULE, verify=even, evaluate=False, evaluate_every=None, every=100, data=1, width=6):
+    def make(
+        run_dir,
+        *,
+        phases=SCHEDULE,
+        verify=even,
+        evaluate=False,
+        evaluate_every=None,
+        every=100,
+        data=1,
+        width=6,
+        references=None,
+    ):
         mesh = make_mesh(data=data, devices=jax.devices()[:data])
         layout = tree_shardings(MODEL.param_axes(), MODEL.param_shapes(), mesh)
         task = Task(problems=PROBLEMS, tokenizer=tokenizer, rewards=Rewards.of(verify), max_prompt_tokens=width, seed=0)
@@ -126,7 +134,7 @@ def trainer_in(tokenizer):
                 every_steps=evaluate_every,
             )
         return Trainer(
-            Shared.of(MODEL, mesh, task, seed=0),
+            Shared.of(MODEL, mesh, task, seed=0, references=references),
             phases,
             load_params=lambda: MODEL.init(jax.random.key(3), shardings=layout),
             evaluation=plan,
@@ -169,7 +177,9 @@ def interrupting(at_call: int):
     return verify
 
 
-MEASURED = tuple(dataclasses.replace(phase, measure_start_kl=True) for phase in SCHEDULE)
+MEASURED = tuple(
+    dataclasses.replace(phase, objective=with_start_kl(phase.objective), reference="start") for phase in SCHEDULE
+)
 """Checkpoints carry the start policy too."""
 
 
@@ -489,26 +499,60 @@ def test_a_phase_tells_how_far_it_moved_from_its_start(trainer_in, tmp_path):
     assert moved["rl", 3] > moved["rl", 2]
 
 
-def test_the_kl_to_a_start_policy_is_that_of_the_formula(tiny):
-    """Mean of r - 1 - log r over response tokens, r from both policies' whole logits; pieces change nothing."""
-    model, params = tiny
-    other = jax.tree.map(lambda x: 0.9 * x, params)
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(0, model.vocab_size, (4, 7)).astype(np.int32)
-    prompt, length = np.asarray([2, 3, 1, 2], np.int32), np.asarray([7, 5, 6, 4], np.int32)
-    tokens = np.where(np.arange(7) < length[:, None], tokens, 0)
+RENEWED = (
+    rl_phase(
+        objective=dapo(kl_coefficient=0.5, kl_estimator="exact"),
+        reference="start",
+        reference_every_steps=2,
+        stop=StopRule(steps=5),
+    ),
+    reheat_phase(objective=ts_opsd(teacher="frozen", teacher_temperature=2.0), reference="start"),
+)
 
-    def logp(p):
-        every = np.asarray(jax.nn.log_softmax(model.logits(p, jnp.asarray(tokens))), np.float64)
-        return np.pad(np.take_along_axis(every[:, :-1], tokens[:, 1:, None], -1)[..., 0], ((0, 0), (1, 0)))
 
-    drawn, started = logp(params), logp(other)
-    rollout = Rollout(tokens, prompt, length, drawn.astype(np.float32), np.ones(4, bool))
-    gained = (started - drawn)[rollout.mask]
-    want = np.mean(np.exp(gained) - 1 - gained)
-    for pieces in (1, 2):
-        got = StartKL(model, pieces=pieces, tile_tokens=3).nats(other, rollout)
-        np.testing.assert_allclose(got, want, rtol=1e-4)
+def test_a_reference_is_renewed_and_resumes_bit_for_bit(trainer_in, tmp_path):
+    """Copies before steps 1, 3 and 5: there the policy is its own reference. Left in the rollout after step 2 and after step 3."""
+    whole = finish(trainer_in(tmp_path / "whole", phases=RENEWED))
+    lines = read_metrics(tmp_path / "whole")
+    apart = [line["policy/reference_kl_nats"] for line in lines[:5]]
+    assert max(abs(apart[i]) for i in (0, 2, 4)) < 1e-9
+    assert min(apart[1], apart[3]) > 1e-6
+    assert lines[5]["distil/top1_agreement_fraction"] == 1.0, "the reheater's teacher is the policy that it began with"
+    assert lines[6]["distil/forward_kl_nats"] < lines[5]["distil/forward_kl_nats"]
+    run = tmp_path / "left"
+    for at in (2, 3):
+        trainer = trainer_in(run, phases=RENEWED)
+
+        def terminate(_, trainer=trainer, at=at):
+            if int(trainer.state.step) == at and trainer.signals.number is None:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        trainer.table.sampling = terminate
+        with pytest.raises(Interrupted, match=rf"left the rollout after step {at}$"):
+            trainer.run()
+    again = trainer_in(run, phases=RENEWED)
+    assert same(trainer.run_state.start, again.run_state.start)
+    assert same(whole, finish(again))
+    assert facts(tmp_path / "whole") == facts(run)
+
+
+def test_another_model_is_loaded_once_and_stands_in_no_checkpoint(trainer_in, tmp_path):
+    other = dataclasses.replace(MODEL, config=dataclasses.replace(MODEL.config, num_hidden_layers=2, hidden_size=24))
+    loaded = []
+
+    def load():
+        loaded.append(1)
+        return other.init(jax.random.key(5))
+
+    phase = reheat_phase(
+        objective=opd(), reference="teacher", stop=StopRule(steps=3), optimizer=make_optimizer(learning_rate=1e-3)
+    )
+    trainer = trainer_in(tmp_path / "run", phases=(phase,), references={"teacher": ReferenceSource(other, load)})
+    trainer.run()
+    assert loaded == [1]
+    assert trainer.run_state.start is None
+    distances = [line["distil/reverse_kl_nats"] for line in read_metrics(tmp_path / "run")]
+    assert distances[2] < distances[0]
 
 
 def test_the_data_cursor_goes_through_epochs(trainer_in, tmp_path):

@@ -1,5 +1,8 @@
 """Names of the metrics that more than one module writes or reads, `group/name_unit` as in metrics.jsonl."""
 
+START_KL = "policy/start_kl_nats"
+AGREEMENT = "distil/top1_agreement_fraction"
+TEACHER_ENTROPY = "distil/teacher_entropy_nats"
 ENTROPY = "policy/entropy_nats"
 """Mean token entropy of the policy: what stop rules and guards look at."""
 REWARD = "reward/mean"

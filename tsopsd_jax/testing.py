@@ -27,6 +27,7 @@ from tsopsd_jax.objectives.toy import (
     mapped,
     packed,
     padded,
+    stats_arguments,
     take_rows,
 )
 from tsopsd_jax.rewards import check_reward as check_reward
@@ -38,8 +39,7 @@ TOLERANCE = 1e-3
 ORDER = np.array([3, 1, 5, 0, 4, 2])
 """Another order of the toy's rows."""
 
-LIVE_GRADIENT = 1e-7
-"""Into a logit; what is below may be the rounding of a probability."""
+LIVE_GRADIENT = 1e-7  # into a logit; what is below may be the rounding of a probability
 
 
 def check_objective(objective: Objective) -> None:
@@ -81,7 +81,7 @@ def objective_notes(objective: Objective) -> list[str]:
     else:
         _check_tokenwise(objective, program, toy, found)
     if not objective.uses_advantage:
-        other = Toy(toy.z, dataclasses.replace(toy.batch, advantage=-2 * toy.batch.advantage))
+        other = toy._replace(batch=dataclasses.replace(toy.batch, advantage=-2 * toy.batch.advantage))
         for what, want, got in _unequal(found, program(other)):
             raise ValueError(
                 f"{_place(objective.loss)}: declares uses_advantage=False, but {what} changes with batch.advantage from "
@@ -97,9 +97,9 @@ class _Program:
     """
 
     def __init__(self, objective: Objective):
-        def total(z, batch: Batch, tiles: bool):
+        def total(z, batch: Batch, reference_z: Any, tiles: bool):
             shape = batch.tokens.shape
-            stats = objective.stats(z.reshape(-1, z.shape[-1]), batch.tokens.reshape(-1))
+            stats = objective.stats(*stats_arguments(z, batch, reference_z))
             stats = {name: x.reshape(shape) for name, x in stats.items()}
             if not tiles:  # the head gives zeros outside the mask; a tile holds what it finds there
                 stats = {name: jax.numpy.where(batch.mask, x, jax.numpy.zeros_like(x)) for name, x in stats.items()}
@@ -110,11 +110,11 @@ class _Program:
         self.gradient = jax.grad(total, has_aux=True)
         self._device = next(iter(_cpu_devices()), None)
         options = {} if self._device is None else {"xla_backend_optimization_level": 0}
-        self._jitted = jax.jit(self.gradient, static_argnums=2, compiler_options=options)
+        self._jitted = jax.jit(self.gradient, static_argnums=3, compiler_options=options)
 
     def __call__(self, toy: Toy, *, tiles: bool = False) -> Found:
         with _named(self.objective.stats, self.objective.loss), jax.default_device(self._device):
-            gradient, (stats, out) = jax.device_get(self._jitted(toy.z, toy.batch, tiles))
+            gradient, (stats, out) = jax.device_get(self._jitted(*toy, tiles))
         return Found(stats, out, gradient)
 
 
@@ -132,8 +132,8 @@ def _check_declarations(objective: Objective) -> None:
     if not (isinstance(objective, Objective) and callable(objective.stats) and callable(objective.loss)):
         raise ValueError(f"expected an Objective of two functions, got {objective!r}")
     place, t = _place(objective.loss), objective.policy_temperature
-    for name, value in (("tokenwise", objective.tokenwise), ("uses_advantage", objective.uses_advantage)):
-        if not isinstance(value, bool):
+    for name in ("tokenwise", "uses_advantage", "reference"):
+        if not isinstance(value := objective._asdict()[name], bool):
             raise ValueError(f"{place}: expected {name} to be True or False, got {value!r}")
     if objective.select is not None and not callable(objective.select):
         raise ValueError(f"{place}: expected select to be a function, got {objective.select!r}")
@@ -163,7 +163,7 @@ def _check_stats(objective: Objective, toy: Toy) -> dict[str, Any]:
     """Abstract evaluation of the statistics, with the shapes in which the head asks for them: their shapes [B, L]."""
     n = toy.batch.tokens.size
     with _named(objective.stats):
-        stats = jax.eval_shape(objective.stats, toy.z.reshape(n, -1), toy.batch.tokens.reshape(n))
+        stats = jax.eval_shape(objective.stats, *stats_arguments(*toy))
     place = _place(objective.stats)
     if not isinstance(stats, dict) or not all(isinstance(name, str) for name in stats):
         raise ValueError(f"{place}: expected a dict of statistics by name, got {_short(stats)}")
@@ -203,14 +203,14 @@ def _check_select(objective: Objective, toy: Toy) -> Toy:
     select: Any = objective.select
 
     @jax.jit
-    def of(z, batch: Batch):
-        found = objective.stats(z.reshape(-1, z.shape[-1]), batch.tokens.reshape(-1))
+    def of(z, batch: Batch, reference_z: Any):
+        found = objective.stats(*stats_arguments(z, batch, reference_z))
         by_row = {name: x.reshape(batch.tokens.shape) for name, x in found.items()}
         return select({k: jax.numpy.where(batch.mask, x, jax.numpy.zeros_like(x)) for k, x in by_row.items()}, batch)
 
     def selected(toy: Toy) -> Batch:
         with _named(objective.stats, select):
-            return of(toy.z, toy.batch)
+            return of(*toy)
 
     place, made = _place(select), selected(toy)
     if not isinstance(made, Batch):
@@ -238,7 +238,7 @@ def _check_select(objective: Objective, toy: Toy) -> Toy:
     compare(mapped(lambda x: x[np.argsort(ORDER)], shuffled), "rows stand in another order")
     together = mapped(lambda x: x.reshape(toy.batch.mask.shape), jax.device_get(selected(packed(toy))))
     compare(together, "several sequences stand in a row")
-    return Toy(toy.z, made)
+    return toy._replace(batch=made)
 
 
 def _check_finite(objective: Objective, found: Found) -> None:
@@ -280,7 +280,7 @@ def _check_tokenwise(objective: Objective, program: _Program, toy: Toy, found: F
             return np.pad(x, [(0, n - at.size)] + [(0, 0)] * (x.ndim - 1))[None]
 
         segment = np.broadcast_to(np.arange(1, len(mask) + 1, dtype=np.int32)[:, None], mask.shape)
-        tile = Toy(take(toy.z), mapped(take, dataclasses.replace(toy.batch, segment=segment)))
+        tile = toy._replace(batch=dataclasses.replace(toy.batch, segment=segment)).mapped(take)
         tiles.append(join_found([program(tile, tiles=True)], (0, slice(at.size))))
     want, got = join_found([found], np.unravel_index(order, mask.shape)), join_found(tiles, np.s_[:])
     if next(_unequal(want, got), None) is not None:
@@ -293,7 +293,7 @@ def _gradient_notes(objective: Objective, program: _Program, toy: Toy, found: Fo
     if np.abs(found.gradient).max() > LIVE_GRADIENT:
         return []
     place = _place(objective.loss)
-    jaxpr: Any = jax.make_jaxpr(program.gradient, static_argnums=2)(toy.z, toy.batch, False).jaxpr
+    jaxpr: Any = jax.make_jaxpr(program.gradient, static_argnums=3)(*toy, False).jaxpr
     if not _depends(jaxpr, jaxpr.outvars[0]):
         raise ValueError(
             f"{place}: expected a loss that depends on the logits, got one without a gradient: nothing would be learned"

@@ -15,6 +15,7 @@ from tsopsd_jax.commands import exit_codes, options
 from tsopsd_jax.config import Config, claim, load_config, strict
 from tsopsd_jax.config.build import Parts, divide_cpu, prepare
 from tsopsd_jax.config.places import cache_folder, digests_file, model_folder, use_compilation_cache
+from tsopsd_jax.config.references import reference_folders
 from tsopsd_jax.display.live_table import LiveTable, results_table
 from tsopsd_jax.display.page import write_report
 from tsopsd_jax.distributed import heartbeat, processes
@@ -166,7 +167,11 @@ def _inputs(config: Config, parts: Parts) -> dict[str, str]:
     found = claim.inputs_of(config, problems)
     _check_same(found, "input")
     model = fingerprint(model_folder(config), cache=digests_file(config.cache_dir)) if processes.is_first() else {}
-    return found | {f"model's {part}": sha for part, sha in processes.from_first(model).items() if sha}
+    found |= {f"model's {part}": sha for part, sha in processes.from_first(model).items() if sha}
+    for name, folder in reference_folders(config).items():
+        other = fingerprint(folder, cache=digests_file(config.cache_dir)) if processes.is_first() else {}
+        found |= {f"reference {name}: {part}": sha for part, sha in processes.from_first(other).items() if sha}
+    return found
 
 
 @contextlib.contextmanager
@@ -205,7 +210,7 @@ def open_trainer(
     inputs = _inputs(config, parts)
     with _claimed(config, run_dir, inputs, accept_changed) as changed:
         trainer = Trainer(
-            Shared.of(parts.model, parts.mesh, parts.task, seed=config.seed),
+            Shared.of(parts.model, parts.mesh, parts.task, seed=config.seed, references=parts.references),
             parts.phases,
             load_params=parts.load_params,
             evaluation=parts.evaluation,

@@ -8,21 +8,23 @@ from typing import Any, NamedTuple
 import jax
 
 from tsopsd_jax.config.places import datasets_folder, model_folder
+from tsopsd_jax.config.references import find_references, reference_folders
 from tsopsd_jax.config.schema import DTYPES, Config, DataSettings, PhaseSettings
 from tsopsd_jax.data import Problem, Tokenizer, load_problems, make_template, selection
 from tsopsd_jax.data.encode import encode_prompts
 from tsopsd_jax.distributed import processes
 from tsopsd_jax.distributed.sharding import AnyMesh, make_mesh, row_multiple, tree_shardings
 from tsopsd_jax.huggingface import read_json
+from tsopsd_jax.learn.reference import ReferenceSource
 from tsopsd_jax.learn.update import make_optimizer, warm_up
 from tsopsd_jax.model import Qwen3, load_pretrained
 from tsopsd_jax.model.hf import INDEX, WEIGHTS
 from tsopsd_jax.model.hf_config import read_config
-from tsopsd_jax.objectives import Objective, make_objective
+from tsopsd_jax.objectives import Objective, make_objective, with_start_kl
 from tsopsd_jax.rewards import Rewards, make_checked_rewards, make_rewards, overlong_penalty
 from tsopsd_jax.rollout import Sampling
 from tsopsd_jax.testing import objective_notes
-from tsopsd_jax.train.phase import Phase
+from tsopsd_jax.train.phase import START, Phase
 from tsopsd_jax.train.task import EvaluationPlan, Task
 from tsopsd_jax.types import PyTree
 
@@ -75,12 +77,24 @@ def _check_needs(phase: PhaseSettings, objective: Objective) -> None:
             f"sampling_temperature {t:g}, top_p 1, top_k 0, got {phase.sampling}; an objective that is right at any declares "
             "policy_temperature=None"
         )
+    if objective.reference and phase.reference == "none":
+        raise ValueError(
+            f"reference: objective {name!r} compares the policy with a frozen reference; expected reference: start, or a model "
+            "directory, got none"
+        )
+    if phase.reference != "none" and not (objective.reference or phase.measure_start_kl):
+        raise ValueError(
+            f"reference: objective {name!r} compares the policy with no reference; expected reference: none, got "
+            f"{phase.reference}; leave it out, or ask for measure_start_kl"
+        )
 
 
 def _phase(phase: PhaseSettings) -> Phase:
     rate = phase.optimizer
     objective = make_objective(phase.objective.name, phase.objective.hyperparameters)
     _check_needs(phase, objective)
+    if phase.measure_start_kl:
+        objective = with_start_kl(objective)
     if phase.reward is not None:
         overlong_penalty(
             phase.max_response_tokens,
@@ -101,11 +115,12 @@ def _phase(phase: PhaseSettings) -> Phase:
         micro_batches=phase.micro_batches,
         tile_tokens=phase.chunk_tokens,
         pack=phase.pack,
-        measure_start_kl=phase.measure_start_kl,
         reward=phase.reward,
         stop=phase.stop,
         guard=phase.guard,
         learning_rate=warm_up(learning_rate=rate.learning_rate, warmup_steps=rate.warmup_steps),
+        reference=START if phase.measure_start_kl else None if phase.reference == "none" else phase.reference,
+        reference_every_steps=phase.reference_every_steps,
     )
 
 
@@ -122,6 +137,8 @@ class Parts(NamedTuple):
     task: Task
     evaluation: EvaluationPlan | None
     load_params: Callable[[], PyTree]
+    references: dict[str, ReferenceSource]
+    """Other models that phases are compared with, by their directories."""
     notes: list[str]
     """Sentences on what was left out of the training problems."""
     warnings: list[str]
@@ -254,8 +271,8 @@ def _problems(data: DataSettings, config: Config, tokenizer: Tokenizer, notes: l
     return problems[: data.first]
 
 
-def check_weights(folder: Path) -> None:
-    """Check that a model directory has its weight files (their content is read when the run starts).
+def check_weights(folder: Path, *, key: str = "model.path") -> None:
+    """Check that the model directory named by a setting has its weight files (their content is read when the run starts).
 
     Raises:
         ValueError: naming what is missing.
@@ -267,8 +284,8 @@ def check_weights(folder: Path) -> None:
     missing = [name for name in files if not (folder / name).is_file()]
     if missing:
         raise ValueError(
-            f"model.path: expected weight files in {folder}, got no {missing[0]} ({len(missing)} missing in all); "
-            "fetch them, or set model.random_init: true"
+            f"{key}: expected weight files in {folder}, got no {missing[0]} ({len(missing)} missing in all); fetch them"
+            f"{', or set model.random_init: true' if key == 'model.path' else ''}"
         )
 
 
@@ -376,4 +393,7 @@ def prepare(config: Config) -> Parts:
         return load_pretrained(folder, mesh=mesh)[1]
 
     warnings = [*doubts(config), *_repetitions(config, len(task.problems)), *([late] if late else [])]
-    return Parts(model, mesh, phases, task, evaluation, load_params, notes, warnings)
+    references = find_references(config, model, mesh, tokenizer)
+    for other in reference_folders(config).values():
+        check_weights(other, key="reference")
+    return Parts(model, mesh, phases, task, evaluation, load_params, references, notes, warnings)

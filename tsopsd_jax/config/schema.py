@@ -20,7 +20,7 @@ from tsopsd_jax.model.qwen3 import REMAT
 from tsopsd_jax.rewards import check_setting
 from tsopsd_jax.rollout import Sampling
 from tsopsd_jax.rundir.trackers import Tracker
-from tsopsd_jax.train.phase import Guard, StopRule
+from tsopsd_jax.train.phase import START, Guard, StopRule
 from tsopsd_jax.train.samples import Samples
 
 RENAMED = {"wandb_project": "tracker.wandb.project"}
@@ -206,7 +206,12 @@ class PhaseSettings:
     pack: bool = True
     """Several responses in one row of an update of several pieces, where the objective is tokenwise."""
     measure_start_kl: bool = False
-    """Measure the KL to the phase's start policy (a copy in the compute dtype) at every step."""
+    """Measure the exact KL to the phase's start policy at every step; its reference is then `start`."""
+    reference: str = "none"
+    """The frozen policy that the objective compares with: none; start, a copy in the compute dtype of the policy that the phase
+    begins with; or a Hugging Face directory of the same vocabulary."""
+    reference_every_steps: int | None = None
+    """The copy is taken anew after so many steps; null: never."""
     guard: Guard = field(default_factory=Guard)
 
     def __post_init__(self):
@@ -239,10 +244,19 @@ class PhaseSettings:
                 f"stop: collapsed_below_nats {low} must be under recovered_above_nats {high}: every entropy would end "
                 "the phase"
             )
-        if self.measure_start_kl and self.sampling != Sampling():
+        self._check_reference()
+
+    def _check_reference(self) -> None:
+        every = self.reference_every_steps
+        if every is not None and (every < 1 or self.reference != START):
             raise ValueError(
-                "measure_start_kl: the estimate needs responses of the policy at temperature 1; expected "
-                f"sampling_temperature 1, top_p 1, top_k 0, got {self.sampling}"
+                "reference_every_steps: expected a number of at least 1 beside reference: start, or null, got "
+                f"{every} beside reference: {self.reference}"
+            )
+        if self.measure_start_kl and (every is not None or self.reference not in ("none", START)):
+            raise ValueError(
+                "measure_start_kl: the phase's one reference must be its start policy; expected reference: start (or none) and "
+                f"reference_every_steps: null, got {self.reference} and {every}; leave measure_start_kl out"
             )
 
 

@@ -116,6 +116,23 @@ def _update_bytes(c: Qwen3Config, split: Split, u: UpdateShape, positions: float
     return u.micro_batches * per_piece + optimizer + activations + head
 
 
+def reference_work(c: Qwen3Config, split: Split, u: UpdateShape) -> Work:
+    """A frozen reference of an update: its layers forward once, and its logits beside the policy's."""
+    d, t, layers = c.hidden_size, split.tensor, c.num_hidden_layers
+    positions, tokens = u.sequences * u.length, u.sequences * u.response
+    products = 2 * positions * layers * layer_weights(c)
+    flops = products + u.sequences * attention_flops(c, u.length) + 2 * tokens * d * c.vocab_size
+    # As in `_update_bytes`: gathered weights written and read for each micro-batch, one pass of activations, logits written
+    # and read, the unembedding read for each tile.
+    wide = (
+        4 * d + 2 * (c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim / t + 3 * c.intermediate_size / t
+    )
+    weights, v = layers * layer_weights(c) / t, c.vocab_size / t
+    per_piece = 2 * 2 * weights + u.tiles(split) * d * v * 2
+    moved = (positions * layers * 2 * wide + tokens * v * 4 * 2) / split.rows
+    return Work(flops, u.micro_batches * per_piece + moved)
+
+
 def view_work(c: Qwen3Config, split: Split, itemsize: int) -> Work:
     """Masters read, the view written."""
     weights = model_weights(c) / split.tensor

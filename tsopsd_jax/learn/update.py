@@ -275,6 +275,10 @@ def make_update(
         reference: PyTree | None = None,
     ) -> tuple[TrainState, UpdateOut]:
         batch = dataclasses.replace(batch, knobs=dict(knobs or {}))
+        if objective.reference and reference is None:
+            raise ValueError(
+                "the objective compares with a reference: expected its parameters, got none; pass reference="
+            )
         frozen = None if reference is None else ReferencePolicy(reference_model or model, reference)
         if objective.select is not None:
             found = whole_stats(model, state.params, batch, objective, reference=frozen, **cut)

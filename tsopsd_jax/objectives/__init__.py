@@ -11,6 +11,8 @@ from tsopsd_jax.objectives.entropy_advantage import entropy_advantage
 from tsopsd_jax.objectives.entropy_bonus import adaptive_entropy_bonus, entropy_bonus
 from tsopsd_jax.objectives.jsd import jsd
 from tsopsd_jax.objectives.loading import OBJECTIVES, make_objective
+from tsopsd_jax.objectives.opd import eopd, opd
+from tsopsd_jax.objectives.reference import with_start_kl
 from tsopsd_jax.objectives.repo_r import repo_r
 from tsopsd_jax.objectives.top_entropy import top_entropy
 from tsopsd_jax.objectives.ts_opsd import ts_opsd
@@ -28,11 +30,14 @@ __all__ = [
     "dapo",
     "entropy_advantage",
     "entropy_bonus",
+    "eopd",
     "jsd",
     "kl_cov",
     "make_objective",
+    "opd",
     "policy_stats",
     "repo_r",
     "top_entropy",
     "ts_opsd",
+    "with_start_kl",
 ]

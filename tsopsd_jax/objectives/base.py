@@ -34,7 +34,8 @@ class Control(NamedTuple):
 class Objective(NamedTuple):
     """A loss as two pure functions, and what it needs.
 
-    stats: (logits [..., V], tokens [...]) -> {name: [...]}, the only code that sees the vocabulary.
+    stats: (logits [..., V], tokens [...]) -> {name: [...]}, the only code that sees the vocabulary. With `reference` it takes
+        a third argument, the frozen reference's logits [..., V] at the same tokens.
     loss: ({name: [B, L]}, Batch) -> LossOutput, sees whole sequences and no vocabulary.
 
     tokenwise: the loss of a token follows from the statistics and the batch at that token alone. Then it may be asked
@@ -46,6 +47,8 @@ class Objective(NamedTuple):
         `weight` or `advantage`, or adds scalars to `knobs`; never the mask. It may not depend on how sequences lie in rows.
         A random choice hashes the token, its position and `old_logp` (`objectives.base.token_hash`).
     control: numbers that change between updates.
+    reference: `stats` compares the policy with a frozen reference, which its phase's setting `reference` names. No gradient
+        reaches the reference.
 
     A statistic called `logp` (log-probability of the token) lets the learner measure the sampler against itself.
     """
@@ -57,6 +60,7 @@ class Objective(NamedTuple):
     control: Control | None = None
     uses_advantage: bool = True
     policy_temperature: float | None = 1.0
+    reference: bool = False
 
 
 def positions(batch: Batch) -> Int[Array, "B L"]:

@@ -3,6 +3,7 @@
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
@@ -96,24 +97,74 @@ def policy_stats(policy_temperature: float = 1.0) -> Stats:
     return stats
 
 
+KL_ESTIMATORS = ("k1", "k3", "exact")
+
+
+def reference_kl_stats(policy_temperature: float, estimator: str) -> Stats:
+    """`policy_stats`, and `reference_kl`: an estimate of KL(policy || reference) at each token, both at temperature T.
+
+    With l the token's log-probability under the policy and r under the reference:
+        k1     l - r                      unbiased; its gradient is that of l, whose mean over the policy's tokens is 0
+        k3     exp(r - l) - (r - l) - 1   unbiased, never negative, of low variance; gradient (1 - exp(r - l)) d(l)
+        exact  sum over the vocabulary    no sampling; gradient p (log p - log q - KL) into the logits z / T
+
+    Raises:
+        ValueError: for another estimator, or a temperature that is not positive.
+    """
+    if estimator not in KL_ESTIMATORS:
+        raise ValueError(f"kl_estimator: expected one of {', '.join(KL_ESTIMATORS)}, got {estimator!r}")
+    own = policy_stats(policy_temperature)
+
+    def stats(logits: Array, tokens: Array, reference_logits: Array) -> dict[str, Array]:
+        found, reference = own(logits, tokens), jax.lax.stop_gradient(reference_logits) / policy_temperature
+        if estimator == "exact":
+            return found | {"reference_kl": losses.reverse_kl(reference, logits / policy_temperature)}
+        reference_logp = losses.token_logp(reference, tokens)
+        apart = found["logp"] - reference_logp if estimator == "k1" else losses.k3(found["logp"], reference_logp)
+        return found | {"reference_kl": apart}
+
+    return stats
+
+
 def dapo(
-    *, clip_low: float = 0.2, clip_high: float = 0.28, clip_ratio_c: float = 10.0, policy_temperature: float = 1.0
+    *,
+    clip_low: float = 0.2,
+    clip_high: float = 0.28,
+    clip_ratio_c: float = 10.0,
+    policy_temperature: float = 1.0,
+    kl_coefficient: float = 0.0,
+    kl_estimator: str = "k3",
 ) -> Objective:
-    """DAPO (arXiv 2503.14476): clip-higher, dual clip, token-mean. No KL term, no entropy bonus.
+    """DAPO (arXiv 2503.14476): clip-higher, dual clip, token-mean. No entropy bonus; no KL term unless one is asked for.
 
     Args:
         clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high].
         clip_ratio_c: dual clip: bound on the ratio where the advantage is negative.
         policy_temperature: T of the policy softmax(z / T) in ratio and gradient; must be the sampling temperature.
             Rollout reheating (TS-OPSD's RR) is both at 1.2, as verl computes it.
+        kl_coefficient: of a penalty on KL(policy || reference), added to the loss of each token; 0: none, and no reference.
+        kl_estimator: `k1`, `k3` or `exact`, see `reference_kl_stats`.
 
     Raises:
         ValueError: for clip ranges outside 0 <= clip_low <= 1, 0 <= clip_high, 1 + clip_high <= clip_ratio_c, or a
-            temperature that is not positive.
+            temperature that is not positive, a negative coefficient, or another estimator.
     """
     clip = Clip("dapo", clip_low, clip_high, clip_ratio_c).checked()
+    if kl_coefficient < 0:
+        raise ValueError(f"dapo expects kl_coefficient >= 0, got kl_coefficient={kl_coefficient}")
+    plain, pulled = policy_stats(policy_temperature), reference_kl_stats(policy_temperature, kl_estimator)
 
     def loss(stats: dict[str, Array], batch: Batch) -> LossOutput:
-        return LossOutput(Mean.of(clip.surrogate(stats, batch), batch.mask), clip.metrics(stats, batch))
+        per_token, metrics = clip.surrogate(stats, batch), clip.metrics(stats, batch)
+        if kl_coefficient > 0:
+            per_token = per_token + kl_coefficient * stats["reference_kl"]
+            metrics["policy/reference_kl_nats"] = Mean.of(stats["reference_kl"], batch.mask)
+        return LossOutput(Mean.of(per_token, batch.mask), metrics)
 
-    return Objective(policy_stats(policy_temperature), loss, tokenwise=True, policy_temperature=policy_temperature)
+    return Objective(
+        pulled if kl_coefficient > 0 else plain,
+        loss,
+        tokenwise=True,
+        policy_temperature=policy_temperature,
+        reference=kl_coefficient > 0,
+    )

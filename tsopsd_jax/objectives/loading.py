@@ -15,6 +15,7 @@ from tsopsd_jax.objectives.dapo import dapo
 from tsopsd_jax.objectives.entropy_advantage import entropy_advantage
 from tsopsd_jax.objectives.entropy_bonus import adaptive_entropy_bonus, entropy_bonus
 from tsopsd_jax.objectives.jsd import jsd
+from tsopsd_jax.objectives.opd import eopd, opd
 from tsopsd_jax.objectives.repo_r import repo_r
 from tsopsd_jax.objectives.top_entropy import top_entropy
 from tsopsd_jax.objectives.ts_opsd import ts_opsd
@@ -23,6 +24,8 @@ OBJECTIVES: dict[str, Callable[..., Objective]] = {
     "dapo": dapo,
     "ts_opsd": ts_opsd,
     "jsd": jsd,
+    "opd": opd,
+    "eopd": eopd,
     "entropy_bonus": entropy_bonus,
     "adaptive_entropy_bonus": adaptive_entropy_bonus,
     "clip_cov": clip_cov,

@@ -19,10 +19,25 @@ WIDTH, VOCABULARY = 8, 512
 
 
 class Toy(NamedTuple):
-    """Logits [B, L, V] and the batch to which they belong (numpy): the logits at [b, t] predict `tokens[b, t]`."""
+    """Logits [B, L, V] and the batch to which they belong (numpy): the logits at [b, t] predict `tokens[b, t]`.
+
+    `reference_z`: the reference's logits, of the same shape; None: the objective has no reference.
+    """
 
     z: np.ndarray
     batch: Batch
+    reference_z: np.ndarray | None = None
+
+    def mapped(self, function: Any) -> "Toy":
+        """The toy with `function` of its arrays."""
+        z = None if self.reference_z is None else function(self.reference_z)
+        return Toy(function(self.z), mapped(function, self.batch), z)
+
+
+def stats_arguments(z: Any, batch: Batch, reference_z: Any) -> tuple[Any, ...]:
+    """What the head passes to `stats`: logits [N, V], tokens [N], and the reference's logits [N, V] where there is one."""
+    flat = (z.reshape(-1, z.shape[-1]), batch.tokens.reshape(-1))
+    return flat if reference_z is None else (*flat, reference_z.reshape(-1, z.shape[-1]))
 
 
 def mapped(function: Any, batch: Batch) -> Batch:
@@ -47,26 +62,30 @@ def make_toy(objective: Objective) -> Toy:
         "old_logp": np.where(mask, np.minimum(logp + 0.2 * rng.normal(size=shape), -0.01), 0).astype(np.float32),
     }
     knobs: Any = {} if objective.control is None else {k: np.float32(v) for k, v in objective.control.init.items()}
-    return Toy(z.astype(np.float32), Batch(**fields, knobs=knobs))
+    near = (0.8 * z + 0.5 * rng.normal(size=z.shape)).astype(np.float32) if objective.reference else None
+    return Toy(z.astype(np.float32), Batch(**fields, knobs=knobs), near)
 
 
 def take_rows(toy: Toy, which: Any) -> Toy:
     """The chosen rows of the toy."""
-    return Toy(toy.z[which], mapped(lambda x: x[which], toy.batch))
+    return toy.mapped(lambda x: x[which])
 
 
 def padded(toy: Toy) -> Toy:
     """The toy with three more positions in every row, whose logits are ones."""
-    z = np.pad(toy.z, ((0, 0), (0, 3), (0, 0)), constant_values=1.0)
-    return Toy(z, mapped(lambda x: np.pad(x, ((0, 0), (0, 3))), toy.batch))
+
+    def longer(x: np.ndarray) -> np.ndarray:
+        return np.pad(x, ((0, 0), (0, 3), *[(0, 0)] * (x.ndim - 2)), constant_values=x.ndim == 3)
+
+    return toy.mapped(longer)
 
 
 def packed(toy: Toy) -> Toy:
     """The toy with two sequences in a row."""
     width, n = 2 * WIDTH, len(PROMPT) // 2
     segment = np.broadcast_to(np.arange(1, len(PROMPT) + 1, dtype=np.int32)[:, None], toy.batch.mask.shape)
-    batch = mapped(lambda x: x.reshape(n, width), dataclasses.replace(toy.batch, segment=segment))
-    return Toy(toy.z.reshape(n, width, -1), batch)
+    whole = toy._replace(batch=dataclasses.replace(toy.batch, segment=segment))
+    return whole.mapped(lambda x: x.reshape(n, width, *x.shape[2:]))
 
 
 class Found(NamedTuple):

@@ -19,9 +19,11 @@ from tsopsd_jax.hardware.work import (
     cache_bytes_per_token,
     decode_work,
     prefill_work,
+    reference_work,
     update_work,
     view_work,
 )
+from tsopsd_jax.learn.reference import abstract_reference
 from tsopsd_jax.learn.update import abstract_state
 from tsopsd_jax.model import Qwen3
 from tsopsd_jax.model.decoding import rollout_view, view_axes
@@ -53,6 +55,11 @@ class Part:
         return sum(self.bytes.values())
 
 
+def added(*works: Work) -> Work:
+    """What several works are together."""
+    return Work(*(sum(x) for x in zip(*works, strict=True)))
+
+
 def tree_bytes(tree: PyTree) -> int:
     """Bytes on each device of abstract arrays with their shardings."""
     leaves = jax.tree.leaves(tree)
@@ -71,6 +78,7 @@ class Case:
         max_prompt_tokens: width of the prompts.
         platform: `tpu` or `gpu`.
         chip: what a device can do.
+        reference_model: of the phase's reference, where that is another model.
     """
 
     names: tuple[str, ...]
@@ -81,6 +89,7 @@ class Case:
     max_prompt_tokens: int
     platform: str
     chip: Chip
+    reference_model: Qwen3 | None = None
 
     @property
     def split(self) -> Split:
@@ -111,7 +120,10 @@ class Case:
     @functools.cached_property
     def resident(self) -> dict[str, int]:
         """What lies on a device throughout."""
-        return {"parameters": tree_bytes(self.state.params), "optimizer": tree_bytes(self.state.opt_state)}
+        found = {"parameters": tree_bytes(self.state.params), "optimizer": tree_bytes(self.state.opt_state)}
+        if self.phase.reference is not None:
+            found["reference"] = tree_bytes(abstract_reference(self.reference_model or self.model, self.mesh))
+        return found
 
     @functools.cached_property
     def view_bytes(self) -> int:
@@ -191,6 +203,9 @@ class Case:
             ),
             "update": update_work(c, split, self.update_shape(pieces)),
         }
+        if self.phase.reference is not None:
+            other = (self.reference_model or self.model).config
+            found["update"] = added(found["update"], reference_work(other, split, self.update_shape(pieces)))
         if not self.one_program:
             return found
-        return {"reheat_step": Work(*(sum(x) for x in zip(*found.values(), strict=True)))}
+        return {"reheat_step": added(*found.values())}

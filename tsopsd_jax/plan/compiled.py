@@ -57,9 +57,9 @@ def compile_parts(case: Case, programs: CompiledPrograms, *, limit_bytes: int) -
             f"{case.names[0]}: whole step", updater.lowered_reheat_step(updater.reheat_step(STOP_IDS))
         )
         loops[STEPS] = case.phase.max_response_tokens
-        return [_measured(estimated["reheat_step"], case, step, inside=("parameters", "optimizer"), loops=loops)]
+        return [_measured(estimated["reheat_step"], case, step, inside=tuple(case.resident), loops=loops)]
     sampling = _sampling(case, programs, estimated)
-    inside = ("parameters", "optimizer", "gradients")
+    inside = (*case.resident, "gradients")
     update = _update(case, programs, pieces)
     return [*sampling, _measured(estimated["update"], case, update, inside=inside, loops=loops)]
 
@@ -96,7 +96,14 @@ def _sampling(case: Case, programs: CompiledPrograms, estimated: dict[str, Part]
 
 def _updater(case: Case, pieces: int) -> Updater:
     phase = dataclasses.replace(case.phase, micro_batches=pieces, tile_tokens=case.tile_tokens)
-    return Updater(case.model, phase, case.mesh, max_prompt_tokens=case.max_prompt_tokens, limit_bytes=None)
+    return Updater(
+        case.model,
+        phase,
+        case.mesh,
+        max_prompt_tokens=case.max_prompt_tokens,
+        limit_bytes=None,
+        reference_model=case.reference_model,
+    )
 
 
 def _update(case: Case, programs: CompiledPrograms, pieces: int) -> Compiled:

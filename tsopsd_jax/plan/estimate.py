@@ -5,7 +5,7 @@ scattered; activations summed over `tensor`; gradients over `data`. Temporaries 
 the compiler's own figures for TPUs show them.
 """
 
-from tsopsd_jax.hardware.work import cache_bytes_per_token, layer_weights, model_weights
+from tsopsd_jax.hardware.work import UpdateShape, cache_bytes_per_token, layer_weights, model_weights
 from tsopsd_jax.plan.case import Case, Part
 from tsopsd_jax.plan.collectives import Moved
 
@@ -109,6 +109,9 @@ def update(case: Case, pieces: int) -> dict[str, int]:
     # gathered weights; the unembedding gathered, and its gradient in float32; a tile's logits and their gradient.
     temporaries = (pieces > 1) * gradients + saved + 2 * inside + 2 * layer
     temporaries += unembed * (case.itemsize + 4) + 2 * tile
+    if phase.reference is not None:  # its logits of a tile, and its unembedding gathered
+        other = (case.reference_model or case.model).config
+        temporaries += tile + other.hidden_size * other.vocab_size / t * case.itemsize
     return case.resident | {"gradients": gradients, "temporaries": int(temporaries)}
 
 
@@ -120,10 +123,25 @@ def _update_moved(case: Case, pieces: int) -> list[Moved]:
     hidden = u.rows / split.rows * u.width * c.hidden_size * case.itemsize
     shard = 4 * model_weights(c) / (split.fsdp * split.tensor)
     return [
+        *_reference_moved(case, u),
         *_ring("all-gather", "fsdp", split.fsdp, layer, n * layers * (2 + again)),
         *_ring("all-gather", "fsdp", split.fsdp, unembed * case.itemsize, n),
         *_ring("reduce-scatter", "fsdp", split.fsdp, layer, n * layers),
         *_ring("reduce-scatter", "fsdp", split.fsdp, unembed * 4, n),
         *_ring("all-reduce", "tensor", split.tensor, hidden, n * layers * (4 + again)),
         *_ring("all-reduce", "data", split.data, shard, n),
+    ]
+
+
+def _reference_moved(case: Case, u: UpdateShape) -> list[Moved]:
+    """Of the reference's forward pass: its weights gathered, its activations summed."""
+    if case.phase.reference is None:
+        return []
+    c, split, n = (case.reference_model or case.model).config, case.split, u.micro_batches
+    layer, unembed = layer_weights(c) / split.tensor, c.hidden_size * c.vocab_size / split.tensor
+    hidden = u.rows / split.rows * u.width * c.hidden_size * case.itemsize
+    return [
+        *_ring("all-gather", "fsdp", split.fsdp, layer * case.itemsize, n * c.num_hidden_layers),
+        *_ring("all-gather", "fsdp", split.fsdp, unembed * case.itemsize, n),
+        *_ring("all-reduce", "tensor", split.tensor, hidden, n * c.num_hidden_layers * 2),
     ]

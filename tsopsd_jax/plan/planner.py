@@ -9,15 +9,18 @@ from jax.sharding import AbstractMesh, AxisType
 
 from tsopsd_jax.config import DTYPES, Config, PhaseSettings
 from tsopsd_jax.config.build import check_batches, make_phase
+from tsopsd_jax.config.references import reference_model
 from tsopsd_jax.distributed.sharding import MESH_AXES, AnyMesh, make_mesh, mesh_sizes, tree_shardings
 from tsopsd_jax.hardware.work import Lengths, Split
 from tsopsd_jax.learn.micro_batches import choose_micro_batches
 from tsopsd_jax.model import Qwen3, Qwen3Config
+from tsopsd_jax.model.packaged import model_directory
 from tsopsd_jax.plan import estimate
 from tsopsd_jax.plan.case import Case, Part
 from tsopsd_jax.plan.compiled import CompiledPrograms, compile_parts
 from tsopsd_jax.plan.roofline import LIKELY, Seconds, Shares, seconds
 from tsopsd_jax.plan.topologies import Topology
+from tsopsd_jax.train.phase import START
 
 COMPILED_MESHES = 3
 """Of the meshes that a search ranks by formula, so many of the best are compiled."""
@@ -146,9 +149,12 @@ def _case(
     on = None if isinstance(mesh, AbstractMesh) else mesh
     model = Qwen3(shape, compute_dtype=DTYPES[config.model.compute_dtype], remat=config.model.remat, mesh=on)
     tree_shardings(model.param_axes(), model.param_shapes(), mesh)
-    return Case(
-        names, make_phase(settings), model, mesh, found, config.data.max_prompt_tokens, topology.platform, topology.chip
-    )
+    phase, other = make_phase(settings), None
+    if phase.reference not in (None, START):
+        other = reference_model(model_directory(phase.reference), model)
+        tree_shardings(other.param_axes(), other.param_shapes(), mesh)
+    widest, platform, chip = config.data.max_prompt_tokens, topology.platform, topology.chip
+    return Case(names, phase, model, mesh, found, widest, platform, chip, other)
 
 
 def _alike(config: Config) -> list[list[PhaseSettings]]:

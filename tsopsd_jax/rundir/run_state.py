@@ -50,7 +50,7 @@ class RunState(NamedTuple):
     leftover: Groups | None = None
     """Groups that dynamic sampling left for the next step."""
     start: PyTree | None = None
-    """The phase's start policy, where the phase measures how far it has moved."""
+    """The copy of the policy that is the phase's reference: as it was at the phase's start, or when it was last renewed."""
 
     @property
     def step(self) -> int:

@@ -50,7 +50,6 @@ class StepFacts(NamedTuple):
     drawn: Drawn
     update: dict[str, float]
     """The update's own metrics."""
-    start_kl_nats: float | None
     verifier_killed: int
     step_s: float
     perf: dict[str, float]
@@ -104,8 +103,6 @@ def step_line(phase: str, run: RunState, seen: StepFacts, *, time_s: float) -> d
             "rollout/programs": drawn.engine.programs,
             "learner/useful_fraction": drawn.useful_fraction,
         }
-    if seen.start_kl_nats is not None:
-        line["policy/start_kl_nats"] = seen.start_kl_nats
     return line | {
         ROLLOUT_S: rollout_s,
         JUDGE_S: sum(s.waited_s for s in drawn.scored),

@@ -10,6 +10,9 @@ from tsopsd_jax.objectives import Objective
 from tsopsd_jax.rewards import Verdict, failed_fraction, failure_words
 from tsopsd_jax.rollout import Sampling
 
+START = "start"
+"""The reference of a phase that is a copy of the policy it began with."""
+
 
 class GuardError(RuntimeError):
     """A guard stopped the run to protect the policy; the message says why and what to do."""
@@ -143,12 +146,20 @@ class Phase:
     tile_tokens: int | None
     """Of the head; None: what suits the devices."""
     pack: bool
-    measure_start_kl: bool
     reward: RewardRule | None
     stop: StopRule
     guard: Guard
     learning_rate: optax.Schedule | None = None
     """The optimizer's, to be logged; None: it is not."""
+    reference: str | None = None
+    """The frozen reference that the objective is compared with: START, or the directory of another model; None: it has none."""
+    reference_every_steps: int | None = None
+    """A copy of the policy is taken anew after so many steps; None: at the phase's start alone."""
+
+    def renews_reference(self, phase_step: int) -> bool:
+        """Whether a copy of the policy is taken before the step after `phase_step` steps of the phase."""
+        every = self.reference_every_steps
+        return self.reference == START and (phase_step == 0 or (every is not None and phase_step % every == 0))
 
     @property
     def rows(self) -> int:

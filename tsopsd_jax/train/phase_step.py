@@ -6,7 +6,7 @@ A step that is left in the midst of its rollout, by what `on_progress` raises, h
 
 import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -14,13 +14,13 @@ import numpy as np
 from jaxtyping import Array
 
 from tsopsd_jax.data import Problem, indices
-from tsopsd_jax.distributed import processes
+from tsopsd_jax.distributed import heartbeat, processes
 from tsopsd_jax.distributed.sharding import put, replicated, row_sharding
 from tsopsd_jax.judge.dynamic_sampling import Collected, ShortageError, collect
 from tsopsd_jax.judge.groups import Groups, judge, to_batch
 from tsopsd_jax.judge.scoring import Scored, score_after, score_while
 from tsopsd_jax.learn.micro_batches import device_bytes
-from tsopsd_jax.learn.start_kl import StartKL
+from tsopsd_jax.learn.reference import ReferenceSource
 from tsopsd_jax.learn.update import UpdateOut, distillation_batch
 from tsopsd_jax.metric_names import HELD, SKIPPED
 from tsopsd_jax.model import Qwen3
@@ -29,10 +29,10 @@ from tsopsd_jax.rollout import Engine, Progress, Sampling
 from tsopsd_jax.rundir.run_state import RunState
 from tsopsd_jax.train.metrics import Drawn, StepFacts
 from tsopsd_jax.train.perf import step_perf
-from tsopsd_jax.train.phase import GuardError, Phase
+from tsopsd_jax.train.phase import START, GuardError, Phase
 from tsopsd_jax.train.phase_update import Updater
 from tsopsd_jax.train.task import Task
-from tsopsd_jax.types import Prompts, Rollout
+from tsopsd_jax.types import Prompts, PyTree, Rollout
 
 OnProgress = Callable[[Progress], None]
 
@@ -47,12 +47,22 @@ class Shared(NamedTuple):
     """Of the run, on all devices; a step's is fold_in(key, step)."""
     limit_bytes: int | None
     """Of each device's memory (`learn.micro_batches.device_bytes`)."""
+    references: Mapping[str, ReferenceSource] = {}
+    """Other models that phases are compared with, by their directories."""
 
     @classmethod
-    def of(cls, model: Qwen3, mesh: jax.sharding.Mesh, task: Task, *, seed: int) -> "Shared":
+    def of(
+        cls,
+        model: Qwen3,
+        mesh: jax.sharding.Mesh,
+        task: Task,
+        *,
+        seed: int,
+        references: Mapping[str, ReferenceSource] | None = None,
+    ) -> "Shared":
         """Of a run on the devices of `mesh`; `seed` is that of sampling."""
         key = jax.jit(lambda: jax.random.key(seed), out_shardings=replicated(mesh))()
-        return cls(model, mesh, task, key, device_bytes(mesh))
+        return cls(model, mesh, task, key, device_bytes(mesh), references or {})
 
     def engine(
         self,
@@ -92,15 +102,17 @@ class PhaseStep:
 
     def __init__(self, phase: Phase, shared: Shared):
         self.phase, self.shared, self.task = phase, shared, shared.task
+        self.other = None if phase.reference in (None, START) else shared.references[phase.reference]
+        self._loaded: PyTree | None = None
         self.update = Updater(
             shared.model,
             phase,
             shared.mesh,
             max_prompt_tokens=self.task.max_prompt_tokens,
             limit_bytes=shared.limit_bytes,
+            reference_model=self.other and self.other.model,
         )
         self.engine = shared.engine(phase.sampling, phase.max_response_tokens, phase.rows_at_once or phase.rows)
-        self.start_kl = StartKL(shared.model, pieces=self.update.micro_batches, tile_tokens=self.update.tile_tokens)
         self.program = None
         if phase.reward is None and self.engine.slots >= phase.rows:
             self.program = self.update.reheat_step(self.task.tokenizer.stop_ids)
@@ -119,8 +131,6 @@ class PhaseStep:
         after, rollout, out, drawn = (
             self._in_stages(run, on_progress) if self.program is None else self._in_one_program(run)
         )
-        # How far the policy that drew the rollout is from the phase's start.
-        start_kl = None if after.start is None else self.start_kl.nats(after.start, rollout)
         # In one transfer, and before the next step starts: a stop rule that looks a step late would reheat a step too far.
         update = {name: float(value) for name, value in jax.device_get(out.metrics).items()}
         update = processes.from_first(update)
@@ -130,7 +140,6 @@ class PhaseStep:
         return after, StepFacts(
             drawn=drawn,
             update=update | {f"control/{name}": value for name, value in knobs.items()},
-            start_kl_nats=start_kl,
             verifier_killed=answers_cut_off() - killed,
             step_s=time.monotonic() - began,
             perf=step_perf(self.shared.model, self.shared.mesh, drawn, rollout),
@@ -171,7 +180,8 @@ class PhaseStep:
             rollout = got.groups.rollout
             batch = to_batch(got.groups, normalize_std=rule.normalize_std)
         limit, knobs = self._limit_and_knobs(run)
-        state, out, useful = self.update(run.state, batch, rollout.length, limit, knobs)
+        reference = self._reference(run)
+        state, out, useful = self.update(run.state, batch, rollout.length, limit, knobs, reference)
         drawn = Drawn(scored, judged, got, self.engine, useful, time.monotonic() - updating)
         return after._replace(state=state, leftover=got and got.leftover), rollout, out, drawn
 
@@ -181,7 +191,9 @@ class PhaseStep:
         began = time.monotonic()
         prompts, asked, after = self._next_prompts(run)
         prompts = put(prompts, row_sharding(self.shared.mesh))
-        state, out, on_devices = self.program(run.state, prompts, self.shared.key, *self._limit_and_knobs(run))
+        state, out, on_devices = self.program(
+            run.state, prompts, self.shared.key, *self._limit_and_knobs(run), self._reference(run)
+        )
         rollout: Rollout = jax.device_get(on_devices)
         updated = time.monotonic()
         scored = score_after(rollout, asked, self.task.tokenizer.decode, self.task.rewards)
@@ -244,6 +256,15 @@ class PhaseStep:
         row_id = (np.arange(count * group) + start * group).astype(np.uint32)
         asked = [self.task.problems[int(i)] for i in rows]
         return Prompts(tokens[rows], lengths[rows], row_id), asked, run.at(position=start + count)
+
+    def _reference(self, run: RunState) -> PyTree | None:
+        """Parameters of the phase's reference: the run's copy, or another model's, loaded when it is first asked for."""
+        if self.other is None:
+            return run.start
+        if self._loaded is None:
+            heartbeat.tick(f"loading the reference {self.phase.reference}")
+            self._loaded = self.other.load()
+        return self._loaded
 
     def _knobs(self, run: RunState) -> dict[str, float]:
         """The numbers that the objective turns, as they stand before this step."""

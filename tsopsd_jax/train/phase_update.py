@@ -11,11 +11,12 @@ from tsopsd_jax.distributed.sharding import put, replicated, row_multiple, row_s
 from tsopsd_jax.hardware.tiles import head_tile_on
 from tsopsd_jax.learn.micro_batches import TOKENS_PER_CPU, TOKENS_PER_DEVICE, choose_micro_batches, compile_within
 from tsopsd_jax.learn.packing import pack, useful_fraction
+from tsopsd_jax.learn.reference import abstract_reference
 from tsopsd_jax.learn.update import Update, UpdateOut, abstract_state, make_reheat_step, make_update
 from tsopsd_jax.model import Qwen3
 from tsopsd_jax.rollout import sample
 from tsopsd_jax.train.phase import Phase
-from tsopsd_jax.types import AnyArray, Batch, Prompts, TrainState
+from tsopsd_jax.types import AnyArray, Batch, Prompts, PyTree, TrainState
 
 
 class Updater:
@@ -25,6 +26,7 @@ class Updater:
         model, phase, mesh: what is updated, how, where.
         max_prompt_tokens: the width of a row is this and the phase's longest response.
         limit_bytes: of each device's memory; None: no limit.
+        reference_model: the functions of the phase's reference; None: the policy's.
 
     Attributes:
         state: shapes and shardings of the train state, which it keeps from step to step: a drifting layout would be
@@ -45,7 +47,9 @@ class Updater:
         *,
         max_prompt_tokens: int,
         limit_bytes: int | None,
+        reference_model: Qwen3 | None = None,
     ):
+        self.reference_model = reference_model or model
         self.phase, self.mesh, self.model = phase, mesh, model
         self.max_prompt_tokens = max_prompt_tokens
         self.width = max_prompt_tokens + phase.max_response_tokens
@@ -82,6 +86,7 @@ class Updater:
             micro_batches=micro_batches,
             tile_tokens=self.tile_tokens,
             learning_rate=phase.learning_rate,
+            reference_model=self.reference_model,
         )
 
     def _jit(self, micro_batches: int) -> Any:
@@ -101,19 +106,22 @@ class Updater:
         control = self.phase.objective.control
         return {} if control is None else {name: self._once(np.float32) for name in control.init}
 
+    def _reference(self) -> Any:
+        return abstract_reference(self.reference_model, self.mesh) if self.phase.reference else None
+
     def lowered(self, micro_batches: int | None = None) -> Any:
         """The update of a batch cut into `micro_batches` (None: its own), ready to be compiled; nothing is computed."""
         pieces = micro_batches or self.micro_batches
         fields = [self._of(dtype, self.width) for dtype in (np.int32, bool, np.float32, np.float32)]
         segment = self._of(np.int32, self.width) if self._packs(pieces) else None
         batch = Batch(*fields, segment=segment)
-        return self._jit(pieces).lower(self.state, batch, self._once(np.float32), self._knobs())
+        return self._jit(pieces).lower(self.state, batch, self._once(np.float32), self._knobs(), self._reference())
 
     def lowered_reheat_step(self, step: Any) -> Any:
         """A `reheat_step`, ready to be compiled."""
         prompts = Prompts(self._of(np.int32, self.max_prompt_tokens), self._of(np.int32), self._of(np.uint32))
         key = self._once(jax.eval_shape(lambda: jax.random.key(0)).dtype)
-        return step.lower(self.state, prompts, key, self._once(np.float32), self._knobs())
+        return step.lower(self.state, prompts, key, self._once(np.float32), self._knobs(), self._reference())
 
     def reheat_step(self, stop_ids: tuple[int, ...]) -> Any:
         """The whole step of a phase without rewards as one jitted function; see `learn.update.make_reheat_step`."""
@@ -136,17 +144,18 @@ class Updater:
         length: AnyArray,
         hold_above_nats: jax.Array,
         knobs: Mapping[str, jax.Array],
+        reference: PyTree | None = None,
     ) -> tuple[TrainState, UpdateOut, float]:
         """(state after, what the update reports, share of the computed positions that hold a token). `state` is consumed.
 
         Args:
             batch: one sequence a row; its tokens, prompt and response, are `length` [B].
-            hold_above_nats, knobs: see `learn.update.make_update`.
+            hold_above_nats, knobs, reference: see `learn.update.make_update`.
         """
         if self.packs:
             batch = pack(batch, np.asarray(length), micro_batches=self.micro_batches)
         useful = useful_fraction(batch, np.asarray(length), micro_batches=self.micro_batches)
         batch = put(batch, row_sharding(self.mesh))
-        state, out = self._jit(self.micro_batches)(state, batch, hold_above_nats, knobs)
+        state, out = self._jit(self.micro_batches)(state, batch, hold_above_nats, knobs, reference)
         jax.block_until_ready(out)
         return state, out, useful

@@ -15,7 +15,7 @@ import numpy as np
 
 from tsopsd_jax.distributed import heartbeat, processes
 from tsopsd_jax.distributed.sharding import put, replicated
-from tsopsd_jax.learn.start_kl import start_policy
+from tsopsd_jax.learn.reference import start_policy
 from tsopsd_jax.learn.update import abstract_state, fresh_optimizer_state
 from tsopsd_jax.metric_names import ENTROPY, SKIPPED
 from tsopsd_jax.rewards import failure_words
@@ -158,6 +158,7 @@ class Trainer:
             if self._evaluate():  # also where a run goes on that was stopped while it evaluated
                 self._leave("took no step after")
             self.checkpoints.check()
+            self._renew_reference(phase)
             heartbeat.tick(f"step {self.run_state.step + 1}")
             with self.profile.step(self.run_state.step + 1):
                 self.run_state, seen = step(self.run_state, self._between_segments)
@@ -182,9 +183,14 @@ class Trainer:
             like = abstract_state(self.shared.model, phase.optimizer, self.shared.mesh)
             opt_state = fresh_optimizer_state(phase.optimizer, like, run.state.params)
             run = run._replace(state=dataclasses.replace(run.state, opt_state=opt_state))
-        if phase.measure_start_kl and run.start is None:
-            run = run._replace(start=start_policy(self.shared.model, run.state.params))
         self.run_state = run
+
+    def _renew_reference(self, phase: Phase) -> None:
+        """Copy the policy before the steps that ask for it. (A step that was left and is taken again asks again, and gets the
+        same copy: a run that resumes goes on as one that did not stop.)"""
+        if phase.renews_reference(self.progress.phase_step):
+            self.run_state = self.run_state._replace(start=None)  # two copies might not fit
+            self.run_state = self.run_state._replace(start=start_policy(self.shared.model, self.state.params))
 
     def _between_segments(self, progress: Any) -> None:
         """Show a rollout, and leave it if that is asked: a step that was not finished has changed nothing."""
