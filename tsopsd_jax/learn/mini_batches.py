@@ -1,4 +1,4 @@
-"""Several updates of one rollout: its batch cut into mini-batches of whole groups, and what the updates report together."""
+"""Several updates of one rollout: its batch cut into mini-batches of whole groups, and what the updates report."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -14,6 +14,7 @@ from tsopsd_jax.metric_names import (
     LOGP_GAP_MEAN,
     RATIO_OUTSIDE,
     SKIPPED,
+    UPDATES,
 )
 from tsopsd_jax.types import Batch
 
@@ -28,8 +29,8 @@ def mini_batch_rows(
 ) -> Iterator[Int[np.ndarray, " rows"]]:
     """Choose the rows of each update of a rollout, one mini-batch after the other: whole groups, each once in a pass.
 
-    A pass's order of the groups is a permutation that (seed, step, pass) decides, the same in every process. A pass of one
-    update takes the rows as they stand.
+    A pass's order of the groups is a permutation that (seed, step, pass) decides, the same in every process. A pass of
+    one update takes the rows as they stand.
 
     Args:
         groups, responses: of the rollout: a group's `responses` rows lie side by side.
@@ -61,11 +62,11 @@ class Reported(NamedTuple):
 def together(updates: Sequence[Reported]) -> dict[str, float]:
     """Sum up the metrics of a rollout's updates as those of one step.
 
-    A metric is the mean over the updates: sum of value x weight / sum of weights, so that a mean over tokens is one over the
-    tokens of all updates; what is no mean (the gradient's norm, the learning rate) has the weight 1. Updates that were not
-    finite are left out of the means, unless all were. Three exceptions: `OF_THE_SAMPLER` is the first update's;
-    `optim/skipped` is a count; and each `policy/NAME` of the last update is added as `last_update/NAME`, where the ratio
-    is furthest from 1. A single update's metrics stay as they are.
+    A metric is the mean over the updates: sum of value x weight / sum of weights, so that a mean over tokens is one over
+    the tokens of all updates; what is no mean (the gradient's norm, the learning rate) has the weight 1. Updates that
+    were not finite are left out of the means, unless all were. Exceptions: `OF_THE_SAMPLER` is the first update's,
+    `optim/skipped` a count. Added are the number of updates, and each `policy/NAME` of the last update as
+    `last_update/NAME`: there the ratio is furthest from 1. A single update's metrics stay as they are.
     """
     first, last = updates[0].metrics, updates[-1].metrics
     if len(updates) == 1:
@@ -78,5 +79,5 @@ def together(updates: Sequence[Reported]) -> dict[str, float]:
         return total / max(sum(weights), 1.0)
 
     found = {name: first[name] if name in OF_THE_SAMPLER else mean(name) for name in first}
-    found[SKIPPED] = sum(update.metrics[SKIPPED] for update in updates)
+    found |= {SKIPPED: sum(update.metrics[SKIPPED] for update in updates), UPDATES: len(updates)}
     return found | {LAST + name.removeprefix(POLICY): x for name, x in last.items() if name.startswith(POLICY)}

@@ -23,8 +23,8 @@ MICRO_BATCHES = "micro_batches"
 
 
 class UpdateOut(NamedTuple):
-    """What an update reports: scalars named `group/name_unit`; `finite` is False where the update was skipped; `weights` are
-    the counts of the metrics that are means, by which the means of several updates are added."""
+    """What an update reports: scalars named `group/name_unit`; `finite` is False where the update was skipped;
+    `weights` are the counts of those metrics that are means, by which the means of several updates are joined."""
 
     metrics: dict[str, Float[Array, ""]]
     finite: Array

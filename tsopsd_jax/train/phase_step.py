@@ -125,6 +125,7 @@ class PhaseStep:
         knobs = self._knobs(run)
         if self.phase.objective.control is not None:
             after = after.at(knobs=updates.knobs)
+        passes = len(updates.skipped) / self.phase.updates_per_rollout
         return after, StepFacts(
             drawn=drawn,
             update=updates.metrics | {f"control/{name}": value for name, value in knobs.items()},
@@ -132,7 +133,7 @@ class PhaseStep:
             start_kl_nats=start_kl,
             verifier_killed=answers_cut_off() - killed,
             step_s=time.monotonic() - began,
-            perf=step_perf(self.shared.model, self.shared.mesh, drawn, rollout),
+            perf=step_perf(self.shared.model, self.shared.mesh, drawn, rollout, passes=passes),
         )
 
     # ---------------------------------------------------------------- compiling

@@ -1,4 +1,4 @@
-"""What follows a rollout: one update of its whole batch, or several of mini-batches, with the objective's knobs between them."""
+"""What follows a rollout: one update of its whole batch, or several of mini-batches, knobs turned in between."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
@@ -68,11 +68,11 @@ def take_updates(
     control: Control | None,
     mesh: jax.sharding.Mesh,
 ) -> tuple[TrainState, Learnt, float]:
-    """Take all updates of a rollout: (state one step on, what they report, share of the computed positions that hold a token).
+    """Take all updates of a rollout: (state, what they report, share of the computed positions that hold a token).
 
     `state` is consumed. Its step counts rollouts and rises by one. The limit of the entropy is the first update's alone:
-    only there is the policy measured on responses of its own. Where it holds no other update follows, so that the policy
-    kept is the policy measured.
+    only there is the policy measured on responses of its own. Where it holds no other update follows, so that the
+    policy kept is the policy measured.
 
     Args:
         batch: of the whole rollout, a sequence a row; its tokens are `length` [B].
