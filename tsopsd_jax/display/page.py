@@ -23,9 +23,9 @@ from tsopsd_jax.metric_names import (
     REWARD,
     ROLLOUT_S,
     SKIPPED,
-    UPDATES,
     TOKENS,
     TOKENS_PER_S,
+    UPDATES,
 )
 from tsopsd_jax.rundir import files
 from tsopsd_jax.rundir.log import read_evaluations, read_metrics, read_samples

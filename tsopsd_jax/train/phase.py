@@ -78,8 +78,8 @@ class Guard:
     `max_start_entropy_nats`: the phase refuses to start on a policy at or above it (the reheater diverges on a policy
     that is not collapsed: paper, appendix C). `runaway_entropy_nats`: entropy at or above it stops the run (appendix D).
     `max_skipped_in_row`: so many consecutive non-finite updates stop it (of a step's updates, those at its end).
-    `max_reward_failed_fraction`: so does a batch of responses of which more have no reward, since a function of one's own
-    failed; nothing is learnt from that batch.
+    `max_reward_failed_fraction`: so does a batch of responses of which more have no reward, since a function of one's
+    own failed; nothing is learnt from that batch.
     """
 
     max_start_entropy_nats: float | None = None
@@ -171,9 +171,9 @@ class Phase:
 
     @property
     def sampler_selects(self) -> bool:
-        """Whether the sampler's log-probabilities are those that the objective's `select` reads, up to rounding: it reads no
-        other statistic, one update follows a rollout, all rows are that rollout's (no groups kept from the step before), and
-        they are drawn from the policy at its policy temperature (top_p 1, top_k 0)."""
+        """Whether the sampler's log-probabilities are those that the objective's `select` reads, up to rounding: it reads
+        no other statistic, one update follows a rollout, all rows are that rollout's (no groups kept from the step
+        before), and they are drawn from the policy at its policy temperature (top_p 1, top_k 0)."""
         objective, t, rule = self.objective, self.objective.policy_temperature, self.reward
         keeps = rule is not None and rule.max_generation_batches > 0 and rule.surplus == "keep"
         reads_logp = objective.select is not None and objective.select_reads == ("logp",)
@@ -196,8 +196,8 @@ class Phase:
             )
 
     def hold_above_nats(self, phase_step: int) -> float:
-        """Entropy from which step `phase_step` (from 1) measures the policy at its first update and changes nothing, because
-        the phase will be refused, stopped or complete on it; infinity: never."""
+        """Entropy from which step `phase_step` (from 1) measures the policy at its first update and changes nothing,
+        because the phase will be refused, stopped or complete on it; infinity: never."""
         limits = [self.guard.runaway_entropy_nats]
         if phase_step == 1:
             limits.append(self.guard.max_start_entropy_nats)

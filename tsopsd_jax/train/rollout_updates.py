@@ -70,9 +70,9 @@ def take_updates(
 ) -> tuple[TrainState, Learnt, float]:
     """Take all updates of a rollout: (state, what they report, share of the computed positions that hold a token).
 
-    `state` is consumed. Its step counts rollouts and rises by one. The limit of the entropy is the first update's alone:
-    only there is the policy measured on responses of its own. Where it holds no other update follows, so that the
-    policy kept is the policy measured.
+    `state` is consumed. Its step counts rollouts and rises by one. The limit of the entropy is the first update's
+    alone: only there is the policy measured on responses of its own. Where it holds no other update follows, so that
+    the policy kept is the policy measured.
 
     Args:
         batch: of the whole rollout, a sequence a row; its tokens are `length` [B].
