@@ -239,6 +239,8 @@ EFFECTS: dict[str, tuple] = {
     "phases[].stop.window_steps": ("4", rule("stop", "window_steps")),
     "phases[].prompts_per_step": ("8", phase("prompts_per_step")),
     "phases[].responses_per_prompt": ("8", phase("responses_per_prompt")),
+    "phases[].updates_per_rollout": ("2", phase("updates_per_rollout")),
+    "phases[].passes_per_rollout": ("3", phase("passes_per_rollout")),
     "phases[].max_response_tokens": ("8", lambda run: (run.phases[0].max_response_tokens, run.phases[0].reward)),
     "phases[].outcome": ("collapsed", phase("outcome")),
     "phases[].sampling.sampling_temperature": ("0.7", phase("sampling"), "phases.0.objective.name=ts_opsd"),

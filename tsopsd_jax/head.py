@@ -38,6 +38,7 @@ from tsopsd_jax.head_tiles import (
     tiling_for,
 )
 from tsopsd_jax.logit_stats import LibraryStats, VocabStats
+from tsopsd_jax.metric_names import LOGP_GAP_MEAN, RATIO_OUTSIDE
 from tsopsd_jax.types import Batch, LossOutput, Mean
 
 TILES = "head_tiles"
@@ -123,8 +124,8 @@ def measure(loss: Loss, stats: dict[str, Array], batch: Batch) -> Measured:
         gap = jnp.max(jnp.where(batch.mask, apart, 0.0))
         outside = jnp.abs(jnp.expm1(stats["logp"] - batch.old_logp)) > RATIO_MARGIN
         mean = {
-            "rollout/logp_gap_mean_nats": Mean.of(apart, batch.mask),
-            "rollout/ratio_outside_fraction": Mean.of(outside.astype(jnp.float32), batch.mask),
+            LOGP_GAP_MEAN: Mean.of(apart, batch.mask),
+            RATIO_OUTSIDE: Mean.of(outside.astype(jnp.float32), batch.mask),
         }
         out = LossOutput(out.loss, out.metrics | mean)
     return Measured(out, gap)

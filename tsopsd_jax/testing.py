@@ -206,7 +206,8 @@ def _check_select(objective: Objective, toy: Toy) -> Toy:
     def of(z, batch: Batch, reference_z: Any):
         found = objective.stats(*stats_arguments(z, batch, reference_z))
         by_row = {name: x.reshape(batch.tokens.shape) for name, x in found.items()}
-        return select({k: jax.numpy.where(batch.mask, x, jax.numpy.zeros_like(x)) for k, x in by_row.items()}, batch)
+        by_row = {k: jax.numpy.where(batch.mask, x, jax.numpy.zeros_like(x)) for k, x in by_row.items()}
+        return select(objective.read(by_row), batch)
 
     def selected(toy: Toy) -> Batch:
         with _named(objective.stats, select):

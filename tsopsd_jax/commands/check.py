@@ -71,8 +71,9 @@ def takes(parts: Parts) -> list[str]:
     for phase in parts.phases:
         batches = 1 if phase.reward is None else max(1, phase.reward.max_generation_batches)
         most = f", up to {batches} times" if batches > 1 else ""
+        updates = f", {phase.updates_per_step} updates" if phase.updates_per_step > 1 else ""
         lines.append(
             f"{phase.name}: {phase.prompts_per_step} x {phase.responses_per_prompt} responses a step{most}, of at most "
-            f"{phase.max_response_tokens} tokens; until {phase.stop.words()}"
+            f"{phase.max_response_tokens} tokens{updates}; until {phase.stop.words()}"
         )
     return lines

@@ -102,11 +102,21 @@ def _phases(phases: Sequence[PhaseSettings], steps: Mapping[str, int]) -> str:
             " ".join([phase.objective.name, _words(phase.objective.hyperparameters)]).strip(),
             str(steps[phase.name]),
             f"{phase.prompts_per_step} prompts x {phase.responses_per_prompt} responses of at most "
-            f"{phase.max_response_tokens} tokens",
+            f"{phase.max_response_tokens} tokens" + _updates(phase),
             _words(vars(phase.optimizer)),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _updates(phase: PhaseSettings) -> str:
+    """How many updates follow a rollout, where it is not one."""
+    updates, passes = phase.updates_per_rollout, phase.passes_per_rollout
+    return (
+        ""
+        if updates * passes == 1
+        else f", {updates * passes} updates" + (f" in {passes} passes" if passes > 1 else "")
+    )
 
 
 def _words(values: Mapping[str, Any]) -> str:

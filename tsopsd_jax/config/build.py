@@ -111,6 +111,8 @@ def _phase(phase: PhaseSettings) -> Phase:
         max_response_tokens=phase.max_response_tokens,
         prompts_per_step=phase.prompts_per_step,
         responses_per_prompt=phase.responses_per_prompt,
+        updates_per_rollout=phase.updates_per_rollout,
+        passes_per_rollout=phase.passes_per_rollout,
         rows_at_once=phase.rows_at_once,
         micro_batches=phase.micro_batches,
         tile_tokens=phase.chunk_tokens,
@@ -221,7 +223,8 @@ def check_batches(config: Config, mesh: AnyMesh) -> None:
         rows = phase.prompts_per_step * phase.responses_per_prompt
         for what, count in (
             ("rows of a step", rows),
-            ("rows of a micro-batch", rows // (phase.micro_batches or 1)),
+            ("rows of an update", rows // phase.updates_per_rollout),
+            ("rows of a micro-batch", rows // phase.updates_per_rollout // (phase.micro_batches or 1)),
         ):
             if count % multiple:
                 raise ValueError(

@@ -146,7 +146,7 @@ class OptimizerSettings:
     learning_rate: float
     """[P: 2e-6 RL, 1e-6 OPSD]"""
     warmup_steps: int = 0
-    """[P: 10 in RL; constant in OPSD]"""
+    """Updates over which the rate rises [P: 10 in RL; constant in OPSD]"""
     weight_decay: float = 0.0
     """[P: 0.1 in RL]"""
     clip_norm: float = 1.0
@@ -188,6 +188,10 @@ class PhaseSettings:
     """[P: 8 RL]"""
     max_response_tokens: int
     """[P: 8192 RL, 4096 OPSD]"""
+    updates_per_rollout: int = 1
+    """Updates of each pass over a step's rollout, each of a mini-batch of whole groups [P: 1; D: 16]"""
+    passes_per_rollout: int = 1
+    """Passes over a step's rollout, each in an order of its own."""
     outcome: str | None = None
     """Label of the policy after the phase, in evaluations."""
     sampling: Sampling = field(default_factory=Sampling)
@@ -199,7 +203,7 @@ class PhaseSettings:
     rows_at_once: int | None = None
     """Slots: responses decoded side by side; one that ends makes room for the next. null: all of the step's."""
     micro_batches: int | None = None
-    """Pieces of the update; changes memory, not the result. null: what the devices' memory asks for, none with more
+    """Pieces of each update; changes memory, not the result. null: what the devices' memory asks for, none with more
     than 16,384 tokens a device (2,048 on a CPU)."""
     chunk_tokens: int | None = None
     """Tokens whose logits exist at once, on each device. null: what suits the device (`hardware.tiles`), 1,024 on a CPU."""
@@ -220,16 +224,24 @@ class PhaseSettings:
             "prompts_per_step",
             "responses_per_prompt",
             "max_response_tokens",
+            "updates_per_rollout",
+            "passes_per_rollout",
             "micro_batches",
             "chunk_tokens",
         ):
             if vars(self)[name] is not None and vars(self)[name] < 1:
                 raise ValueError(f"{name} must be at least 1, got {vars(self)[name]}")
-        rows = self.prompts_per_step * self.responses_per_prompt
+        if self.prompts_per_step % self.updates_per_rollout:
+            raise ValueError(
+                f"updates_per_rollout {self.updates_per_rollout} does not divide prompts_per_step "
+                f"{self.prompts_per_step}: each update takes as many whole groups; choose a divisor"
+            )
+        prompts = self.prompts_per_step // self.updates_per_rollout
+        rows, whose = prompts * self.responses_per_prompt, "step" if self.updates_per_rollout == 1 else "update"
         if rows % (self.micro_batches or 1):
             raise ValueError(
-                f"micro_batches {self.micro_batches} does not divide the step's {rows} rows "
-                f"({self.prompts_per_step} prompts x {self.responses_per_prompt} responses); choose a divisor"
+                f"micro_batches {self.micro_batches} does not divide the {whose}'s {rows} rows "
+                f"({prompts} prompts x {self.responses_per_prompt} responses); choose a divisor"
             )
         if self.rows_at_once is not None and self.rows_at_once < 1:
             raise ValueError(f"rows_at_once must be at least 1, got {self.rows_at_once}")

@@ -25,12 +25,13 @@ from tsopsd_jax.metric_names import (
     SKIPPED,
     TOKENS,
     TOKENS_PER_S,
+    UPDATES,
 )
 from tsopsd_jax.rundir import files
 from tsopsd_jax.rundir.log import read_evaluations, read_metrics, read_samples
 from tsopsd_jax.rundir.status import read_status
 
-KEYS = (ENTROPY, REWARD, ACCURACY, GRAD_NORM, LENGTH, TOKENS, TOKENS_PER_S, ROLLOUT_S, SKIPPED, "time_s")
+KEYS = (ENTROPY, REWARD, ACCURACY, GRAD_NORM, LENGTH, TOKENS, TOKENS_PER_S, ROLLOUT_S, SKIPPED, UPDATES, "time_s")
 
 MAX_ROWS = 200
 MAX_CONFIG_CHARACTERS = 60_000
@@ -63,7 +64,7 @@ def write_report(run_dir: str | Path, out: Path | None = None) -> Path:
     page = string.Template(template).substitute(
         title=escape(run_dir.resolve().name),
         headline=_headline(config),
-        status=run_status.banner(status, skipped=_total(metrics, SKIPPED), steps=len(metrics.step)),
+        status=run_status.banner(status, skipped=_total(metrics, SKIPPED), updates=_updates(metrics)),
         facts=_facts(metrics),
         phases=_phase_table(metrics, plan, colours, status),
         plots=draw_panels(metrics.step, _panels(metrics, _thresholds(plan)), metrics.segments, colours),
@@ -197,7 +198,7 @@ def _facts(metrics: Metrics) -> str:
         ("Tokens sampled", count(tokens) if tokens > 0 else ""),
         ("Entropy, nats", _ends(columns[ENTROPY], ".3f")),
         ("Training accuracy, %", _ends(columns[ACCURACY], ".1f", 100)),
-        ("Updates skipped", f"{_total(metrics, SKIPPED)} of {len(metrics.step):,}"),
+        ("Updates skipped", f"{_total(metrics, SKIPPED)} of {_updates(metrics):,}"),
     ]
     return "".join(f"<div><dt>{name}</dt><dd>{value or '&ndash;'}</dd></div>" for name, value in facts)
 
@@ -226,6 +227,12 @@ def _phase_colours(segments: Sequence[Stretch], plan: Mapping[str, Mapping[str, 
 
 def _total(metrics: Metrics, name: str) -> int:
     return int(np.nansum(metrics.columns[name]))
+
+
+def _updates(metrics: Metrics) -> int:
+    """Updates of all steps: one where a step does not say."""
+    said = metrics.columns[UPDATES]
+    return int(np.sum(np.where(np.isfinite(said), said, 1)))
 
 
 def _phase_table(

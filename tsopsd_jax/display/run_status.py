@@ -18,7 +18,7 @@ GOOD, BAD = (RUNNING, ENDED, STOPPED), (GUARD, FAILED)
 MAX_STARTS = 50
 
 
-def banner(status: Mapping[str, Any], *, skipped: int, steps: int) -> str:
+def banner(status: Mapping[str, Any], *, skipped: int, updates: int) -> str:
     """Say how the run stands, and warn where updates were skipped."""
     state, lines = status.get("state"), []
     if state in WORDS:
@@ -26,9 +26,9 @@ def banner(status: Mapping[str, Any], *, skipped: int, steps: int) -> str:
         reason = f": {status['reason']}" if status.get("reason") else ""
         lines.append(f'<p class="status{" bad" if state in BAD else ""}">{escape(words + reason)}</p>')
     if skipped:
-        which = "Every update was" if skipped == steps else f"{skipped:,} of {steps:,} updates were"
+        which = "Every update was" if skipped == updates else f"{skipped:,} of {updates:,} updates were"
         text = f"{which} skipped, because the gradient was not finite: the policy did not change there."
-        lines.append(f'<p class="status{" bad" if 10 * skipped > steps else ""}">{text}</p>')
+        lines.append(f'<p class="status{" bad" if 10 * skipped > updates else ""}">{text}</p>')
     return "\n".join(lines)
 
 

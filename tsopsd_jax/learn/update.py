@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from tsopsd_jax.distributed.sharding import AnyMesh, replicated, tree_shardings
 from tsopsd_jax.head import Reference, batch_loss, batch_stats
 from tsopsd_jax.head_tiles import TILE_TOKENS
-from tsopsd_jax.metric_names import ENTROPY, GRAD_NORM, HELD, LOSS, SKIPPED
+from tsopsd_jax.metric_names import ENTROPY, GRAD_NORM, HELD, LOGP_GAP_MAX, LOSS, SKIPPED
 from tsopsd_jax.model.qwen3 import Qwen3
 from tsopsd_jax.objectives import Objective
 from tsopsd_jax.types import Batch, Prompts, PyTree, Rollout, TrainState
@@ -23,10 +23,12 @@ MICRO_BATCHES = "micro_batches"
 
 
 class UpdateOut(NamedTuple):
-    """What an update reports: scalars named `group/name_unit`; `finite` is False where the update was skipped."""
+    """What an update reports: scalars named `group/name_unit`; `finite` is False where the update was skipped;
+    `weights` are the counts of those metrics that are means, by which the means of several updates are joined."""
 
     metrics: dict[str, Float[Array, ""]]
     finite: Array
+    weights: dict[str, Float[Array, ""]]
 
 
 Update = Callable[..., tuple[TrainState, UpdateOut]]
@@ -247,6 +249,7 @@ def make_update(
     tile_tokens: int = TILE_TOKENS,
     learning_rate: optax.Schedule | None = None,
     reference_model: Qwen3 | None = None,
+    sampler_selects: bool = False,
 ) -> Update:
     """Make update(state, batch, hold_above_nats=inf, knobs={}, reference=None) -> (state, UpdateOut): pure, to be jitted with a
     donated state.
@@ -263,6 +266,8 @@ def make_update(
         tile_tokens: tokens whose logits exist at once, on each device.
         learning_rate: the optimizer's own, to be reported by the update.
         reference_model: the functions of the frozen reference; None: those of `model`.
+        sampler_selects: `select` is given the sampler's `logp` in place of a forward pass. Right for an objective whose
+            `select_reads` is `logp` alone, if the policy of the update drew the rows at its policy temperature.
     """
     gradient = make_gradient(model, objective, micro_batches=micro_batches, tile_tokens=tile_tokens)
     cut = {"micro_batches": micro_batches, "tile_tokens": tile_tokens}
@@ -281,8 +286,11 @@ def make_update(
             )
         frozen = None if reference is None else ReferencePolicy(reference_model or model, reference)
         if objective.select is not None:
-            found = whole_stats(model, state.params, batch, objective, reference=frozen, **cut)
-            batch = objective.select(found, batch)
+            if sampler_selects:
+                found = {"logp": batch.old_logp}
+            else:
+                found = whole_stats(model, state.params, batch, objective, reference=frozen, **cut)
+            batch = objective.select(objective.read(found), batch)
         if batch.tokens.shape[0] % micro_batches:
             raise ValueError(f"{batch.tokens.shape[0]} rows do not split into {micro_batches} micro-batches")
         grads, out, gap = gradient(state.params, batch, frozen)
@@ -303,13 +311,14 @@ def make_update(
             GRAD_NORM: norm,
             SKIPPED: 1.0 - finite.astype(jnp.float32),
             HELD: held.astype(jnp.float32),
-            "rollout/logp_gap_max_nats": gap,
+            LOGP_GAP_MAX: gap,
             "loss/tokens": out.loss.count,
         }
         if learning_rate is not None:
             (_, count), *_ = optax.tree.get_all_with_path(state.opt_state, "count")
             metrics["optim/learning_rate"] = learning_rate(count)
-        return TrainState(state.step + 1, params, opt_state), UpdateOut(metrics, finite)
+        weights = {name: mean.count for name, mean in out.metrics.items()} | {LOSS: out.loss.count}
+        return TrainState(state.step + 1, params, opt_state), UpdateOut(metrics, finite, weights)
 
     return update
 

@@ -46,6 +46,8 @@ class Objective(NamedTuple):
         micro-batches: for weights or advantages that depend on a quantile, a covariance or a mean over all tokens. It sets
         `weight` or `advantage`, or adds scalars to `knobs`; never the mask. It may not depend on how sequences lie in rows.
         A random choice hashes the token, its position and `old_logp` (`objectives.base.token_hash`).
+    select_reads: names of the statistics that `select` is given; None: all. Where it is `logp` alone, and one update
+        follows a rollout, the sampler's takes the place of a forward pass (`train.phase.Phase.sampler_selects`).
     control: numbers that change between updates.
     reference: `stats` compares the policy with a frozen reference, which its phase's setting `reference` names. No gradient
         reaches the reference.
@@ -61,6 +63,11 @@ class Objective(NamedTuple):
     uses_advantage: bool = True
     policy_temperature: float | None = 1.0
     reference: bool = False
+    select_reads: tuple[str, ...] | None = None
+
+    def read(self, stats: dict[str, Array]) -> dict[str, Array]:
+        """The statistics that `select` is given."""
+        return stats if self.select_reads is None else {name: stats[name] for name in self.select_reads}
 
 
 def positions(batch: Batch) -> Int[Array, "B L"]:

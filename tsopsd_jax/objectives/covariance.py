@@ -63,7 +63,7 @@ def clip_cov(
             Mean.of(clip.surrogate(stats, batch) * batch.weight, batch.mask), clip.metrics(stats, batch) | dropped
         )
 
-    return Objective(policy_stats(), loss, tokenwise=True, select=select)
+    return Objective(policy_stats(), loss, tokenwise=True, select=select, select_reads=("logp",))
 
 
 def kl_cov(*, fraction: float = 2e-4, coefficient: float = 1.0, anneal_updates: int | None = None) -> Objective:
@@ -107,7 +107,7 @@ def kl_cov(*, fraction: float = 2e-4, coefficient: float = 1.0, anneal_updates: 
         return {"coefficient": max(knobs["coefficient"] - coefficient / (anneal_updates or 1), 0.0)}
 
     control = Control({"coefficient": coefficient}, turn) if anneal_updates else None
-    return Objective(policy_stats(), loss, tokenwise=True, select=select, control=control)
+    return Objective(policy_stats(), loss, tokenwise=True, select=select, select_reads=("logp",), control=control)
 
 
 def _check_fraction(name: str, fraction: float) -> None:

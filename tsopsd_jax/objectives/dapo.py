@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float
 from tsopsd_jax import losses
 from tsopsd_jax.head import Stats
 from tsopsd_jax.logit_stats import LibraryStats
-from tsopsd_jax.metric_names import ENTROPY
+from tsopsd_jax.metric_names import ENTROPY, ENTROPY_AT_POLICY_TEMPERATURE
 from tsopsd_jax.objectives.base import Objective
 from tsopsd_jax.types import Batch, LossOutput, Mean
 
@@ -71,7 +71,7 @@ class Clip(NamedTuple):
         }
         if "entropy_at_policy_temperature" in stats:
             at = Mean.of(stats["entropy_at_policy_temperature"], batch.mask)
-            found["policy/entropy_at_policy_temperature_nats"] = at
+            found[ENTROPY_AT_POLICY_TEMPERATURE] = at
         return found
 
 

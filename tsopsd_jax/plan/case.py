@@ -46,6 +46,9 @@ class Part:
     source: str
     """Of memory and traffic: `compiled`; `refused`, the compiler's figure of what it would need; `formula`."""
     micro_batches: int | None = None
+    """Of each update."""
+    updates: int | None = None
+    """That follow a rollout."""
     steps: float | None = None
     """Decoding steps."""
     uncounted_loops: tuple[str, ...] = ()
@@ -110,8 +113,8 @@ class Case:
 
     @property
     def one_program(self) -> bool:
-        """The step is one jitted function: no rewards, and a slot for every row."""
-        return self.phase.reward is None and self.slots >= self.phase.rows
+        """The step is one jitted function: no rewards, a slot for every row, and one update."""
+        return self.phase.reward is None and self.slots >= self.phase.rows and self.phase.updates_per_step == 1
 
     @functools.cached_property
     def state(self) -> Any:
@@ -171,13 +174,14 @@ class Case:
         return max(self.lengths.response, self.phase.rows * self.lengths.response / self.slots)
 
     def update_shape(self, pieces: int) -> UpdateShape:
-        """The update of a batch cut into `pieces`: packed rows fill the first of them."""
-        phase, each = self.phase, self.phase.rows // pieces
+        """One update, its batch cut into `pieces`: packed rows fill the first of them."""
+        phase, rows = self.phase, self.phase.update_rows
+        each = rows // pieces
         packed = phase.pack and phase.objective.tokenwise and pieces > 1 and not self.one_program
         length = sum(self.lengths) if packed else self.width
-        used = min(pieces, -(-phase.rows * length // (each * self.width)))
+        used = min(pieces, -(-rows * length // (each * self.width)))
         return UpdateShape(
-            sequences=phase.rows,
+            sequences=rows,
             length=length,
             response=self.lengths.response,
             width=self.width,
@@ -189,7 +193,7 @@ class Case:
         )
 
     def works(self, pieces: int) -> dict[str, Work]:
-        """What each part computes and reads in one step, by name; an update cut into `pieces`."""
+        """What each part computes and reads in one step, by name; each update cut into `pieces`."""
         c, split, size, phase = self.model.config, self.split, self.itemsize, self.phase
         calls, rows, width = self.prefill
         lengths = self.lengths
@@ -201,7 +205,7 @@ class Case:
             "decode": decode_work(
                 c, split, rows=phase.rows, slots=self.slots, steps=self.steps, lengths=lengths, itemsize=size
             ),
-            "update": update_work(c, split, self.update_shape(pieces)),
+            "update": Work(*(phase.updates_per_step * x for x in update_work(c, split, self.update_shape(pieces)))),
         }
         if self.phase.reference is not None:
             other = (self.reference_model or self.model).config

@@ -61,7 +61,8 @@ def compile_parts(case: Case, programs: CompiledPrograms, *, limit_bytes: int) -
     sampling = _sampling(case, programs, estimated)
     inside = (*case.resident, "gradients")
     update = _update(case, programs, pieces)
-    return [*sampling, _measured(estimated["update"], case, update, inside=inside, loops=loops)]
+    updates = case.phase.updates_per_step
+    return [*sampling, _measured(estimated["update"], case, update, inside=inside, loops=loops, times=updates)]
 
 
 def _sampling(case: Case, programs: CompiledPrograms, estimated: dict[str, Part]) -> list[Part]:
@@ -113,7 +114,7 @@ def _update(case: Case, programs: CompiledPrograms, pieces: int) -> Compiled:
 
 def _fewest(case: Case, programs: CompiledPrograms, limit_bytes: int) -> int:
     """The fewest micro-batches that fit, as training chooses them; one row on each device if none do."""
-    rows, shards = case.phase.rows, case.split.rows
+    rows, shards = case.phase.update_rows, case.split.rows
 
     def need_of(pieces: int) -> int:
         guess = sum(estimate.update(case, pieces).values())

@@ -34,6 +34,7 @@ def estimate(case: Case, pieces: int) -> list[Part]:
             tuple(traffic[name]),
             "formula",
             micro_batches=pieces if name in updates else None,
+            updates=case.phase.updates_per_step if name in updates else None,
             steps=case.steps if name in decodes else None,
         )
         for name in held
@@ -98,7 +99,7 @@ def update(case: Case, pieces: int) -> dict[str, int]:
     c, split, phase = case.model.config, case.split, case.phase
     d, t = c.hidden_size, split.tensor
     gradients = case.resident["parameters"]
-    positions = phase.rows / pieces / split.rows * case.width
+    positions = phase.update_rows / pieces / split.rows * case.width
     inside = _activations(case, positions)
     kept = {"full": 1, "dots": 4, "none": 8}[case.model.remat] * d
     saved = c.num_hidden_layers * positions * kept * case.itemsize
@@ -117,7 +118,8 @@ def update(case: Case, pieces: int) -> dict[str, int]:
 
 def _update_moved(case: Case, pieces: int) -> list[Moved]:
     c, split, u = case.model.config, case.split, case.update_shape(pieces)
-    again, n, layers = u.remat == "full", u.micro_batches, c.num_hidden_layers
+    again, layers = u.remat == "full", c.num_hidden_layers
+    n = case.phase.updates_per_step * u.micro_batches
     layer = layer_weights(c) / split.tensor * case.itemsize
     unembed = c.hidden_size * c.vocab_size / split.tensor
     hidden = u.rows / split.rows * u.width * c.hidden_size * case.itemsize

@@ -169,7 +169,7 @@ def _alike(config: Config) -> list[list[PhaseSettings]]:
 
 def _pieces(case: Case, limit: int) -> int:
     """Micro-batches by formula."""
-    rows, shards = case.phase.rows, case.split.rows
+    rows, shards = case.phase.update_rows, case.split.rows
 
     def need_of(pieces: int) -> int:
         return sum(estimate.update(case, pieces).values())

@@ -48,6 +48,7 @@ def _part(part: Part, time: Seconds, plan: Plan) -> dict[str, Any]:
         "fits": part.peak <= plan.limit,
         "peak_bytes": part.peak,
         "bytes": part.bytes,
+        "updates": part.updates,
         "micro_batches": part.micro_batches,
         "decoding_steps": part.steps,
         "flops": part.work.flops,
@@ -128,11 +129,13 @@ def _memory_rows(plan: Plan) -> list[list[str]]:
 
 
 def _time_rows(plan: Plan) -> list[list[str]]:
-    rows = [["one step", "micro-batches", "TFLOP", "HBM GB", "links GB", "compute s", "HBM s", "links s", "limit"]]
+    rows = [["one step", "updates", "micro-batches", "TFLOP", "HBM GB", "links GB"]]
+    rows[0] += ["compute s", "HBM s", "links s", "limit"]
     for part, time in zip(plan.parts, plan.times, strict=True):
         links = sum(moved.bytes for moved in part.moved)
+        counts = [str(n or "-") for n in (part.updates, part.micro_batches)]
         figures = (part.work.flops / 1e12, part.work.hbm_bytes / 1e9, links / 1e9, *time)
-        rows.append([_name(part), str(part.micro_batches or "-"), *(f"{x:,.2f}" for x in figures), time.limit])
+        rows.append([_name(part), *counts, *(f"{x:,.2f}" for x in figures), time.limit])
     return rows
 
 

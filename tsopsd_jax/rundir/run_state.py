@@ -1,6 +1,7 @@
 """A run as it stands between two steps: what lives while it trains, and what a checkpoint of it holds."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from tsopsd_jax.judge.groups import Groups
@@ -28,13 +29,16 @@ class RunProgress:
     elapsed_s: float = 0.0
     """Wall time of the run, interruptions left out."""
 
-    def after_step(self, *, entropy_nats: float, skipped: bool, window_steps: int) -> "RunProgress":
-        """The progress one step on; `window_steps` entropies are kept."""
+    def after_step(self, *, entropy_nats: float, skipped: Sequence[bool], window_steps: int) -> "RunProgress":
+        """The progress one step on, whose updates were skipped or not; `window_steps` entropies are kept."""
+        in_row = self.skipped_in_row
+        for was_skipped in skipped:
+            in_row = in_row + 1 if was_skipped else 0
         return dataclasses.replace(
             self,
             phase_step=self.phase_step + 1,
             entropies_nats=(*self.entropies_nats, entropy_nats)[-window_steps:],
-            skipped_in_row=self.skipped_in_row + 1 if skipped else 0,
+            skipped_in_row=in_row,
         )
 
     def next_phase(self) -> "RunProgress":
@@ -54,7 +58,7 @@ class RunState(NamedTuple):
 
     @property
     def step(self) -> int:
-        """Updates taken since the run began."""
+        """Steps taken since the run began: a step is a rollout with all its updates."""
         return int(self.state.step)
 
     def at(self, **changes: Any) -> "RunState":

@@ -55,7 +55,7 @@ class Status:
     def count(self, line: Mapping[str, Any]) -> None:
         """Count a step's metrics; they are in the file after the next `write`."""
         self._said["step"], self._said["phase"] = line["step"], line.get("phase")
-        self._said["skipped_updates"] += bool(line.get(SKIPPED))
+        self._said["skipped_updates"] += int(line.get(SKIPPED) or 0)
         self._said["held_updates"] += bool(line.get(HELD))
 
     def phase_ended(self, phase: str, step: int, reason: str) -> None:

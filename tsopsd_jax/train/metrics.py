@@ -49,7 +49,9 @@ class StepFacts(NamedTuple):
 
     drawn: Drawn
     update: dict[str, float]
-    """The update's own metrics."""
+    """The updates' own metrics."""
+    skipped: Sequence[bool]
+    """Of each update: it was not finite and changed nothing."""
     verifier_killed: int
     step_s: float
     perf: dict[str, float]

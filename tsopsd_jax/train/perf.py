@@ -11,13 +11,16 @@ from tsopsd_jax.train.metrics import Drawn
 from tsopsd_jax.types import Rollout
 
 
-def step_perf(model: Qwen3, mesh: jax.sharding.Mesh, drawn: Drawn, updated: Rollout) -> dict[str, float]:
+def step_perf(
+    model: Qwen3, mesh: jax.sharding.Mesh, drawn: Drawn, updated: Rollout, *, passes: float = 1.0
+) -> dict[str, float]:
     """Measure a step's speed.
 
     Args:
         model, mesh: what ran, where.
         drawn: what the step sampled, and the times that it took.
-        updated: the rows of its update.
+        updated: the rows of its updates.
+        passes: how often these updated on each row.
 
     Returns:
         Tokens sampled a second and a device (of the whole step where one program samples and updates); where the devices'
@@ -47,6 +50,6 @@ def step_perf(model: Qwen3, mesh: jax.sharding.Mesh, drawn: Drawn, updated: Roll
         for rows in (scored.rollout for scored in drawn.scored)
     )
     return found | {
-        "perf/mfu": flops / (max(drawn.update_s, 1e-9) * split.devices * chip.flops),
+        "perf/mfu": passes * flops / (max(drawn.update_s, 1e-9) * split.devices * chip.flops),
         "perf/decode_of_floor": floor / seconds,
     }

@@ -80,8 +80,9 @@ class Guard:
 
     `max_start_entropy_nats`: the phase refuses to start on a policy at or above it (the reheater diverges on a policy
     that is not collapsed: paper, appendix C). `runaway_entropy_nats`: entropy at or above it stops the run (appendix D).
-    `max_skipped_in_row`: so many consecutive non-finite updates stop it. `max_reward_failed_fraction`: so does a batch of responses
-    of which more have no reward, since a function of one's own failed; nothing is learnt from that batch.
+    `max_skipped_in_row`: so many consecutive non-finite updates stop it (of a step's updates, those at its end).
+    `max_reward_failed_fraction`: so does a batch of responses of which more have no reward, since a function of one's
+    own failed; nothing is learnt from that batch.
     """
 
     max_start_entropy_nats: float | None = None
@@ -151,6 +152,9 @@ class Phase:
     guard: Guard
     learning_rate: optax.Schedule | None = None
     """The optimizer's, to be logged; None: it is not."""
+    updates_per_rollout: int = 1
+    """Of each pass; a mini-batch of whole groups each."""
+    passes_per_rollout: int = 1
     reference: str | None = None
     """The frozen reference that the objective is compared with: START, or the directory of another model; None: it has none."""
     reference_every_steps: int | None = None
@@ -163,8 +167,29 @@ class Phase:
 
     @property
     def rows(self) -> int:
-        """Rows of a batch: prompts x responses."""
+        """Rows of a step: prompts x responses."""
         return self.prompts_per_step * self.responses_per_prompt
+
+    @property
+    def update_rows(self) -> int:
+        """Rows of an update's mini-batch."""
+        return self.rows // self.updates_per_rollout
+
+    @property
+    def updates_per_step(self) -> int:
+        """Updates that follow a rollout, in all its passes."""
+        return self.updates_per_rollout * self.passes_per_rollout
+
+    @property
+    def sampler_selects(self) -> bool:
+        """Whether the sampler's log-probabilities are those that the objective's `select` reads, up to rounding: it reads
+        no other statistic, one update follows a rollout, all rows are that rollout's (no groups kept from the step
+        before), and they are drawn from the policy at its policy temperature (top_p 1, top_k 0)."""
+        objective, t, rule = self.objective, self.objective.policy_temperature, self.reward
+        keeps = rule is not None and rule.max_generation_batches > 0 and rule.surplus == "keep"
+        reads_logp = objective.select is not None and objective.select_reads == ("logp",)
+        drawn = t is not None and self.sampling == Sampling(sampling_temperature=t)
+        return reads_logp and drawn and self.updates_per_step == 1 and not keeps
 
     def check_measured(self, entropy: bool) -> None:
         """Raise GuardError if a limit of the phase looks at the entropy and its objective does not report one."""
@@ -182,8 +207,8 @@ class Phase:
             )
 
     def hold_above_nats(self, phase_step: int) -> float:
-        """Entropy from which the update of step `phase_step` (from 1) is measured but not applied, because the phase
-        will be refused, stopped or complete on it; infinity: never."""
+        """Entropy from which step `phase_step` (from 1) measures the policy at its first update and changes nothing,
+        because the phase will be refused, stopped or complete on it; infinity: never."""
         limits = [self.guard.runaway_entropy_nats]
         if phase_step == 1:
             limits.append(self.guard.max_start_entropy_nats)

@@ -1,12 +1,12 @@
 """A step of a phase: from the run as it stands to the run one step on. It samples, judges and updates in stages, or, where the
-phase needs no reward and all its rows are decoded at once, in one program.
+phase needs no reward, all its rows are decoded at once, and one update follows, in one program.
 
 A step that is left in the midst of its rollout, by what `on_progress` raises, has changed nothing: it can be taken again.
 """
 
 import functools
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -14,15 +14,15 @@ import numpy as np
 from jaxtyping import Array
 
 from tsopsd_jax.data import Problem, indices
-from tsopsd_jax.distributed import heartbeat, processes
+from tsopsd_jax.distributed import heartbeat
 from tsopsd_jax.distributed.sharding import put, replicated, row_sharding
 from tsopsd_jax.judge.dynamic_sampling import Collected, ShortageError, collect
 from tsopsd_jax.judge.groups import Groups, judge, to_batch
 from tsopsd_jax.judge.scoring import Scored, score_after, score_while
 from tsopsd_jax.learn.micro_batches import device_bytes
+from tsopsd_jax.learn.mini_batches import mini_batch_rows
 from tsopsd_jax.learn.reference import ReferenceSource
-from tsopsd_jax.learn.update import UpdateOut, distillation_batch
-from tsopsd_jax.metric_names import HELD, SKIPPED
+from tsopsd_jax.learn.update import distillation_batch
 from tsopsd_jax.model import Qwen3
 from tsopsd_jax.rewards import answers_cut_off
 from tsopsd_jax.rollout import Engine, Progress, Sampling
@@ -31,6 +31,7 @@ from tsopsd_jax.train.metrics import Drawn, StepFacts
 from tsopsd_jax.train.perf import step_perf
 from tsopsd_jax.train.phase import START, GuardError, Phase
 from tsopsd_jax.train.phase_update import Updater
+from tsopsd_jax.train.rollout_updates import Learnt, learnt, on_devices, report, take_updates, turned
 from tsopsd_jax.train.task import Task
 from tsopsd_jax.types import Prompts, PyTree, Rollout
 
@@ -114,7 +115,7 @@ class PhaseStep:
         )
         self.engine = shared.engine(phase.sampling, phase.max_response_tokens, phase.rows_at_once or phase.rows)
         self.program = None
-        if phase.reward is None and self.engine.slots >= phase.rows:
+        if phase.reward is None and self.engine.slots >= phase.rows and phase.updates_per_step == 1:
             self.program = self.update.reheat_step(self.task.tokenizer.stop_ids)
 
     def __call__(self, run: RunState, on_progress: OnProgress) -> tuple[RunState, StepFacts]:
@@ -128,21 +129,20 @@ class PhaseStep:
             GuardError: dynamic sampling found too few informative groups, or rewards of one's own failed too often.
         """
         began, killed = time.monotonic(), answers_cut_off()
-        after, rollout, out, drawn = (
+        after, rollout, updates, drawn = (
             self._in_stages(run, on_progress) if self.program is None else self._in_one_program(run)
         )
-        # In one transfer, and before the next step starts: a stop rule that looks a step late would reheat a step too far.
-        update = {name: float(value) for name, value in jax.device_get(out.metrics).items()}
-        update = processes.from_first(update)
-        knobs, control = self._knobs(run), self.phase.objective.control
-        if control is not None and not (update[SKIPPED] or update[HELD]):  # they follow what was learnt
-            after = after.at(knobs=dict(control.update(knobs, update)))
+        knobs = self._knobs(run)
+        if self.phase.objective.control is not None:
+            after = after.at(knobs=updates.knobs)
+        passes = len(updates.skipped) / self.phase.updates_per_rollout
         return after, StepFacts(
             drawn=drawn,
-            update=update | {f"control/{name}": value for name, value in knobs.items()},
+            update=updates.metrics | {f"control/{name}": value for name, value in knobs.items()},
+            skipped=updates.skipped,
             verifier_killed=answers_cut_off() - killed,
             step_s=time.monotonic() - began,
-            perf=step_perf(self.shared.model, self.shared.mesh, drawn, rollout),
+            perf=step_perf(self.shared.model, self.shared.mesh, drawn, rollout, passes=passes),
         )
 
     # ---------------------------------------------------------------- compiling
@@ -168,7 +168,7 @@ class PhaseStep:
 
     # ------------------------------------------------------------- the two ways
 
-    def _in_stages(self, run: RunState, on_progress: OnProgress) -> tuple[RunState, Rollout, UpdateOut, Drawn]:
+    def _in_stages(self, run: RunState, on_progress: OnProgress) -> tuple[RunState, Rollout, Learnt, Drawn]:
         """Sample with continuous batching and judge, until the batch is full; then update."""
         rule = self.phase.reward
         after, scored, judged, got = self._sample_and_judge(run, on_progress)
@@ -179,25 +179,34 @@ class PhaseStep:
         else:
             rollout = got.groups.rollout
             batch = to_batch(got.groups, normalize_std=rule.normalize_std)
-        limit, knobs = self._limit_and_knobs(run)
-        reference = self._reference(run)
-        state, out, useful = self.update(run.state, batch, rollout.length, limit, knobs, reference)
+        state, updates, useful = take_updates(
+            functools.partial(self.update, reference=self._reference(run)),
+            run.state,
+            batch,
+            rollout.length,
+            self._mini_batches(run),
+            hold_above_nats=self._hold_above_nats(run),
+            knobs=self._knobs(run),
+            control=self.phase.objective.control,
+            mesh=self.shared.mesh,
+        )
         drawn = Drawn(scored, judged, got, self.engine, useful, time.monotonic() - updating)
-        return after._replace(state=state, leftover=got and got.leftover), rollout, out, drawn
+        return after._replace(state=state, leftover=got and got.leftover), rollout, updates, drawn
 
-    def _in_one_program(self, run: RunState) -> tuple[RunState, Rollout, UpdateOut, Drawn]:
+    def _in_one_program(self, run: RunState) -> tuple[RunState, Rollout, Learnt, Drawn]:
         """Sample and update in one call of a jitted function; responses are scored only to be logged."""
         assert self.program is not None
         began = time.monotonic()
         prompts, asked, after = self._next_prompts(run)
         prompts = put(prompts, row_sharding(self.shared.mesh))
-        state, out, on_devices = self.program(
-            run.state, prompts, self.shared.key, *self._limit_and_knobs(run), self._reference(run)
-        )
-        rollout: Rollout = jax.device_get(on_devices)
+        scalars = on_devices(self._hold_above_nats(run), self._knobs(run), self.shared.mesh)
+        state, out, there = self.program(run.state, prompts, self.shared.key, *scalars, self._reference(run))
+        rollout: Rollout = jax.device_get(there)
         updated = time.monotonic()
         scored = score_after(rollout, asked, self.task.tokenizer.decode, self.task.rewards)
-        return after._replace(state=state), rollout, out, Drawn([scored], [], None, None, None, updated - began)
+        update = report(out)
+        updates = learnt([update], turned(self.phase.objective.control, self._knobs(run), update))
+        return after._replace(state=state), rollout, updates, Drawn([scored], [], None, None, None, updated - began)
 
     # -------------------------------------------------------------------- parts
 
@@ -271,8 +280,20 @@ class PhaseStep:
         control = self.phase.objective.control
         return {} if control is None else dict(run.progress.knobs or control.init)
 
-    def _limit_and_knobs(self, run: RunState) -> tuple[Array, dict[str, Array]]:
-        """The entropy from which the update holds, and the objective's knobs, on all devices."""
-        limit = np.float32(self.phase.hold_above_nats(run.progress.phase_step + 1))
-        knobs = {name: np.float32(value) for name, value in self._knobs(run).items()}
-        return put((limit, knobs), replicated(self.shared.mesh))
+    def _hold_above_nats(self, run: RunState) -> float:
+        """The entropy from which this step changes nothing."""
+        return self.phase.hold_above_nats(run.progress.phase_step + 1)
+
+    def _mini_batches(self, run: RunState) -> Iterable[np.ndarray | None]:
+        """The rows of each of this step's updates; None: the batch as it is."""
+        phase = self.phase
+        if phase.updates_per_step == 1:
+            return [None]
+        return mini_batch_rows(
+            groups=phase.prompts_per_step,
+            responses=phase.responses_per_prompt,
+            updates=phase.updates_per_rollout,
+            passes=phase.passes_per_rollout,
+            seed=self.task.seed,
+            step=run.step,
+        )

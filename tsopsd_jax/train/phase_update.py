@@ -33,7 +33,7 @@ class Updater:
             compiled for again.
         update: the pure function, not jitted.
         tile_tokens: tokens that go through the head at once.
-        micro_batches: pieces of a batch; the phase's, or chosen by the devices' memory.
+        micro_batches: pieces of an update's batch; the phase's, or chosen by the devices' memory.
 
     Raises:
         ValueError: if the update fits the devices in no way.
@@ -60,7 +60,7 @@ class Updater:
         on_cpu = mesh.devices.flat[0].platform == "cpu"
         self.micro_batches = phase.micro_batches or choose_micro_batches(
             lambda pieces: compile_within(self.lowered(pieces))[1],
-            rows=phase.rows,
+            rows=phase.update_rows,
             width=self.width,
             shards=row_multiple(mesh),
             limit_bytes=limit_bytes,
@@ -87,6 +87,7 @@ class Updater:
             tile_tokens=self.tile_tokens,
             learning_rate=phase.learning_rate,
             reference_model=self.reference_model,
+            sampler_selects=phase.sampler_selects,
         )
 
     def _jit(self, micro_batches: int) -> Any:
@@ -97,7 +98,7 @@ class Updater:
         return self._jitted[micro_batches]
 
     def _of(self, dtype: Any, *shape: int) -> Any:
-        return jax.ShapeDtypeStruct((self.phase.rows, *shape), dtype, sharding=row_sharding(self.mesh))
+        return jax.ShapeDtypeStruct((self.phase.update_rows, *shape), dtype, sharding=row_sharding(self.mesh))
 
     def _once(self, dtype: Any) -> Any:
         return jax.ShapeDtypeStruct((), dtype, sharding=replicated(self.mesh))

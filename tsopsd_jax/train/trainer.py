@@ -17,7 +17,7 @@ from tsopsd_jax.distributed import heartbeat, processes
 from tsopsd_jax.distributed.sharding import put, replicated
 from tsopsd_jax.learn.reference import start_policy
 from tsopsd_jax.learn.update import abstract_state, fresh_optimizer_state
-from tsopsd_jax.metric_names import ENTROPY, SKIPPED
+from tsopsd_jax.metric_names import ENTROPY
 from tsopsd_jax.rewards import failure_words
 from tsopsd_jax.rundir import object_store, status
 from tsopsd_jax.rundir.checkpoints import Checkpoints
@@ -207,8 +207,8 @@ class Trainer:
             GuardError: it broke a limit of the phase.
         """
         phase.check_measured(ENTROPY in seen.update)
-        skipped, entropy = bool(seen.update[SKIPPED]), seen.entropy_nats
-        now = self.progress.after_step(entropy_nats=entropy, skipped=skipped, window_steps=phase.stop.window_steps)
+        entropy = seen.entropy_nats
+        now = self.progress.after_step(entropy_nats=entropy, skipped=seen.skipped, window_steps=phase.stop.window_steps)
         self.run_state = self.run_state._replace(progress=now)
         line = step_line(phase.name, self.run_state, seen, time_s=time.monotonic() - self.began)
         if words := failure_words([verdict for scored in seen.drawn.scored for verdict in scored.verdicts]):
