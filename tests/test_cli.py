@@ -126,7 +126,7 @@ def test_a_run_from_python_is_the_run_of_the_command(finished, tmp_path):
     def lines(run: Path) -> list[dict]:
         clock = ("time_s", "rollout/tokens_per_s")
         return [
-            {k: v for k, v in line.items() if k not in clock and not k.startswith("time/")}
+            {k: v for k, v in line.items() if k not in clock and not k.startswith(("time/", "perf/"))}
             for line in read_metrics(run)
         ]
 
