@@ -1,6 +1,6 @@
 """What a frozen reference costs an update: the update with one over the update without, in one process, interleaved.
 
-    python benchmarks/reference.py --out benchmarks/results/reference_cpu.json [--rounds 7]
+    JAX_PLATFORMS=cpu python benchmarks/reference.py --out benchmarks/results/reference_cpu.json [--rounds 7]
 
 The demo's model with random weights, 128 rows of 7 + 19 tokens in pieces of 2,048 tokens, float32, one CPU device. A forward pass
 is a third of an update without recomputation (forward, and twice that backward); beside it come the reference's statistics.
