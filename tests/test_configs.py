@@ -68,7 +68,7 @@ def test_shipped_configuration_is_valid(path):
     config = load_config(path, [])
     for phase in config.phases:
         make_phase(phase)
-    head = path.read_text(encoding="utf-8").split("\nseed:")[0]
+    head = re.split(r"\n(?:seed|extends):", path.read_text(encoding="utf-8"))[0]
     assert all(word in head for word in ("Claims:", "Hardware:", "Command:")), (
         "say what the file claims, and how to run it"
     )

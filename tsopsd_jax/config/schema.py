@@ -13,7 +13,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from tsopsd_jax.config import strict
+from tsopsd_jax.config import overlay, strict
 from tsopsd_jax.data import CHATS, SOURCES, check_template
 from tsopsd_jax.judge.groups import RewardRule
 from tsopsd_jax.model.qwen3 import REMAT
@@ -298,18 +298,12 @@ class Config:
 
 
 def load_config(path: str | Path, overrides: list[str]) -> Config:
-    """Read a YAML file and apply `a.b=value` overrides.
+    """Read a YAML file, with what it extends, and apply `a.b=value` overrides.
 
     Raises:
-        ValueError: missing file, invalid YAML, or anything that `strict.build` rejects.
+        ValueError: as `overlay.read` raises, or anything that `strict.build` rejects.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"configuration {path}: no such file")
-    try:
-        data = strict.read_yaml(path)
-    except ValueError as error:
-        raise ValueError(f"configuration {path}: not valid YAML: {error}") from error
+    data, sources = overlay.read(Path(path))
     try:
         for assignment in overrides:
             strict.override(data, assignment)
@@ -317,4 +311,6 @@ def load_config(path: str | Path, overrides: list[str]) -> Config:
             raise ValueError(f"{old}: expected under its new name {RENAMED[old]}")
         return strict.build(Config, data)
     except ValueError as error:
-        raise ValueError(f"configuration {path}: {error}") from error
+        # An override may have set what is wrong: then no line is to blame.
+        words = str(error) if overrides else overlay.located(str(error), data, sources)
+        raise ValueError(f"configuration {path}: {words}") from error
