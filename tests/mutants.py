@@ -1776,8 +1776,8 @@ MUTANTS = [
     Mutant(
         "the first phase's start kept for all",
         "train/trainer.py",
-        "self.progress.next_phase())",
-        "self.progress.next_phase(), start=self.run_state.start)",
+        "self._next_phase(phase))",
+        "self._next_phase(phase), start=self.run_state.start)",
         "test_trainer.py -k how_far",
     ),
     Mutant(

@@ -33,9 +33,11 @@ from tsopsd_jax.rollout import Sampling
 from tsopsd_jax.rundir.checkpoints import SaveError
 from tsopsd_jax.rundir.log import read_evaluations, read_metrics, read_samples
 from tsopsd_jax.rundir.trackers import Tracker
-from tsopsd_jax.train.phase import Guard, GuardError, Phase, StopRule
+from tsopsd_jax.train.cycle import ONCE
+from tsopsd_jax.train.phase import Guard, GuardError, Phase
 from tsopsd_jax.train.phase_step import PhaseStep, Shared
 from tsopsd_jax.train.signals import Interrupted
+from tsopsd_jax.train.stopping import StopRule
 from tsopsd_jax.train.task import EvaluationPlan, Task
 from tsopsd_jax.train.trainer import Trainer
 from tsopsd_jax.types import Rollout
@@ -108,7 +110,19 @@ SCHEDULE = (rl_phase(), reheat_phase(), rl_phase("again", stop=StopRule(steps=2)
 def trainer_in(tokenizer):
     """trainer_in(run_dir, phases=..., verify=..., evaluate=...) -> Trainer on one device; closed at the end."""
 
-    def make(run_dir, *, phases=SCHEDULE, verify=even, evaluate=False, evaluate_every=None, every=100, data=1, width=6):
+    def make(
+        run_dir,
+        *,
+        phases=SCHEDULE,
+        verify=even,
+        evaluate=False,
+        evaluate_every=None,
+        every=100,
+        data=1,
+        width=6,
+        cycle=ONCE,
+        baseline_steps=10,
+    ):
         mesh = make_mesh(data=data, devices=jax.devices()[:data])
         layout = tree_shardings(MODEL.param_axes(), MODEL.param_shapes(), mesh)
         task = Task(problems=PROBLEMS, tokenizer=tokenizer, rewards=Rewards.of(verify), max_prompt_tokens=width, seed=0)
@@ -135,6 +149,8 @@ def trainer_in(tokenizer):
             keep_checkpoints=2,
             tracker=Tracker(),
             table=LiveTable(stream=io.StringIO()),
+            cycle=cycle,
+            baseline_steps=baseline_steps,
         )
 
     return make

@@ -22,6 +22,7 @@ from tsopsd_jax.objectives import Objective, make_objective
 from tsopsd_jax.rewards import Rewards, make_checked_rewards, make_rewards, overlong_penalty
 from tsopsd_jax.rollout import Sampling
 from tsopsd_jax.testing import objective_notes
+from tsopsd_jax.train.controllers import RateController
 from tsopsd_jax.train.phase import Phase
 from tsopsd_jax.train.task import EvaluationPlan, Task
 from tsopsd_jax.types import PyTree
@@ -106,6 +107,19 @@ def _phase(phase: PhaseSettings) -> Phase:
         stop=phase.stop,
         guard=phase.guard,
         learning_rate=warm_up(learning_rate=rate.learning_rate, warmup_steps=rate.warmup_steps),
+        rate_controller=_rate_controller(phase),
+    )
+
+
+def _rate_controller(phase: PhaseSettings) -> RateController | None:
+    """The controller that a phase asks for, in factors of its optimizer's rate."""
+    asked, rate = phase.learning_rate_control, phase.optimizer.learning_rate
+    if asked is None:
+        return None
+    return RateController(
+        gain_nats=asked.entropy_gain_nats_per_step,
+        min_factor=asked.min_learning_rate / rate,
+        max_factor=asked.max_learning_rate / rate,
     )
 
 

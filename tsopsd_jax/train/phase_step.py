@@ -22,7 +22,7 @@ from tsopsd_jax.judge.scoring import Scored, score_after, score_while
 from tsopsd_jax.learn.micro_batches import device_bytes
 from tsopsd_jax.learn.start_kl import StartKL
 from tsopsd_jax.learn.update import UpdateOut, distillation_batch
-from tsopsd_jax.metric_names import HELD, SKIPPED
+from tsopsd_jax.metric_names import HELD, LEARNING_RATE_FACTOR, SKIPPED
 from tsopsd_jax.model import Qwen3
 from tsopsd_jax.rewards import answers_cut_off
 from tsopsd_jax.rollout import Engine, Progress, Sampling
@@ -252,6 +252,12 @@ class PhaseStep:
 
     def _limit_and_knobs(self, run: RunState) -> tuple[Array, dict[str, Array]]:
         """The entropy from which the update holds, and the objective's knobs, on all devices."""
-        limit = np.float32(self.phase.hold_above_nats(run.progress.phase_step + 1))
+        now = run.progress
+        before = now.entropies_nats[-1] if now.entropies_nats else None
+        limit = np.float32(
+            self.phase.hold_above_nats(now.phase_step + 1, before_nats=before, baseline_nats=now.baseline_nats)
+        )
         knobs = {name: np.float32(value) for name, value in self._knobs(run).items()}
+        if self.phase.rate_controller is not None:
+            knobs[LEARNING_RATE_FACTOR] = np.float32(now.learning_rate_factor)
         return put((limit, knobs), replicated(self.shared.mesh))

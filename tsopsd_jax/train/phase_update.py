@@ -12,6 +12,7 @@ from tsopsd_jax.hardware.tiles import head_tile_on
 from tsopsd_jax.learn.micro_batches import TOKENS_PER_CPU, TOKENS_PER_DEVICE, choose_micro_batches, compile_within
 from tsopsd_jax.learn.packing import pack, useful_fraction
 from tsopsd_jax.learn.update import Update, UpdateOut, abstract_state, make_reheat_step, make_update
+from tsopsd_jax.metric_names import LEARNING_RATE_FACTOR
 from tsopsd_jax.model import Qwen3
 from tsopsd_jax.rollout import sample
 from tsopsd_jax.train.phase import Phase
@@ -99,7 +100,9 @@ class Updater:
 
     def _knobs(self) -> dict[str, Any]:
         control = self.phase.objective.control
-        return {} if control is None else {name: self._once(np.float32) for name in control.init}
+        names = [] if control is None else list(control.init)
+        names += [LEARNING_RATE_FACTOR] if self.phase.rate_controller is not None else []
+        return {name: self._once(np.float32) for name in names}
 
     def lowered(self, micro_batches: int | None = None) -> Any:
         """The update of a batch cut into `micro_batches` (None: its own), ready to be compiled; nothing is computed."""
