@@ -2,6 +2,8 @@
 
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -127,3 +129,55 @@ def test_the_readmes_lines_are_valid_and_change_what_they_name(words):
 def test_every_run_of_the_readme_has_a_directory_of_its_own():
     folders = [words[-1] for words in readme_commands()]
     assert len(folders) == len(set(folders)) > 8
+
+
+# -------------------------------------------------------------- the arms at toy size
+
+ROOT = PAPER.parents[1]
+TOY = sorted(path.stem for path in (ROOT / "configs" / "arms").glob("*.yaml"))
+DEMO = "tsopsd_jax/assets/demo.yaml"
+
+
+def test_the_toy_has_every_arm_of_the_paper_and_every_method_of_its_readme():
+    methods = {
+        re.search(r"name: (\w+)", " ".join(words))[1] for words in readme_commands() if "objective={" in str(words)
+    }
+    assert set(TOY) >= {*ARMS, "pr_fkl", "base_reheated", "long_horizon", "scarce", "cycle", *methods}
+
+
+@pytest.mark.parametrize("name", TOY)
+def test_a_toy_arm_is_the_demo_but_for_what_it_says(name):
+    """No arm changes what all share: model, data source, seed, batch and rate of RL."""
+    demo, arm = by_name(ROOT / DEMO), by_name(ROOT / "configs" / "arms" / f"{name}.yaml")
+    changes = {difference.key for difference in strict.differences(demo, arm)}
+    allowed = [
+        r"data\.sample|cycle|phases\.[\w-]+",
+        r"phases\.(rl|reheat)\.(outcome|stop|guard|learning_rate_control)(\..+)?",
+        r"phases\.rl\.objective(\..+)?|phases\.reheat\.(objective\.hyperparameters\.direction|prompts_per_step)",
+        r"phases\.rl-again\.(objective\.hyperparameters\.policy_temperature|sampling\.sampling_temperature)",
+    ]
+    assert [key for key in changes if not re.fullmatch("|".join(allowed), key)] == []
+
+
+@pytest.mark.slow
+def test_three_steps_of_every_arm(tmp_path):
+    """`scripts/arms.py` as a person runs it, on fewer problems and with small batches of one shape."""
+    small = ["evaluation.data.first=8", "evaluation.samples=2", "evaluation.rows_at_once=16"]
+    small = [word for setting in small for word in ("--set", setting)]
+    command = [
+        sys.executable,
+        str(ROOT / "scripts" / "arms.py"),
+        "--steps",
+        "3",
+        "--out",
+        str(tmp_path / "arms"),
+        *small,
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=1200, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines()[2:]]
+    assert [row[0] for row in rows] == TOY
+    for row in rows:
+        assert row[-1] == "done", row
+        assert int(row[1]) >= 3
+        assert all(0 < float(value) < 5 for value in row[3:5]), row

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_trainer import MODEL, facts, finish, reheat_phase, rl_phase, same, tokenizer, trainer_in  # noqa: F401
+from test_trainer import MODEL, facts, finish, reheat_phase, rl_phase, same, tokenizer, trainer_in, trainers  # noqa: F401
 
 from tsopsd_jax.learn.update import make_optimizer, make_update, warm_up
 from tsopsd_jax.objectives import ts_opsd
@@ -229,7 +229,7 @@ NAMES = ["rl#1"] * 2 + ["reheat#1"] * 3 + ["rl#2"] * 2 + ["reheat#2"] * 3 + ["ag
 def whole(tokenizer, tmp_path_factory):  # noqa: F811
     """A run through two rounds, not interrupted: (directory, state at its end, its notes, trainer)."""
     folder, said = tmp_path_factory.mktemp("whole"), []
-    trainer = trainer_in.__wrapped__(tokenizer)(folder, evaluate=True, every=1, **ROUNDS)
+    trainer = trainers(tokenizer)(folder, evaluate=True, every=1, **ROUNDS)
     trainer.table.note = said.append
     return folder, finish(trainer), said, trainer
 

@@ -109,6 +109,11 @@ SCHEDULE = (rl_phase(), reheat_phase(), rl_phase("again", stop=StopRule(steps=2)
 @pytest.fixture
 def trainer_in(tokenizer):
     """trainer_in(run_dir, phases=..., verify=..., evaluate=...) -> Trainer on one device; closed at the end."""
+    return trainers(tokenizer)
+
+
+def trainers(tokenizer):
+    """What the fixture `trainer_in` returns."""
 
     def make(
         run_dir,
