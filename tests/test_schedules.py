@@ -230,7 +230,7 @@ def whole(tokenizer, tmp_path_factory):  # noqa: F811
     """A run through two rounds, not interrupted: (directory, state at its end, its notes, trainer)."""
     folder, said = tmp_path_factory.mktemp("whole"), []
     trainer = trainers(tokenizer)(folder, evaluate=True, every=1, **ROUNDS)
-    trainer.table.note = said.append
+    trainer.table.note = lambda text: said.append(text)
     return folder, finish(trainer), said, trainer
 
 
@@ -266,7 +266,7 @@ def test_a_cycles_steps_are_made_once(whole):
 
 
 @pytest.mark.parametrize("at", [4, 6, 9])
-def test_a_run_resumes_in_its_round_bit_for_bit(at, whole, trainer_in, tmp_path):
+def test_a_run_resumes_in_its_round_bit_for_bit(at, whole, trainer_in, tmp_path):  # noqa: F811
     first = trainer_in(tmp_path, evaluate=True, every=1, **ROUNDS)
     write = first.log.write
 
@@ -285,7 +285,7 @@ def test_a_run_resumes_in_its_round_bit_for_bit(at, whole, trainer_in, tmp_path)
     assert [r["stage"] for r in read_evaluations(tmp_path)] == [r["stage"] for r in read_evaluations(whole[0])]
 
 
-def test_a_cycle_without_a_collapse_goes_on_behind_it(trainer_in, tmp_path):
+def test_a_cycle_without_a_collapse_goes_on_behind_it(trainer_in, tmp_path):  # noqa: F811
     phases = (
         rl_phase(stop=StopRule(collapsed_below_nats=1e-6, steps=1)),
         reheat_phase(),
@@ -295,7 +295,7 @@ def test_a_cycle_without_a_collapse_goes_on_behind_it(trainer_in, tmp_path):
     assert [line["phase"] for line in read_metrics(tmp_path)] == ["rl#1", "again"]
 
 
-def test_responses_that_are_cut_off_stop_the_reheater(trainer_in, tmp_path):
+def test_responses_that_are_cut_off_stop_the_reheater(trainer_in, tmp_path):  # noqa: F811
     phase = reheat_phase(guard=Guard(max_truncated_fraction=0.25))  # random responses of five tokens: nearly all
     with pytest.raises(
         GuardError, match=r"phase 'reheat' stopped: \d+\.\d % of its responses were cut off .* at most 25 %"
@@ -306,7 +306,7 @@ def test_responses_that_are_cut_off_stop_the_reheater(trainer_in, tmp_path):
     assert line["rollout/truncated_fraction"] > 0.25
 
 
-def test_a_controlled_rate_compiles_nothing_again(trainer_in, tmp_path):
+def test_a_controlled_rate_compiles_nothing_again(trainer_in, tmp_path):  # noqa: F811
     phase = reheat_phase(
         stop=StopRule(steps=4),
         rate_controller=RateController(gain_nats=5.0, min_factor=0.5, max_factor=3.0),
