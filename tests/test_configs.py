@@ -31,6 +31,8 @@ from tsopsd_jax.config.places import DEMO_CONFIG
 from tsopsd_jax.distributed.sharding import make_mesh
 from tsopsd_jax.model.packaged import ASSETS, PACKAGED_MODEL
 from tsopsd_jax.rundir.log import read_metrics
+from tsopsd_jax.train.controllers import RateController
+from tsopsd_jax.train.cycle import ONCE, Cycle
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -77,7 +79,7 @@ def test_shipped_configuration_is_valid(path):
     config = load_config(path, [])
     for phase in config.phases:
         make_phase(phase)
-    head = path.read_text(encoding="utf-8").split("\nseed:")[0]
+    head = re.split(r"\n(?:seed|extends):", path.read_text(encoding="utf-8"))[0]
     assert all(word in head for word in ("Claims:", "Hardware:", "Command:")), (
         "say what the file claims, and how to run it"
     )
@@ -655,8 +657,58 @@ def test_every_phase_setting_reaches_the_trainer():
     """PhaseSettings and the trainer's Phase may not drift apart: every setting is read."""
     ours = {f.name for f in dataclasses.fields(PhaseSettings)}
     theirs = {f.name for f in dataclasses.fields(make_phase(build().phases[0]))}
-    assert ours - theirs == {"optimizer_state", "chunk_tokens", "measure_start_kl"}
-    assert theirs - ours == {"reset_optimizer", "tile_tokens", "learning_rate"}  # which is logged
+    assert ours - theirs == {"optimizer_state", "chunk_tokens", "measure_start_kl", "learning_rate_control"}
+    assert theirs - ours == {"reset_optimizer", "tile_tokens", "learning_rate", "rate_controller"}  # the rate is logged
+
+
+def cyclic(**cycle) -> Config:
+    data = minimal()
+    stop = {"recovered_above_fraction": 0.4}
+    data["phases"].append(data["phases"][0] | {"name": "reheat", "objective": {"name": "ts_opsd"}, "stop": stop})
+    data["phases"][0] = data["phases"][0] | {"stop": {"collapsed_below_fraction": 0.25}}
+    return strict.build(Config, data | {"cycle": cycle})
+
+
+def test_a_cycle_is_a_stretch_of_the_schedule():
+    assert cyclic(phases=["rl", "reheat"], times=3).indices_of_cycle() == Cycle(first=0, last=1, times=3)
+    assert cyclic(phases=["reheat"], times=2).indices_of_cycle() == Cycle(first=1, last=1, times=2)
+    assert build().indices_of_cycle() == ONCE
+    for phases in (["reheat", "rl"], ["rl", "again"], ["none"]):
+        with pytest.raises(
+            ValueError, match=r"cycle.phases: expected phases that follow each other among \['rl', 'reheat'\]"
+        ):
+            cyclic(phases=phases, times=2)
+    for wrong in ({"phases": [], "times": 2}, {"phases": ["rl"], "times": 0}):
+        with pytest.raises(ValueError, match="expected the names of phases and times >= 1"):
+            cyclic(**wrong)
+    with pytest.raises(ValueError, match="without '#'"):
+        build(phases__0__name="rl#1")
+
+
+def test_a_collapsed_policy_is_no_recovered_one_by_fractions_and_around_the_cycle():
+    data = strict.plain(cyclic(phases=["rl", "reheat"], times=2))
+    data["phases"][0]["stop"]["collapsed_below_fraction"] = 0.5
+    with pytest.raises(ValueError, match="'reheat': stop.recovered_above_fraction 0.4 must not be under"):
+        strict.build(Config, data)
+    data["phases"].reverse()
+    data["cycle"]["phases"].reverse()
+    with pytest.raises(ValueError, match="'reheat': stop.recovered_above_fraction 0.4 must not be under"):
+        strict.build(Config, data)  # the last phase collapses, and the first one follows it
+    strict.build(Config, data | {"cycle": None})
+
+
+def test_a_controlled_rate_in_factors_of_the_optimizers():
+    control = {"entropy_gain_nats_per_step": 0.01, "min_learning_rate": 2.5e-7, "max_learning_rate": 4e-6}
+    settings = build(phases__0__learning_rate_control=control).phases[0]
+    assert make_phase(settings).rate_controller == RateController(gain_nats=0.01, min_factor=0.25, max_factor=4.0)
+    assert make_phase(build().phases[0]).rate_controller is None
+    for wrong, message in (
+        ({"min_learning_rate": 2e-6}, r"within 2e-06 .. 4e-06, got 1e-06"),
+        ({"min_learning_rate": 5e-6}, "min_learning_rate <= max_learning_rate"),
+        ({"entropy_gain_nats_per_step": 0.0}, "a gain other than 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            build(phases__0__learning_rate_control=control | wrong)
 
 
 # ------------------------------------------------------------------ what an objective needs of its phase

@@ -157,8 +157,8 @@ def test_phases(page):
         ["continue", "dapo", "76&ndash;105"],
     ]
     # reheating: 15 // 4 = 3 at each end, 0.08 + 0.04 * 1/14 and 0.12 - 0.04 * 1/14
-    assert rows[1][3:] == ["0.083→0.117", "&ndash;", "entropy ≥ 0.12 nats", "reheated"]
-    assert rows[0][5] == "entropy &lt; 0.08 nats (mean of 10 steps) or 400 steps"
+    assert rows[1][3:] == ["0.083→0.117", "&ndash;", "43.1→43.1", "70.5→70.5", "entropy ≥ 0.12 nats", "reheated"]
+    assert rows[0][7] == "entropy &lt; 0.08 nats (mean of 10 steps) or 400 steps"
 
 
 def test_plots_name_the_phases_and_the_thresholds(page):

@@ -32,9 +32,11 @@ from tsopsd_jax.rollout import Sampling
 from tsopsd_jax.rundir.checkpoints import SaveError
 from tsopsd_jax.rundir.log import read_evaluations, read_metrics, read_samples
 from tsopsd_jax.rundir.trackers import Tracker
-from tsopsd_jax.train.phase import Guard, GuardError, Phase, StopRule
+from tsopsd_jax.train.cycle import ONCE
+from tsopsd_jax.train.phase import Guard, GuardError, Phase
 from tsopsd_jax.train.phase_step import PhaseStep, Shared
 from tsopsd_jax.train.signals import Interrupted
+from tsopsd_jax.train.stopping import StopRule
 from tsopsd_jax.train.task import EvaluationPlan, Task
 from tsopsd_jax.train.trainer import Trainer
 
@@ -104,6 +106,11 @@ SCHEDULE = (rl_phase(), reheat_phase(), rl_phase("again", stop=StopRule(steps=2)
 @pytest.fixture
 def trainer_in(tokenizer):
     """trainer_in(run_dir, phases=..., verify=..., evaluate=...) -> Trainer on one device; closed at the end."""
+    return trainers(tokenizer)
+
+
+def trainers(tokenizer):
+    """What the fixture `trainer_in` returns."""
 
     def make(
         run_dir,
@@ -116,6 +123,8 @@ def trainer_in(tokenizer):
         data=1,
         width=6,
         references=None,
+        cycle=ONCE,
+        baseline_steps=10,
     ):
         mesh = make_mesh(data=data, devices=jax.devices()[:data])
         layout = tree_shardings(MODEL.param_axes(), MODEL.param_shapes(), mesh)
@@ -143,6 +152,8 @@ def trainer_in(tokenizer):
             keep_checkpoints=2,
             tracker=Tracker(),
             table=LiveTable(stream=io.StringIO()),
+            cycle=cycle,
+            baseline_steps=baseline_steps,
         )
 
     return make

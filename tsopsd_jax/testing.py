@@ -36,8 +36,7 @@ from tsopsd_jax.types import Batch, LossOutput, Mean
 TOLERANCE = 1e-3
 """Relative difference that is taken for rounding: sums run in another order; a mistake makes more."""
 
-ORDER = np.array([3, 1, 5, 0, 4, 2])
-"""Another order of the toy's rows."""
+ORDER = np.array([3, 1, 5, 0, 4, 2])  # another order of the toy's rows
 
 LIVE_GRADIENT = 1e-7  # into a logit; what is below may be the rounding of a probability
 

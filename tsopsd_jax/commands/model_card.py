@@ -13,6 +13,7 @@ from tsopsd_jax.config import Config, DataSettings, PhaseSettings
 from tsopsd_jax.display.live_table import results_table
 from tsopsd_jax.metric_names import ACCURACY, ENTROPY, GRAD_NORM, LENGTH, LOSS, REWARD, TRUNCATED
 from tsopsd_jax.model.hf import CARD
+from tsopsd_jax.train.cycle import without_round
 
 LAST_METRICS = (
     ENTROPY,
@@ -72,7 +73,7 @@ def model_card(
         f"---\n{front}---\n# {base}, after {step} steps",
         f"{EXPORTED} ({dtype}) by tsopsd_jax {version}; seed {config.seed}.",
         f"- Base model: {base}{random}\n- Problems: {_data(config.data)}",
-        "## Phases\n\n" + _phases(config.phases, Counter(line["phase"] for line in metrics)),
+        "## Phases\n\n" + _phases(config.phases, Counter(without_round(line["phase"]) for line in metrics)),
     ]
     if metrics:
         last = metrics[-1]

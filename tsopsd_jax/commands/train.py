@@ -221,6 +221,8 @@ def open_trainer(
             table=table,
             profile_steps=profile_steps,
             samples=config.samples,
+            cycle=config.indices_of_cycle(),
+            baseline_steps=config.baseline_steps,
         )
         with table, trainer.told():
             for note in parts.notes:

@@ -1,5 +1,6 @@
 """The configuration of a run: the only place that takes one apart."""
 
+from tsopsd_jax.config.read import load_config
 from tsopsd_jax.config.schema import (
     DTYPES,
     Config,
@@ -10,7 +11,6 @@ from tsopsd_jax.config.schema import (
     ObjectiveSettings,
     OptimizerSettings,
     PhaseSettings,
-    load_config,
 )
 
 __all__ = [

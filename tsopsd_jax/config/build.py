@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from tsopsd_jax.config.doubts import doubts, repetitions
 from tsopsd_jax.config.places import datasets_folder, model_folder
 from tsopsd_jax.config.references import find_references, reference_folders
 from tsopsd_jax.config.schema import DTYPES, Config, DataSettings, PhaseSettings
@@ -24,6 +25,7 @@ from tsopsd_jax.objectives import Objective, make_objective, with_start_kl
 from tsopsd_jax.rewards import Rewards, make_checked_rewards, make_rewards, overlong_penalty
 from tsopsd_jax.rollout import Sampling
 from tsopsd_jax.testing import objective_notes
+from tsopsd_jax.train.controllers import RateController
 from tsopsd_jax.train.phase import START, Phase
 from tsopsd_jax.train.task import EvaluationPlan, Task
 from tsopsd_jax.types import PyTree
@@ -123,6 +125,19 @@ def _phase(phase: PhaseSettings) -> Phase:
         learning_rate=warm_up(learning_rate=rate.learning_rate, warmup_steps=rate.warmup_steps),
         reference=START if phase.measure_start_kl else None if phase.reference == "none" else phase.reference,
         reference_every_steps=phase.reference_every_steps,
+        rate_controller=_rate_controller(phase),
+    )
+
+
+def _rate_controller(phase: PhaseSettings) -> RateController | None:
+    """The controller that a phase asks for, in factors of its optimizer's rate."""
+    asked, rate = phase.learning_rate_control, phase.optimizer.learning_rate
+    if asked is None:
+        return None
+    return RateController(
+        gain_nats=asked.entropy_gain_nats_per_step,
+        min_factor=asked.min_learning_rate / rate,
+        max_factor=asked.max_learning_rate / rate,
     )
 
 
@@ -162,54 +177,6 @@ def divide_cpu(devices: int | None) -> str | None:
         if jax.default_backend() == "cpu" and there != devices:
             return f"mesh.cpu_devices {devices} has no effect: JAX had started with {there} CPU devices"
     return None
-
-
-LARGE_LEARNING_RATE = 0.01
-"""From here on AdamW moves every weight by a hundredth a step: language models do not survive it."""
-
-
-def doubts(config: Config) -> list[str]:
-    """List the settings that can be meant, and rarely are, for a person to look at."""
-    found = []
-    collapsed = None
-    for phase in config.phases:
-        rate, stop, guard = phase.optimizer.learning_rate, phase.stop, phase.guard
-        if rate >= LARGE_LEARNING_RATE and guard.runaway_entropy_nats is None:
-            found.append(
-                f"phase {phase.name!r}: optimizer.learning_rate {rate:g} is large for AdamW and nothing stops the run "
-                "when its entropy runs away; lower it, or set guard.runaway_entropy_nats"
-            )
-        start, runaway, recovered = (
-            guard.max_start_entropy_nats,
-            guard.runaway_entropy_nats,
-            stop.recovered_above_nats,
-        )
-        if recovered is not None and runaway is not None and runaway <= recovered:
-            found.append(
-                f"phase {phase.name!r}: guard.runaway_entropy_nats {runaway:g} stops the run before it can recover to "
-                f"stop.recovered_above_nats {recovered:g}"
-            )
-        if collapsed is not None and start is not None and start < collapsed:
-            found.append(
-                f"phase {phase.name!r}: guard.max_start_entropy_nats {start:g} may refuse the policy that the phase "
-                f"before leaves at up to stop.collapsed_below_nats {collapsed:g}"
-            )
-        collapsed = stop.collapsed_below_nats
-    return found
-
-
-def _repetitions(config: Config, problems: int) -> list[str]:
-    """List the phases that draw more prompts in a step than there are problems."""
-    found = []
-    for phase in config.phases:
-        batches = max(1, phase.reward.max_generation_batches if phase.reward is not None else 1)
-        if phase.prompts_per_step * batches > problems:
-            most = f" in up to {batches} batches" if batches > 1 else ""
-            found.append(
-                f"phase {phase.name!r}: a step draws {phase.prompts_per_step * batches:,} prompts{most} from "
-                f"{problems:,} problems: some come more than once; lower prompts_per_step"
-            )
-    return found
 
 
 def check_batches(config: Config, mesh: AnyMesh) -> None:
@@ -395,7 +362,7 @@ def prepare(config: Config) -> Parts:
             return model.init(jax.random.key(config.seed), shardings=shardings)
         return load_pretrained(folder, mesh=mesh)[1]
 
-    warnings = [*doubts(config), *_repetitions(config, len(task.problems)), *([late] if late else [])]
+    warnings = [*doubts(config), *repetitions(config, len(task.problems)), *([late] if late else [])]
     references = find_references(config, model, mesh, tokenizer)
     for other in reference_folders(config).values():
         check_weights(other, key="reference")

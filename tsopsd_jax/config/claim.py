@@ -25,10 +25,10 @@ FUNCTIONS_FOLDER = "functions"
 
 RUNTIME = r"checkpoint_every_steps|samples\.(every_steps|groups)|keep_checkpoints|tracker(\..+)?|cache_dir"
 """Settings that may change between two starts of the same run, without a word."""
-CHANGEABLE = r"evaluation\.(rows_at_once|every_steps)|mesh\.(data|fsdp|tensor|cpu_devices)"
-"""Settings that may change too, and are told: memory, machine, and when to look."""
+CHANGEABLE = r"evaluation\.(rows_at_once|every_steps)|mesh\.(data|fsdp|tensor|cpu_devices)|cycle\.times"
+"""Settings that may change too, and are told: memory, machine, when to look, and how often the cycle may come again."""
 CHANGEABLE_IN_PHASE = (
-    r"phases\.(\d+)\.((guard|stop)\.\w+|optimizer\.learning_rate|reward\.(on_shortage|max_generation_batches)"
+    r"phases\.(\d+)\.((guard|stop)\.\w+|optimizer\.learning_rate|learning_rate_control(\.\w+)?|reward\.(on_shortage|max_generation_batches)"
     r"|rows_at_once|micro_batches|chunk_tokens|pack)"
 )
 """Settings of a phase that may change while it is not finished: what guards, shortages and memory ask for."""
@@ -218,7 +218,9 @@ def claim(
     if file.is_file():
         differences = [d for d in strict.differences(read_settings(file), resolved) if not re.fullmatch(RUNTIME, d.key)]
         reached = _phase_reached(run_dir)
-        refused = [d for d in differences if not _may_change(d.key, reached or 0)]
+        cycle = config.indices_of_cycle()
+        unfinished = cycle.first if (reached or 0) in cycle else reached or 0  # a cycle comes back to its first phase
+        refused = [d for d in differences if not _may_change(d.key, unfinished)]
         if refused and reached is not None:
             raise ValueError(
                 f"{run_dir} holds a run of another configuration ({refused[0].words('!=')}); choose another --run-dir, "

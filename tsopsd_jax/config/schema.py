@@ -8,22 +8,21 @@ arguments that the layers below take.
 import itertools
 import math
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 
-from tsopsd_jax.config import strict
 from tsopsd_jax.data import CHATS, SOURCES, check_template
 from tsopsd_jax.judge.groups import RewardRule
 from tsopsd_jax.model.qwen3 import REMAT
 from tsopsd_jax.rewards import check_setting
 from tsopsd_jax.rollout import Sampling
 from tsopsd_jax.rundir.trackers import Tracker
-from tsopsd_jax.train.phase import START, Guard, StopRule
+from tsopsd_jax.train.cycle import ONCE, Cycle
+from tsopsd_jax.train.phase import START, Guard
 from tsopsd_jax.train.samples import Samples
+from tsopsd_jax.train.stopping import StopRule
 
-RENAMED = {"wandb_project": "tracker.wandb.project"}
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -175,6 +174,37 @@ class ObjectiveSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RateControlSettings:
+    """A learning rate that is found while the phase runs: the one at which the entropy changes as wanted."""
+
+    entropy_gain_nats_per_step: float
+    """Wanted gain of the mean token entropy a step; negative: a loss."""
+    min_learning_rate: float
+    max_learning_rate: float
+
+    def __post_init__(self):
+        if not 0 < self.min_learning_rate <= self.max_learning_rate or self.entropy_gain_nats_per_step == 0:
+            raise ValueError(
+                "expected 0 < min_learning_rate <= max_learning_rate, and a gain other than 0, got "
+                f"{self.min_learning_rate}, {self.max_learning_rate}, {self.entropy_gain_nats_per_step}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CycleSettings:
+    """Phases that follow each other again and again: reheat whenever collapsed, as often as allowed."""
+
+    phases: tuple[str, ...]
+    """Names, in the order of the schedule, without a gap."""
+    times: int
+    """Rounds at most."""
+
+    def __post_init__(self):
+        if not self.phases or self.times < 1:
+            raise ValueError(f"expected the names of phases and times >= 1, got {list(self.phases)}, {self.times}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class PhaseSettings:
     """One stretch of the schedule."""
 
@@ -209,6 +239,8 @@ class PhaseSettings:
     """Tokens whose logits exist at once, on each device. null: what suits the device (`hardware.tiles`), 1,024 on a CPU."""
     pack: bool = True
     """Several responses in one row of an update of several pieces, where the objective is tokenwise."""
+    learning_rate_control: RateControlSettings | None = None
+    """Turn the learning rate towards a wanted gain of entropy, beginning with the optimizer's; None: it is the optimizer's."""
     measure_start_kl: bool = False
     """Measure the exact KL to the phase's start policy at every step; its reference is then `start`."""
     reference: str = "none"
@@ -250,11 +282,11 @@ class PhaseSettings:
                 "responses_per_prompt: a response's advantage is its reward against those of its group; expected at "
                 "least 2 where there is a reward, got 1"
             )
-        low, high = self.stop.collapsed_below_nats, self.stop.recovered_above_nats
-        if low is not None and high is not None and low >= high:
+        control, rate = self.learning_rate_control, self.optimizer.learning_rate
+        if control is not None and not control.min_learning_rate <= rate <= control.max_learning_rate:
             raise ValueError(
-                f"stop: collapsed_below_nats {low} must be under recovered_above_nats {high}: every entropy would end "
-                "the phase"
+                f"learning_rate_control: the phase begins with optimizer.learning_rate; expected it within "
+                f"{control.min_learning_rate:g} .. {control.max_learning_rate:g}, got {rate:g}"
             )
         self._check_reference()
 
@@ -279,6 +311,10 @@ class Config:
     model: ModelSettings
     data: DataSettings
     phases: tuple[PhaseSettings, ...]
+    cycle: CycleSettings | None = None
+    """Phases that may come again; None: every phase once."""
+    baseline_steps: int = 10
+    """The mean entropy of the run's first so many steps is the unit of `stop.*_fraction`."""
     seed: int = 0
     """Seed of sampling, of the data order and of random weights."""
     mesh: MeshSettings = field(default_factory=MeshSettings)
@@ -304,13 +340,17 @@ class Config:
         names = [p.name for p in self.phases]
         if len(set(names)) != len(names):
             raise ValueError(f"phases: expected different names, got {names}")
-        for before, after in itertools.pairwise(self.phases):
-            low, high = before.stop.collapsed_below_nats, after.stop.recovered_above_nats
-            if low is not None and high is not None and low > high:
-                raise ValueError(
-                    f"phase {after.name!r}: stop.recovered_above_nats {high} must not be under "
-                    f"stop.collapsed_below_nats {low} of phase {before.name!r}: a collapsed policy would count as recovered"
-                )
+        if odd := [name for name in names if "#" in name]:
+            raise ValueError(f"phases: expected names without '#', behind which the log puts the round, got {odd[0]!r}")
+        for before, after in self._neighbours():
+            for unit in ("nats", "fraction"):
+                low, high = vars(before.stop)[f"collapsed_below_{unit}"], vars(after.stop)[f"recovered_above_{unit}"]
+                if low is not None and high is not None and low > high:
+                    raise ValueError(
+                        f"phase {after.name!r}: stop.recovered_above_{unit} {high} must not be under "
+                        f"stop.collapsed_below_{unit} {low} of phase {before.name!r}: a collapsed policy would count as "
+                        "recovered"
+                    )
         dtypes = [p.optimizer.momentum_dtype for p in self.phases]
         if len(set(dtypes)) != 1:
             raise ValueError(
@@ -318,29 +358,25 @@ class Config:
             )
         if not 0 <= self.seed < 2**32:  # a random key holds 32 bits of it
             raise ValueError(f"seed must be >= 0 and < 2**32, got {self.seed}")
-        for name in ("checkpoint_every_steps", "keep_checkpoints"):
+        for name in ("checkpoint_every_steps", "keep_checkpoints", "baseline_steps"):
             if vars(self)[name] < 1:
                 raise ValueError(f"{name} must be at least 1, got {vars(self)[name]}")
 
+    def indices_of_cycle(self) -> Cycle:
+        """The cycle by indices of phases.
 
-def load_config(path: str | Path, overrides: list[str]) -> Config:
-    """Read a YAML file and apply `a.b=value` overrides.
+        Raises:
+            ValueError: its names are not a stretch of the schedule.
+        """
+        if self.cycle is None:
+            return ONCE
+        names, asked = [phase.name for phase in self.phases], list(self.cycle.phases)
+        first = names.index(asked[0]) if asked[0] in names else len(names)
+        if names[first : first + len(asked)] != asked:
+            raise ValueError(f"cycle.phases: expected phases that follow each other among {names}, got {asked}")
+        return Cycle(first=first, last=first + len(asked) - 1, times=self.cycle.times)
 
-    Raises:
-        ValueError: missing file, invalid YAML, or anything that `strict.build` rejects.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"configuration {path}: no such file")
-    try:
-        data = strict.read_yaml(path)
-    except ValueError as error:
-        raise ValueError(f"configuration {path}: not valid YAML: {error}") from error
-    try:
-        for assignment in overrides:
-            strict.override(data, assignment)
-        for old in RENAMED.keys() & (data if isinstance(data, dict) else {}):
-            raise ValueError(f"{old}: expected under its new name {RENAMED[old]}")
-        return strict.build(Config, data)
-    except ValueError as error:
-        raise ValueError(f"configuration {path}: {error}") from error
+    def _neighbours(self) -> list[tuple[PhaseSettings, PhaseSettings]]:
+        """Every phase with one that may follow it."""
+        cycle, pairs = self.indices_of_cycle(), list(itertools.pairwise(self.phases))
+        return [*pairs, (self.phases[cycle.last], self.phases[cycle.first])] if self.cycle is not None else pairs

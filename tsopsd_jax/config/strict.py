@@ -105,6 +105,30 @@ def read_yaml(file: Path) -> Any:
     return parse(file.read_text(encoding="utf-8"))
 
 
+def line_of(text: str, keys: Sequence[str], names: Sequence[str]) -> int | None:
+    """Find the line (from 1) of a key in a YAML document; None: it is not there.
+
+    Args:
+        keys: the way to it, such as `phases`, `0`, `stop`; an item of a list by its index.
+        names: the same, where items of a list are written as a mapping from their names.
+    """
+    node, line = yaml.compose(text, Loader=_Loader), None
+    for key, name in zip(keys, names, strict=True):
+        if isinstance(node, yaml.SequenceNode):
+            if not (key.isdecimal() and int(key) < len(node.value)):
+                return None
+            node = node.value[int(key)]
+            line = node.start_mark.line + 1
+        elif isinstance(node, yaml.MappingNode):
+            pairs = [(k, v) for k, v in node.value if k.value in (key, name)]
+            if not pairs:
+                return None
+            line, node = pairs[0][0].start_mark.line + 1, pairs[0][1]
+        else:
+            return None
+    return line
+
+
 def dump(data: Any) -> str:
     """Write plain data as YAML, which `parse` and readers of YAML 1.1 read alike."""
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False)
@@ -192,7 +216,8 @@ def _number_if_text(value: Any) -> Any:
 
 
 def override(data: Any, assignment: str) -> None:
-    """Apply one `a.b.0.c=value` (value in YAML) to nested plain data, in place; an item may be called by its `name`.
+    """Apply one `a.b.0.c=value` (value in YAML) to nested plain data, in place; an item may be called by its `name`, and null
+    leaves it out.
 
     Raises:
         ValueError: no `=`, or a path that does not lead anywhere. (Unknown last keys are found by `build`.)
@@ -211,10 +236,12 @@ def override(data: Any, assignment: str) -> None:
         final = depth == len(parents)
         if isinstance(node, list):
             at = _position(node, key, here)
-            if final:
-                node[at] = value
-            else:
+            if not final:
                 node = node[at]
+            elif value is None and isinstance(node[at], dict):
+                del node[at]
+            else:
+                node[at] = value
         elif isinstance(node, dict):
             if final:
                 node[key] = value

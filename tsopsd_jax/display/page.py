@@ -30,6 +30,7 @@ from tsopsd_jax.metric_names import (
 from tsopsd_jax.rundir import files
 from tsopsd_jax.rundir.log import read_evaluations, read_metrics, read_samples
 from tsopsd_jax.rundir.status import read_status
+from tsopsd_jax.train.cycle import without_round
 
 KEYS = (ENTROPY, REWARD, ACCURACY, GRAD_NORM, LENGTH, TOKENS, TOKENS_PER_S, ROLLOUT_S, SKIPPED, UPDATES, "time_s")
 
@@ -66,7 +67,7 @@ def write_report(run_dir: str | Path, out: Path | None = None) -> Path:
         headline=_headline(config),
         status=run_status.banner(status, skipped=_total(metrics, SKIPPED), updates=_updates(metrics)),
         facts=_facts(metrics),
-        phases=_phase_table(metrics, plan, colours, status),
+        phases=_phase_table(metrics, plan, colours, status, evaluations),
         plots=draw_panels(metrics.step, _panels(metrics, _thresholds(plan)), metrics.segments, colours),
         plot_label=escape(f"entropy, reward, gradient norm and response length over steps; phases {phases}"),
         evaluations=_evaluation_table(evaluations),
@@ -209,6 +210,8 @@ def _until(phase: Mapping[str, Any]) -> str:
     words = (
         ("collapsed_below_nats", "entropy < {} nats" + window),
         ("recovered_above_nats", "entropy ≥ {} nats" + window),
+        ("collapsed_below_fraction", "entropy < {} of the run's early entropy" + window),
+        ("recovered_above_fraction", "entropy ≥ {} of the run's early entropy" + window),
         ("steps", "{} steps"),
         ("epochs", "{} epochs"),
     )
@@ -220,7 +223,7 @@ def _phase_colours(segments: Sequence[Stretch], plan: Mapping[str, Mapping[str, 
     cool = itertools.cycle(("blue", "violet", "teal", "slate"))
     colours: dict[str, str] = {}
     for phase in dict.fromkeys(segment.phase for segment in segments):
-        reheats = _section(plan.get(phase, {}), "objective").get("name") == "ts_opsd"
+        reheats = _section(plan.get(without_round(phase), {}), "objective").get("name") == "ts_opsd"
         colours[phase] = "orange" if reheats else next(cool)
     return colours
 
@@ -235,13 +238,26 @@ def _updates(metrics: Metrics) -> int:
     return int(np.sum(np.where(np.isfinite(said), said, 1)))
 
 
+def _change(evaluations: Sequence[Mapping[str, Any]], key: str, first_step: float, last_step: float) -> str:
+    """`before → after` in % of a phase's stretch, by the evaluations between phases; a dash where one of them was not made."""
+    between = {each.get("step"): finite(each.get(key)) for each in evaluations if not each.get("phase_step")}
+    before, after = between.get(int(first_step) - 1), between.get(int(last_step))
+    if before is None or after is None:
+        return "&ndash;"
+    return f'{100 * before:.1f}<span class="arrow">→</span>{100 * after:.1f}'
+
+
 def _phase_table(
-    metrics: Metrics, plan: Mapping[str, Mapping[str, Any]], colours: Mapping[str, str], status: Mapping[str, Any]
+    metrics: Metrics,
+    plan: Mapping[str, Mapping[str, Any]],
+    colours: Mapping[str, str],
+    status: Mapping[str, Any],
+    evaluations: Sequence[Mapping[str, Any]],
 ) -> str:
     rows = []
     for segment in metrics.segments[:MAX_ROWS]:
         part = slice(segment.first, segment.end)
-        phase, last = plan.get(segment.phase, {}), int(metrics.step[segment.end - 1])
+        phase, last = plan.get(without_round(segment.phase), {}), int(metrics.step[segment.end - 1])
         how, over = run_status.end_of_phase(status, segment.phase, last)
         dot = f'<span class="dot" style="background: var(--{colours[segment.phase]})"></span>'
         rows.append(
@@ -251,12 +267,13 @@ def _phase_table(
                 "&ndash;".join(dict.fromkeys(f"{metrics.step[at]:.0f}" for at in (segment.first, segment.end - 1))),
                 _ends(metrics.columns[ENTROPY][part], ".3f"),
                 _ends(metrics.columns[ACCURACY][part], ".1f", 100),
+                *(_change(evaluations, key, metrics.step[segment.first], last) for key in ("avg_at_k", "pass_at_k")),
                 escape(_until(phase) or "–") + how,
                 escape((over and phase.get("outcome")) or "–"),
             ]
         )
-    titles = ["phase", "objective", "steps", "entropy, nats", "training accuracy, %", "ends at", "outcome"]
-    return table(titles, rows, {2, 3, 4}) + _more(len(metrics.segments), "phases")
+    titles = ["phase", "objective", "steps", "entropy, nats", "training accuracy, %", "avg@k, %", "pass@k, %"]
+    return table([*titles, "ends at", "outcome"], rows, {2, 3, 4, 5, 6}) + _more(len(metrics.segments), "phases")
 
 
 def _more(count: int, what: str) -> str:

@@ -48,7 +48,7 @@ def mini_batch_rows(
             yield (part[:, None] * responses + np.arange(responses)).reshape(-1)
 
 
-def take_rows(batch: Batch, rows: Int[np.ndarray, " rows"]) -> Batch:
+def take_mini_batch(batch: Batch, rows: Int[np.ndarray, " rows"]) -> Batch:
     """Take rows of a batch, on the host."""
     return jax.tree.map(lambda x: np.asarray(x)[rows], batch)
 

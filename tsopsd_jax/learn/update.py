@@ -13,7 +13,16 @@ from jaxtyping import Array, Float, Int
 from tsopsd_jax.distributed.sharding import AnyMesh, replicated, tree_shardings
 from tsopsd_jax.head import Reference, batch_loss, batch_stats
 from tsopsd_jax.head_tiles import TILE_TOKENS
-from tsopsd_jax.metric_names import ENTROPY, GRAD_NORM, HELD, LOGP_GAP_MAX, LOSS, SKIPPED
+from tsopsd_jax.metric_names import (
+    ENTROPY,
+    GRAD_NORM,
+    HELD,
+    LEARNING_RATE,
+    LEARNING_RATE_FACTOR,
+    LOGP_GAP_MAX,
+    LOSS,
+    SKIPPED,
+)
 from tsopsd_jax.model.qwen3 import Qwen3
 from tsopsd_jax.objectives import Objective
 from tsopsd_jax.types import Batch, Prompts, PyTree, Rollout, TrainState
@@ -257,6 +266,8 @@ def make_update(
     The objective's `select` sees the whole batch first. `knobs` are the numbers that its `control` turned. `reference` are
     the parameters of `reference_model`.
 
+    A knob `learning_rate_factor` multiplies AdamW's step, decay included, which is proportional to its rate.
+
     A gradient that is not finite leaves parameters and optimizer as they were and advances only the step; so does a
     policy whose mean token entropy has reached `hold_above_nats`. A stop rule on entropy then keeps the policy that it
     measured, not one that is an update further.
@@ -279,7 +290,9 @@ def make_update(
         knobs: Mapping[str, Array] | None = None,
         reference: PyTree | None = None,
     ) -> tuple[TrainState, UpdateOut]:
-        batch = dataclasses.replace(batch, knobs=dict(knobs or {}))
+        knobs = dict(knobs or {})
+        factor = knobs.pop(LEARNING_RATE_FACTOR, None)
+        batch = dataclasses.replace(batch, knobs=knobs)
         if objective.reference and reference is None:
             raise ValueError(
                 "the objective compares with a reference: expected its parameters, got none; pass reference="
@@ -298,6 +311,8 @@ def make_update(
         finite = jnp.isfinite(norm) & jnp.isfinite(out.loss.total)
         with jax.numpy_dtype_promotion("standard"):  # optax relies on implicit promotion
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        if factor is not None:
+            updates = jax.tree.map(lambda change: factor * change, updates)
         params = optax.apply_updates(state.params, updates)
         held = jnp.zeros((), bool)
         if ENTROPY in out.metrics:
@@ -316,7 +331,7 @@ def make_update(
         }
         if learning_rate is not None:
             (_, count), *_ = optax.tree.get_all_with_path(state.opt_state, "count")
-            metrics["optim/learning_rate"] = learning_rate(count)
+            metrics[LEARNING_RATE] = learning_rate(count) * (1.0 if factor is None else factor)
         weights = {name: mean.count for name, mean in out.metrics.items()} | {LOSS: out.loss.count}
         return TrainState(state.step + 1, params, opt_state), UpdateOut(metrics, finite, weights)
 

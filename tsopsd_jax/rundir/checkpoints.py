@@ -328,7 +328,8 @@ def _fields(state: TrainState) -> dict[str, Any]:
 
 def _progress(stored: dict[str, Any]) -> RunProgress:
     values = dict(stored)
-    values["entropies_nats"] = tuple(values["entropies_nats"])
+    for name in ("entropies_nats", "early_entropies_nats"):
+        values[name] = tuple(values.get(name, ()))  # JSON has lists; early checkpoints have no early entropies
     return RunProgress(**values)
 
 

@@ -1,6 +1,7 @@
 """A run as it stands between two steps: what lives while it trains, and what a checkpoint of it holds."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -14,6 +15,10 @@ class RunProgress:
 
     phase: int = 0
     """Index of the current phase; the number of phases when the run is done."""
+    round: int = 1
+    """Which time the phase is taken, in a cyclic schedule."""
+    stage: str = "base"
+    """Name of the policy that the current phase began with."""
     phase_step: int = 0
     """Steps taken in the current phase."""
     position: int = 0
@@ -22,6 +27,12 @@ class RunProgress:
     """`position` when the current phase began."""
     entropies_nats: tuple[float, ...] = ()
     """Mean token entropy of the last steps of the phase, for the stop rules."""
+    early_entropies_nats: tuple[float, ...] = ()
+    """Mean token entropies of the run's first steps, until they make up its baseline."""
+    baseline_nats: float | None = None
+    """Their mean: the run's early entropy, to which stop rules may be relative; None: not known yet."""
+    learning_rate_factor: float = 1.0
+    """Of the phase's next update, where a controller turns its learning rate."""
     skipped_in_row: int = 0
     """Consecutive updates skipped because they were not finite."""
     knobs: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -29,21 +40,39 @@ class RunProgress:
     elapsed_s: float = 0.0
     """Wall time of the run, interruptions left out."""
 
-    def after_step(self, *, entropy_nats: float, skipped: Sequence[bool], window_steps: int) -> "RunProgress":
-        """The progress one step on, whose updates were skipped or not; `window_steps` entropies are kept."""
+    def after_step(
+        self, *, entropy_nats: float, skipped: Sequence[bool], window_steps: int, baseline_steps: int
+    ) -> "RunProgress":
+        """The progress one step on, whose updates were skipped or not; `window_steps` entropies are kept, and the first
+        `baseline_steps` of the run make the baseline (an objective that reports none adds none)."""
+        early, baseline = self.early_entropies_nats, self.baseline_nats
+        if baseline is None and math.isfinite(entropy_nats):
+            early = (*early, entropy_nats)
+            if len(early) >= baseline_steps:
+                early, baseline = (), sum(early) / len(early)
         in_row = self.skipped_in_row
         for was_skipped in skipped:
             in_row = in_row + 1 if was_skipped else 0
         return dataclasses.replace(
             self,
+            early_entropies_nats=early,
+            baseline_nats=baseline,
             phase_step=self.phase_step + 1,
             entropies_nats=(*self.entropies_nats, entropy_nats)[-window_steps:],
             skipped_in_row=in_row,
         )
 
-    def next_phase(self) -> "RunProgress":
-        """The progress at the beginning of the phase after this one."""
-        return RunProgress(phase=self.phase + 1, position=self.position, phase_position=self.position)
+    def next_phase(self, *, phase: int, round: int, stage: str) -> "RunProgress":
+        """The progress at the beginning of another phase; `stage` names the policy that this one leaves."""
+        return RunProgress(
+            phase=phase,
+            round=round,
+            stage=stage,
+            position=self.position,
+            phase_position=self.position,
+            early_entropies_nats=self.early_entropies_nats,
+            baseline_nats=self.baseline_nats,
+        )
 
 
 class RunState(NamedTuple):

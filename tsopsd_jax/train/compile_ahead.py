@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
+from tsopsd_jax.train.cycle import ONCE, Cycle
 from tsopsd_jax.train.phase import Phase
 from tsopsd_jax.train.phase_step import PhaseStep, Shared
 
@@ -14,19 +15,27 @@ class PhaseSteps:
     Args:
         phases: the schedule.
         shared: see `PhaseStep`.
+        cycle: phases that come again: their steps are kept.
     """
 
-    def __init__(self, phases: Sequence[Phase], shared: Shared):
-        self.phases, self.shared = phases, shared
+    def __init__(self, phases: Sequence[Phase], shared: Shared, cycle: Cycle = ONCE):
+        self.phases, self.shared, self.cycle = phases, shared, cycle
+        self._kept: dict[int, PhaseStep] = {}
         self._ahead: dict[int, Future[PhaseStep]] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="compile")
 
     def of(self, at: int) -> PhaseStep:
         """The step of the phase at that index: compiled already, or to be compiled when first called."""
+        if at in self._kept:
+            return self._kept[at]
+        step = None
         if at in self._ahead:
             with contextlib.suppress(Exception):  # whatever it was, it happens again below if it matters
-                return self._ahead.pop(at).result()
-        return PhaseStep(self.phases[at], self.shared)
+                step = self._ahead.pop(at).result()
+        step = step or PhaseStep(self.phases[at], self.shared)
+        if at in self.cycle:
+            self._kept[at] = step
+        return step
 
     def compile_after(self, at: int) -> None:
         """Begin to compile the phases after that index. Not on a GPU, whose compiler measures kernels on the device, in the
@@ -40,7 +49,8 @@ class PhaseSteps:
             return step
 
         for later in range(max(self._ahead, default=at) + 1, len(self.phases)):
-            self._ahead[later] = self._thread.submit(compiled, self.phases[later])
+            if later not in self._kept:
+                self._ahead[later] = self._thread.submit(compiled, self.phases[later])
 
     def close(self) -> None:
         """Begin to compile nothing more."""

@@ -1,7 +1,7 @@
 """The evaluations of a run: between its phases, and within them at steps that the plan's `every_steps` divides."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,6 @@ from tsopsd_jax.evaluation.evaluate import evaluate, evaluation_key
 from tsopsd_jax.rollout import Engine
 from tsopsd_jax.rundir.log import RunLog, read_evaluations
 from tsopsd_jax.rundir.run_state import RunState
-from tsopsd_jax.train.phase import Phase
 from tsopsd_jax.train.phase_step import Shared
 from tsopsd_jax.train.task import EvaluationPlan
 
@@ -22,7 +21,7 @@ class Evaluations:
     Args:
         plan: what is evaluated; None: nothing is.
         shared: by which model, on what.
-        phases: the schedule; a phase's outcome names the stage after it.
+        name: of the phase that a run is in.
         run_dir: where records are.
         log: where they go; None: another process writes them.
     """
@@ -31,21 +30,20 @@ class Evaluations:
         self,
         plan: EvaluationPlan | None,
         shared: Shared,
-        phases: Sequence[Phase],
+        name: Callable[[RunState], str],
         run_dir: Path,
         log: RunLog | None,
     ):
-        self.plan, self.shared, self.phases, self.run_dir, self.log = plan, shared, phases, run_dir, log
+        self.plan, self.shared, self.name, self.run_dir, self.log = plan, shared, name, run_dir, log
 
     def stage(self, run: RunState) -> str | None:
         """The name of the stage at which the policy is to be evaluated now; None: at none."""
-        at = run.progress.phase
         if self.plan is None:
             return None
         if not run.progress.phase_step:
-            return "base" if at == 0 else self.phases[at - 1].outcome
+            return run.progress.stage
         every = self.plan.every_steps
-        return f"during {self.phases[at].name}" if every and run.step % every == 0 else None
+        return f"during {self.name(run)}" if every and run.step % every == 0 else None
 
     def evaluate(self, run: RunState, stage: str, on_progress: Callable[[Any], None]) -> str | None:
         """Evaluate the policy and record it, unless that stands in the log already; returns its scores in words.

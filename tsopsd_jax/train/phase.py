@@ -9,6 +9,9 @@ from tsopsd_jax.judge.groups import RewardRule
 from tsopsd_jax.objectives import Objective
 from tsopsd_jax.rewards import Verdict, failed_fraction, failure_words
 from tsopsd_jax.rollout import Sampling
+from tsopsd_jax.rundir.run_state import RunProgress
+from tsopsd_jax.train.controllers import RateController
+from tsopsd_jax.train.stopping import StopRule
 
 START = "start"
 """The reference of a phase that is a copy of the policy it began with."""
@@ -16,62 +19,6 @@ START = "start"
 
 class GuardError(RuntimeError):
     """A guard stopped the run to protect the policy; the message says why and what to do."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class StopRule:
-    """A phase ends when any of these holds; None: never for that reason.
-
-    `collapsed_below_nats` / `recovered_above_nats` look at the mean of the last `window_steps` token entropies.
-    """
-
-    steps: int | None = None
-    epochs: float | None = None
-    collapsed_below_nats: float | None = None
-    recovered_above_nats: float | None = None
-    window_steps: int = 1
-
-    def __post_init__(self):
-        rules = (self.steps, self.epochs, self.collapsed_below_nats, self.recovered_above_nats)
-        if all(rule is None for rule in rules):
-            raise ValueError(
-                "stop: a phase needs at least one of steps, epochs, collapsed_below_nats, recovered_above_nats"
-            )
-        if any(rule is not None and rule <= 0 for rule in rules) or self.window_steps < 1:
-            raise ValueError(f"stop: every limit must be positive, got {self}")
-
-    def reason(self, *, phase_step: int, epochs: float, entropies_nats: Sequence[float]) -> str | None:
-        """Why the phase is over, or None.
-
-        Args:
-            phase_step: steps taken in the phase.
-            epochs: passes over the data in the phase.
-            entropies_nats: entropies of the phase's last steps, the newest last.
-        """
-        if len(entropies_nats) >= self.window_steps:
-            window = sum(entropies_nats[-self.window_steps :]) / self.window_steps
-            if self.collapsed_below_nats is not None and window < self.collapsed_below_nats:
-                return f"collapsed: entropy {window:.4f} nats < {self.collapsed_below_nats}"
-            if self.recovered_above_nats is not None and window >= self.recovered_above_nats:
-                return f"recovered: entropy {window:.4f} nats >= {self.recovered_above_nats}"
-        if self.steps is not None and phase_step >= self.steps:
-            return f"{phase_step} steps"
-        if self.epochs is not None and epochs >= self.epochs:
-            return f"{epochs:.2f} epochs"
-        return None
-
-    def words(self) -> str:
-        """The rule for people, such as `entropy < 0.08 nats or 300 steps`."""
-        parts = []
-        if self.collapsed_below_nats is not None:
-            parts.append(f"entropy < {self.collapsed_below_nats} nats")
-        if self.recovered_above_nats is not None:
-            parts.append(f"entropy >= {self.recovered_above_nats} nats")
-        if self.steps is not None:
-            parts.append(f"{self.steps} steps")
-        if self.epochs is not None:
-            parts.append(f"{self.epochs} epochs")
-        return " or ".join(parts)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,12 +30,14 @@ class Guard:
     `max_skipped_in_row`: so many consecutive non-finite updates stop it (of a step's updates, those at its end).
     `max_reward_failed_fraction`: so does a batch of responses of which more have no reward, since a function of one's
     own failed; nothing is learnt from that batch.
+    `max_truncated_fraction`: so does a step of which more responses were cut off at their limit.
     """
 
     max_start_entropy_nats: float | None = None
     runaway_entropy_nats: float | None = None
     max_skipped_in_row: int = 3
     max_reward_failed_fraction: float = 0.5
+    max_truncated_fraction: float | None = None
 
     def __post_init__(self):
         for name in ("max_start_entropy_nats", "runaway_entropy_nats"):
@@ -99,6 +48,10 @@ class Guard:
             raise ValueError(f"max_skipped_in_row must be at least 1, got {self.max_skipped_in_row}")
         if not 0 <= self.max_reward_failed_fraction <= 1:
             raise ValueError(f"max_reward_failed_fraction must be in 0..1, got {self.max_reward_failed_fraction}")
+        if self.max_truncated_fraction is not None and not 0 <= self.max_truncated_fraction < 1:
+            raise ValueError(
+                f"max_truncated_fraction must be in [0, 1), got {self.max_truncated_fraction}; null: no limit"
+            )
 
     def check_rewards(self, phase: str, verdicts: Sequence[Verdict]) -> None:
         """Raise GuardError if too many of a batch's responses have a reward that failed."""
@@ -109,24 +62,33 @@ class Guard:
                 "guard.max_reward_failed_fraction"
             )
 
-    def check(self, *, phase: str, phase_step: int, entropy_nats: float, skipped_in_row: int) -> None:
-        """Raise GuardError if the step just taken broke a limit."""
+    def broken(
+        self, *, phase: str, phase_step: int, entropy_nats: float, skipped_in_row: int, truncated_fraction: float
+    ) -> str | None:
+        """Say which limit the step just taken broke, and what to do; None: none."""
         start, runaway = self.max_start_entropy_nats, self.runaway_entropy_nats
         if phase_step == 1 and start is not None and entropy_nats >= start:
-            raise GuardError(
+            return (
                 f"phase {phase!r} refuses to start: entropy {entropy_nats:.4f} nats, expected a collapsed policy under "
                 f"{start} nats; train until collapse first, or raise guard.max_start_entropy_nats"
             )
         if runaway is not None and entropy_nats >= runaway:
-            raise GuardError(
+            return (
                 f"phase {phase!r} stopped: entropy {entropy_nats:.4f} nats ran over {runaway} nats at its step "
                 f"{phase_step}; lower the learning rate or the teacher's temperature and go on from the last checkpoint"
             )
+        if self.max_truncated_fraction is not None and truncated_fraction > self.max_truncated_fraction:
+            return (
+                f"phase {phase!r} stopped: {100 * truncated_fraction:.1f} % of its responses were cut off at its step "
+                f"{phase_step}, expected at most {100 * self.max_truncated_fraction:g} %; lower the learning rate and go on "
+                "from the last checkpoint, or raise guard.max_truncated_fraction"
+            )
         if skipped_in_row >= self.max_skipped_in_row:
-            raise GuardError(
+            return (
                 f"phase {phase!r} stopped: {skipped_in_row} updates in a row were not finite and were skipped; lower the "
                 "learning rate, or look at the batch in float32"
             )
+        return None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -165,6 +127,9 @@ class Phase:
         every = self.reference_every_steps
         return self.reference == START and (phase_step == 0 or (every is not None and phase_step % every == 0))
 
+    rate_controller: RateController | None = None
+    """Turns the learning rate between updates; None: it is the optimizer's."""
+
     @property
     def rows(self) -> int:
         """Rows of a step: prompts x responses."""
@@ -193,25 +158,43 @@ class Phase:
 
     def check_measured(self, entropy: bool) -> None:
         """Raise GuardError if a limit of the phase looks at the entropy and its objective does not report one."""
-        limits = {
-            "stop.collapsed_below_nats": self.stop.collapsed_below_nats,
-            "stop.recovered_above_nats": self.stop.recovered_above_nats,
+        guards = {
             "guard.max_start_entropy_nats": self.guard.max_start_entropy_nats,
             "guard.runaway_entropy_nats": self.guard.runaway_entropy_nats,
+            "learning_rate_control": self.rate_controller,
         }
-        asked = [name for name, limit in limits.items() if limit is not None]
+        asked = [f"stop.{name}" for name in self.stop.looks_at]
+        asked += [name for name, limit in guards.items() if limit is not None]
         if asked and not entropy:
             raise GuardError(
                 f"phase {self.name!r} refuses to start: {asked[0]} expects its objective to report "
                 "policy/entropy_nats, got no such metric; report it, or set the limit to null and stop by steps or epochs"
             )
 
-    def hold_above_nats(self, phase_step: int) -> float:
+    def turned_rate(self, before: RunProgress, entropy_nats: float) -> float:
+        """The factor on the learning rate after a step that measured `entropy_nats`; `before` it the run stood so.
+
+        The entropy of a phase's first step says nothing of its updates, nor does that after an update that was skipped.
+        """
+        if self.rate_controller is None:
+            return 1.0
+        if before.phase_step == 0 or before.skipped_in_row:
+            return before.learning_rate_factor
+        return self.rate_controller.turned(before.learning_rate_factor, entropy_nats - before.entropies_nats[-1])
+
+    def hold_above_nats(
+        self, phase_step: int, *, before_nats: float | None = None, baseline_nats: float | None = None
+    ) -> float:
         """Entropy from which step `phase_step` (from 1) measures the policy at its first update and changes nothing,
-        because the phase will be refused, stopped or complete on it; infinity: never."""
+        because the phase will be refused, stopped or complete on it; infinity: never.
+
+        Args:
+            before_nats, baseline_nats: of the phase's step before, and the run's early entropy; see `StopRule`.
+        """
         limits = [self.guard.runaway_entropy_nats]
         if phase_step == 1:
             limits.append(self.guard.max_start_entropy_nats)
-        if self.stop.window_steps == 1:
-            limits.append(self.stop.recovered_above_nats)
+        limits.append(
+            self.stop.hold_above_nats(phase_step=phase_step, before_nats=before_nats, baseline_nats=baseline_nats)
+        )
         return min((limit for limit in limits if limit is not None), default=float("inf"))

@@ -23,6 +23,7 @@ from tsopsd_jax.learn.micro_batches import device_bytes
 from tsopsd_jax.learn.mini_batches import mini_batch_rows
 from tsopsd_jax.learn.reference import ReferenceSource
 from tsopsd_jax.learn.update import distillation_batch
+from tsopsd_jax.metric_names import LEARNING_RATE_FACTOR
 from tsopsd_jax.model import Qwen3
 from tsopsd_jax.rewards import answers_cut_off
 from tsopsd_jax.rollout import Engine, Progress, Sampling
@@ -188,6 +189,7 @@ class PhaseStep:
             hold_above_nats=self._hold_above_nats(run),
             knobs=self._knobs(run),
             control=self.phase.objective.control,
+            beside=self._rate(run),
             mesh=self.shared.mesh,
         )
         drawn = Drawn(scored, judged, got, self.engine, useful, time.monotonic() - updating)
@@ -199,7 +201,7 @@ class PhaseStep:
         began = time.monotonic()
         prompts, asked, after = self._next_prompts(run)
         prompts = put(prompts, row_sharding(self.shared.mesh))
-        scalars = on_devices(self._hold_above_nats(run), self._knobs(run), self.shared.mesh)
+        scalars = on_devices(self._hold_above_nats(run), self._knobs(run) | self._rate(run), self.shared.mesh)
         state, out, there = self.program(run.state, prompts, self.shared.key, *scalars, self._reference(run))
         rollout: Rollout = jax.device_get(there)
         updated = time.monotonic()
@@ -282,7 +284,13 @@ class PhaseStep:
 
     def _hold_above_nats(self, run: RunState) -> float:
         """The entropy from which this step changes nothing."""
-        return self.phase.hold_above_nats(run.progress.phase_step + 1)
+        now = run.progress
+        before = now.entropies_nats[-1] if now.entropies_nats else None
+        return self.phase.hold_above_nats(now.phase_step + 1, before_nats=before, baseline_nats=now.baseline_nats)
+
+    def _rate(self, run: RunState) -> dict[str, float]:
+        """The factor on the learning rate, where the phase turns it; the same for all updates of the step."""
+        return {} if self.phase.rate_controller is None else {LEARNING_RATE_FACTOR: run.progress.learning_rate_factor}
 
     def _mini_batches(self, run: RunState) -> Iterable[np.ndarray | None]:
         """The rows of each of this step's updates; None: the batch as it is."""

@@ -13,6 +13,7 @@ from tsopsd_jax.learn.micro_batches import TOKENS_PER_CPU, TOKENS_PER_DEVICE, ch
 from tsopsd_jax.learn.packing import pack, useful_fraction
 from tsopsd_jax.learn.reference import abstract_reference
 from tsopsd_jax.learn.update import Update, UpdateOut, abstract_state, make_reheat_step, make_update
+from tsopsd_jax.metric_names import LEARNING_RATE_FACTOR
 from tsopsd_jax.model import Qwen3
 from tsopsd_jax.rollout import sample
 from tsopsd_jax.train.phase import Phase
@@ -105,7 +106,9 @@ class Updater:
 
     def _knobs(self) -> dict[str, Any]:
         control = self.phase.objective.control
-        return {} if control is None else {name: self._once(np.float32) for name in control.init}
+        names = [] if control is None else list(control.init)
+        names += [LEARNING_RATE_FACTOR] if self.phase.rate_controller is not None else []
+        return {name: self._once(np.float32) for name in names}
 
     def _reference(self) -> Any:
         return abstract_reference(self.reference_model, self.mesh) if self.phase.reference else None

@@ -10,13 +10,13 @@ from jaxtyping import Array, Int
 
 from tsopsd_jax.distributed import processes
 from tsopsd_jax.distributed.sharding import put, replicated
-from tsopsd_jax.learn.mini_batches import Reported, take_rows, together
+from tsopsd_jax.learn.mini_batches import Reported, take_mini_batch, together
 from tsopsd_jax.learn.update import UpdateOut
 from tsopsd_jax.metric_names import HELD, SKIPPED
 from tsopsd_jax.objectives.base import Control
 from tsopsd_jax.types import AnyArray, Batch, TrainState
 
-Knobs = dict[str, float]
+_Knobs = dict[str, float]
 
 
 OneUpdate = Callable[[TrainState, Batch, AnyArray, Array, Mapping[str, Array]], tuple[TrainState, UpdateOut, float]]
@@ -30,7 +30,7 @@ class Learnt(NamedTuple):
     """See `learn.mini_batches.together`."""
     skipped: tuple[bool, ...]
     """Of each update: it was not finite and changed nothing."""
-    knobs: Knobs
+    knobs: _Knobs
 
 
 def report(out: UpdateOut) -> Reported:
@@ -39,19 +39,19 @@ def report(out: UpdateOut) -> Reported:
     return Reported(*processes.from_first(tuple({k: float(v) for k, v in x.items()} for x in (metrics, weights))))
 
 
-def learnt(updates: list[Reported], knobs: Knobs) -> Learnt:
+def learnt(updates: list[Reported], knobs: _Knobs) -> Learnt:
     """Sum up a rollout's updates, after which the knobs are `knobs`."""
     return Learnt(together(updates), tuple(bool(update.metrics[SKIPPED]) for update in updates), knobs)
 
 
-def turned(control: Control | None, knobs: Knobs, update: Reported) -> Knobs:
+def turned(control: Control | None, knobs: _Knobs, update: Reported) -> _Knobs:
     """The knobs of the next update; they follow what was learnt, and stay where nothing was."""
     if control is None or update.metrics[SKIPPED] or update.metrics[HELD]:
         return knobs
     return dict(control.update(knobs, update.metrics))
 
 
-def on_devices(limit: float, knobs: Knobs, mesh: jax.sharding.Mesh) -> tuple[Array, dict[str, Array]]:
+def on_devices(limit: float, knobs: _Knobs, mesh: jax.sharding.Mesh) -> tuple[Array, dict[str, Array]]:
     """An update's scalars on all devices: the entropy from which it holds, and the objective's knobs."""
     return put((np.float32(limit), {name: np.float32(x) for name, x in knobs.items()}), replicated(mesh))
 
@@ -64,8 +64,9 @@ def take_updates(
     mini_batches: Iterable[Int[np.ndarray, " rows"] | None],
     *,
     hold_above_nats: float,
-    knobs: Knobs,
+    knobs: _Knobs,
     control: Control | None,
+    beside: _Knobs,
     mesh: jax.sharding.Mesh,
 ) -> tuple[TrainState, Learnt, float]:
     """Take all updates of a rollout: (state, what they report, share of the computed positions that hold a token).
@@ -79,6 +80,7 @@ def take_updates(
         mini_batches: rows of each update; None: the batch as it is.
         hold_above_nats: the entropy from which the step changes nothing.
         knobs, control: the objective's numbers before the step, and what turns them after each update.
+        beside: numbers that stay as they are over the step.
         mesh: of the devices that hold `state`.
     """
     step, limit = int(state.step), hold_above_nats
@@ -86,8 +88,8 @@ def take_updates(
     useful: list[float] = []
     tokens: list[int] = []
     for rows in mini_batches:
-        part, lengths = (batch, length) if rows is None else (take_rows(batch, rows), np.asarray(length)[rows])
-        state, out, fraction = update(state, part, lengths, *on_devices(limit, knobs, mesh))
+        part, lengths = (batch, length) if rows is None else (take_mini_batch(batch, rows), np.asarray(length)[rows])
+        state, out, fraction = update(state, part, lengths, *on_devices(limit, knobs | beside, mesh))
         updates.append(report(out))
         knobs, limit = turned(control, knobs, updates[-1]), float("inf")
         useful.append(fraction)

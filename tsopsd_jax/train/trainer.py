@@ -17,7 +17,7 @@ from tsopsd_jax.distributed import heartbeat, processes
 from tsopsd_jax.distributed.sharding import put, replicated
 from tsopsd_jax.learn.reference import start_policy
 from tsopsd_jax.learn.update import abstract_state, fresh_optimizer_state
-from tsopsd_jax.metric_names import ENTROPY
+from tsopsd_jax.metric_names import ENTROPY, TRUNCATED
 from tsopsd_jax.rewards import failure_words
 from tsopsd_jax.rundir import object_store, status
 from tsopsd_jax.rundir.checkpoints import Checkpoints
@@ -25,6 +25,7 @@ from tsopsd_jax.rundir.log import RunLog
 from tsopsd_jax.rundir.run_state import RunProgress, RunState
 from tsopsd_jax.rundir.trackers import Tracker
 from tsopsd_jax.train.compile_ahead import PhaseSteps
+from tsopsd_jax.train.cycle import ONCE, Cycle, Place
 from tsopsd_jax.train.evaluations import Evaluations
 from tsopsd_jax.train.metrics import StepFacts, step_line
 from tsopsd_jax.train.phase import GuardError, Phase
@@ -54,7 +55,8 @@ class Trainer:
     Args:
         shared: model, devices, task.
         load_params: called once if there is no checkpoint: float32 parameters on the mesh.
-        phases: the schedule.
+        phases, cycle: the schedule; the phases of the cycle may come again and again.
+        baseline_steps: steps of the run whose mean entropy stop rules may be relative to.
         evaluation: None for no evaluation.
         run_dir: see DESIGN of a run directory in docs/architecture.md.
         checkpoint_every_steps, keep_checkpoints: periodic saves and how many stay.
@@ -78,8 +80,11 @@ class Trainer:
         table: Screen,
         samples: Samples = Samples(),  # noqa: B008 - frozen
         profile_steps: tuple[int, int] | None = None,
+        cycle: Cycle = ONCE,
+        baseline_steps: int = 10,
     ):
         self.shared, self.phases, self.run_dir, self.table = shared, phases, run_dir, table
+        self.cycle, self.baseline_steps = cycle, baseline_steps
         self.every, self.samples = checkpoint_every_steps, samples
         self.profile = StepProfile(profile_steps, run_dir / "profile")
         heartbeat.tick("looking for checkpoints")
@@ -91,8 +96,8 @@ class Trainer:
         if processes.is_first():
             self.log = RunLog(run_dir, last_step=self.run_state.step, tracker=tracker)
         self.signals = StopRequest()
-        self.steps = PhaseSteps(phases, shared)
-        self.evaluations = Evaluations(evaluation, shared, phases, run_dir, self.log)
+        self.steps = PhaseSteps(phases, shared, cycle)
+        self.evaluations = Evaluations(evaluation, shared, self._name, run_dir, self.log)
 
     # ------------------------------------------------------------------- loop
 
@@ -113,9 +118,9 @@ class Trainer:
             closing.callback(self.profile.close)
             closing.enter_context(self.signals.heard())
             self._evaluate()
-            for phase in self.phases[self.progress.phase :]:
+            while self.progress.phase < len(self.phases):
                 self._leave("took no step after")  # asked while it evaluated
-                self._run_phase(phase)
+                self._run_phase(self.phases[self.progress.phase])
                 self._evaluate()
 
     @contextlib.contextmanager
@@ -140,14 +145,37 @@ class Trainer:
 
     def _run_phase(self, phase: Phase) -> None:
         """Take what is left of a phase, then advance to the next and save."""
-        self.table.phase(phase.name, phase.stop.words())
+        name = self._name(self.run_state)
+        self.table.phase(name, phase.stop.words())
         # A run that goes on may have other rules: they hold before its first step.
         over = self._over(phase) or self._take_steps(phase)
-        self.table.note(f"phase {phase.name!r} ends at step {self.run_state.step}: {over}")
+        self.table.note(f"phase {name!r} ends at step {self.run_state.step}: {over}")
         if self.log is not None:
-            self.log.status.phase_ended(phase.name, self.run_state.step, over)
-        self.run_state = RunState(self.state, self.progress.next_phase())
+            self.log.status.phase_ended(name, self.run_state.step, over)
+        self.run_state = RunState(self.state, self._next_phase(phase))
         self._pause(save=True)
+
+    def _next_phase(self, phase: Phase) -> RunProgress:
+        """The progress at the beginning of what follows a phase that is over."""
+        now, here = self.progress, self._place(self.run_state)
+        collapsed = phase.stop.entropy_reason(
+            phase_step=now.phase_step, entropies_nats=now.entropies_nats, baseline_nats=now.baseline_nats
+        )
+        then = self.cycle.after(here, missed_collapse=phase.stop.waits_for_collapse and collapsed is None)
+        if here.phase in self.cycle and then.phase > self.cycle.last:
+            why = "without a collapse" if then.phase > here.phase + 1 else f"of {self.cycle.times} allowed"
+            self.table.note(f"the cycle ends after round {here.round} {why}")
+        stage = self.cycle.named(phase.outcome, here)
+        return now.next_phase(phase=then.phase, round=then.round, stage=stage)
+
+    @staticmethod
+    def _place(run: RunState) -> Place:
+        return Place(run.progress.phase, run.progress.round)
+
+    def _name(self, run: RunState) -> str:
+        """The name of the phase that a run is in, with its round."""
+        here = self._place(run)
+        return self.cycle.named(self.phases[here.phase].name, here)
 
     def _take_steps(self, phase: Phase) -> str:
         """Take steps until the phase is over; returns why it is."""
@@ -208,28 +236,48 @@ class Trainer:
         """
         phase.check_measured(ENTROPY in seen.update)
         entropy = seen.entropy_nats
-        now = self.progress.after_step(entropy_nats=entropy, skipped=seen.skipped, window_steps=phase.stop.window_steps)
+        now = self.progress.after_step(
+            entropy_nats=entropy,
+            skipped=seen.skipped,
+            window_steps=phase.stop.remembered_steps,
+            baseline_steps=self.baseline_steps,
+        )
+        now = dataclasses.replace(now, learning_rate_factor=phase.turned_rate(self.progress, entropy))
         self.run_state = self.run_state._replace(progress=now)
-        line = step_line(phase.name, self.run_state, seen, time_s=time.monotonic() - self.began)
+        name = self._name(self.run_state)
+        line = step_line(name, self.run_state, seen, time_s=time.monotonic() - self.began)
+        refused = phase.guard.broken(
+            phase=name,
+            phase_step=now.phase_step,
+            entropy_nats=entropy,
+            skipped_in_row=now.skipped_in_row,
+            truncated_fraction=line[TRUNCATED],
+        )
+        if decision := refused or self._over(phase):
+            line["phase_end"] = decision
         if words := failure_words([verdict for scored in seen.drawn.scored for verdict in scored.verdicts]):
             self.table.note(f"warning: step {self.run_state.step}: {words}")
         if self.log is not None:
             group, decode = phase.responses_per_prompt, self.shared.task.tokenizer.decode
             self.log.write_samples(
-                kept_samples(self.samples, seen.drawn, step=line["step"], phase=phase.name, group=group, decode=decode)
+                kept_samples(self.samples, seen.drawn, step=line["step"], phase=name, group=group, decode=decode)
             )
             self.log.write(line)
         left = None if phase.stop.steps is None else (phase.stop.steps - now.phase_step) * seen.step_s
         self.table.step(line, left)
-        phase.guard.check(
-            phase=phase.name, phase_step=now.phase_step, entropy_nats=entropy, skipped_in_row=now.skipped_in_row
-        )
+        if refused:
+            raise GuardError(refused)
 
     def _over(self, phase: Phase) -> str | None:
         """Why the phase is over, or None."""
         now = self.progress
         epochs = (now.position - now.phase_position) / len(self.shared.task.problems)
-        return phase.stop.reason(phase_step=now.phase_step, epochs=epochs, entropies_nats=now.entropies_nats)
+        return phase.stop.reason(
+            phase_step=now.phase_step,
+            epochs=epochs,
+            entropies_nats=now.entropies_nats,
+            baseline_nats=now.baseline_nats,
+        )
 
     def _evaluate(self) -> bool:
         """Evaluate the policy if that is due, and tell of it; whether it was due."""
