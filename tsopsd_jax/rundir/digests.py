@@ -1,8 +1,9 @@
 """Digests of a checkpoint's content: they show that what is read is what was written.
 
-An array's digest is a checksum of its words, each mixed with its position, summed modulo 2^32. It is worked out where the array
-lies, at the speed of the devices' memory and without a copy to the host, and it does not depend on the mesh: a sum of integers
-has no order. One changed word always changes it; any other damage goes unseen once in 4e9 times. It is no defence against malice.
+An array's digest is a checksum of its words, each mixed with its position, summed modulo 2^32. It is worked out where
+the array lies, at the speed of the devices' memory and without a copy to the host, and it does not depend on the mesh:
+a sum of integers has no order. One changed word always changes it; any other damage goes unseen once in 4e9 times.
+It is no defence against malice.
 """
 
 import json

@@ -1,9 +1,11 @@
 """Run directories on an object store, such as `gs://bucket/runs/x`.
 
-Objects can be neither appended to nor locked. So the small files of such a run lie in a local folder, and whole files are
+Objects can be neither appended to nor locked. So the small files of such a run lie in a local folder,
+and whole files are
 copied to the store: before each checkpoint, so that the log there is never behind it, after each evaluation, and at the
-end. The store is the truth: a start takes its files from there, and what the folder held beyond them are lines after the
-last checkpoint, which a run that goes on drops anyway. Checkpoints are written to the store directly, by all processes.
+end. The store is the truth: a start takes its files from there, and what the folder held beyond them are lines after
+the last checkpoint, which a run that goes on drops anyway. Checkpoints are written to the store directly,
+by all processes.
 """
 
 import contextlib
@@ -43,7 +45,8 @@ def folder_of(run_dir: str, cache: Path) -> Path:
         epath.Path(run_dir).exists()
     except (ImportError, KeyError) as error:
         raise ValueError(
-            f"{run_dir}: expected a local directory or a store that can be reached, got {type(error).__name__}: {error}; "
+            f"{run_dir}: expected a local directory or a store that can be reached, got {type(error).__name__}: "
+            f"{error}; "
             'for gs:// pip install "tsopsd-jax[gcs]"'
         ) from error
     folder = cache / "runs" / urllib.parse.quote(run_dir.rstrip("/"), safe="")
