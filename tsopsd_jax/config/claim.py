@@ -59,8 +59,7 @@ def _check_ours(run_dir: Path) -> None:
     if odd := sorted(set("*?[") & set(str(where))):
         raise ValueError(
             f"{where}: expected a path without {' '.join(odd)}, in which checkpoints could not be read again; "
-            f"choose another "
-            "--run-dir"
+            f"choose another --run-dir"
         )
     if run_dir.exists() and not run_dir.is_dir():
         raise ValueError(f"{run_dir}: expected a run directory, got a file; choose another --run-dir")
@@ -107,8 +106,7 @@ def _check_not_lost(run_dir: Path) -> None:
     ):  # they were of saved policies
         raise ValueError(
             f"{run_dir} holds the log of a run whose checkpoints are gone, so that it cannot go on; "
-            f"to begin anew choose another "
-            f"--run-dir, or remove {run_dir}"
+            f"to begin anew choose another --run-dir, or remove {run_dir}"
         )
 
 

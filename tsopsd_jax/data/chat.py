@@ -32,8 +32,7 @@ def read_frame(tokenizer: Any, folder: Path, roles: Sequence[str], *, thinking: 
     if tokenizer.chat_template is None:
         raise ValueError(
             f"chat template: expected chat_template.jinja in {folder} or chat_template in its tokenizer_config.json, "
-            f"got none: "
-            "use an instruct model's directory, or data.chat: none"
+            f"got none: use an instruct model's directory, or data.chat: none"
         )
     messages = [{"role": role, "content": f"\ue000{at}\ue001"} for at, role in enumerate(roles)]
     # A template is a program: whatever it may raise is the directory's fault.

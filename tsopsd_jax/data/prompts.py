@@ -61,8 +61,7 @@ def check_template(template: str) -> None:
         nearest = difflib.get_close_matches(template, TEMPLATES, n=1, cutoff=0.0)[0]
         raise ValueError(
             f"prompt template: expected one of {', '.join(TEMPLATES)}, a text with {PLACE}, or "
-            f"path/to/file.py:function, "
-            f"got {template[:80]!r}: did you mean {nearest!r}?"
+            f"path/to/file.py:function, got {template[:80]!r}: did you mean {nearest!r}?"
         )
 
 

@@ -190,8 +190,7 @@ def _check_ids(folder: Path, names: set[str]) -> None:
     if made_up and named not in ("PreTrainedTokenizerFast", "TokenizersBackend"):
         raise ValueError(
             f"tokenizer: expected an id of {min(made_up)} in tokenizer.json, tokenizer_config.json or "
-            f"added_tokens.json of "
-            f"{folder}, got its name alone, which tokenizer_class {named} may number otherwise: "
+            f"added_tokens.json of {folder}, got its name alone, which tokenizer_class {named} may number otherwise: "
             f"save the tokenizer again"
         )
 

@@ -111,8 +111,7 @@ class Watch:
             return peer
         raise ConnectionError(
             f"{self.names[self.index]} expected to reach {self.names[0]} at one of {', '.join(first['addresses'])}, "
-            f"port "
-            f"{first['port']}, got no answer; let the hosts reach one another over TCP"
+            f"port {first['port']}, got no answer; let the hosts reach one another over TCP"
         )
 
     def tell(self, error: str) -> None:

@@ -99,7 +99,6 @@ def choose_micro_batches(
             raise ValueError(
                 f"the update needs {need / 2**30:.1f} GiB on each device with one row of {width} tokens at a time, got "
                 f"{limit_bytes / 2**30:.1f} GiB; set model.remat: full, lower chunk_tokens, set "
-                f"optimizer.momentum_dtype: "
-                "bfloat16, or divide the model over more devices (mesh.fsdp, mesh.tensor)"
+                f"optimizer.momentum_dtype: bfloat16, or divide the model over more devices (mesh.fsdp, mesh.tensor)"
             )
         few = [n for n in few if n >= 2 * few[0]] or few[-1:]

@@ -74,8 +74,7 @@ def _rope(values: dict[str, Any], raw: dict[str, Any], where: Path) -> tuple[flo
     if raw.get("rope_scaling") and (raw.get("rope_parameters") or {}).get("rope_theta", theta) != theta:
         raise ValueError(
             f"{where}: rope_scaling replaces rope_parameters and its rope_theta "
-            f"{raw['rope_parameters']['rope_theta']}, "
-            f"which leaves {theta}; name one of the two sections only"
+            f"{raw['rope_parameters']['rope_theta']}, which leaves {theta}; name one of the two sections only"
         )
     if kind == "default":
         return float(theta), None

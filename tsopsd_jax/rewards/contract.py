@@ -112,8 +112,7 @@ def _names(function: RewardFunction, place: str, answer: str, row: Mapping[str, 
         if names is not None and found != names:
             raise ValueError(
                 f"{place}: expected rewards of the same names for every input, got {_listed(names)}, then "
-                f"{_listed(found)} "
-                f"for {what}"
+                f"{_listed(found)} for {what}"
             )
         names = found
     return names or []

@@ -10,8 +10,7 @@ from functools import lru_cache
 _GREEK = "αβγδεζηθικλμνξρσςτυφϕχψωΓΔΘΛΞΣΦΨΩΩ"
 _GREEK_NAMES = (
     "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma sigma "
-    "tau upsilon phi phi chi psi "
-    "omega Gamma Delta Theta Lambda Xi Sigma Phi Psi Omega Omega"
+    "tau upsilon phi phi chi psi omega Gamma Delta Theta Lambda Xi Sigma Phi Psi Omega Omega"
 )
 _UNICODE = str.maketrans(
     {
@@ -74,8 +73,7 @@ _DROPPED_WITH_ARGUMENT = (
 )
 _WRAPPERS = (
     "mathbf boldsymbol bm mathsf mathit mathtt mathcal mathnormal underline uline boxed fbox "
-    "framebox ensuremath mathord "
-    "mathop smash pmb bold cancel underbrace overbrace"
+    "framebox ensuremath mathord mathop smash pmb bold cancel underbrace overbrace"
 )
 _TEXTS = "text textbf textit textrm texttt textsf textnormal textup mbox hbox mathrm operatorname emph textsl"
 _FUNCTION_NAMES = "arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|ln|lg|log|exp|sqrt|gcd|lcm|max|min"

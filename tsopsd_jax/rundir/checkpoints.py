@@ -124,8 +124,7 @@ class Checkpoints:
             before = max((s for s in self.steps() if s != step), default=0)
             raise SaveError(
                 f"step {step} could not be saved to {self._manager.directory}: {_words(error)}; make room or mend it, "
-                f"and the "
-                f"same command goes on from step {before}"
+                f"and the same command goes on from step {before}"
             ) from error
 
     # ----------------------------------------------------------------- reading
@@ -206,8 +205,7 @@ class Checkpoints:
         if damaged:
             raise ValueError(
                 f"{self._manager.directory} has no checkpoint that can be read: {'; '.join(damaged)}; "
-                f"restore one from a copy, "
-                "or begin anew in another --run-dir"
+                f"restore one from a copy, or begin anew in another --run-dir"
             )
         return None, []
 

@@ -1,11 +1,10 @@
 """Run directories on an object store, such as `gs://bucket/runs/x`.
 
-Objects can be neither appended to nor locked. So the small files of such a run lie in a local folder,
-and whole files are
-copied to the store: before each checkpoint, so that the log there is never behind it, after each evaluation, and at the
-end. The store is the truth: a start takes its files from there, and what the folder held beyond them are lines after
-the last checkpoint, which a run that goes on drops anyway. Checkpoints are written to the store directly,
-by all processes.
+Objects can be neither appended to nor locked. So the small files of such a run lie in a local folder, and whole files
+are copied to the store: before each checkpoint, so that the log there is never behind it, after each evaluation, and at
+the end. The store is the truth: a start takes its files from there, and what the folder held beyond them are lines
+after the last checkpoint, which a run that goes on drops anyway. Checkpoints are written to the store directly, by all
+processes.
 """
 
 import contextlib

@@ -164,8 +164,7 @@ class _TrackedRun:
         except Exception as error:
             raise ValueError(
                 f"tracker: {tracker.module} did not start ({type(error).__name__}: {' '.join(str(error).split())}); "
-                f"mend that, "
-                "set tracker.wandb.mode to offline, or leave tracker.wandb out"
+                f"mend that, set tracker.wandb.mode to offline, or leave tracker.wandb out"
             ) from error
         files.replace(file, [json.dumps(known | {"sent": self._sent}).encode()])
 
