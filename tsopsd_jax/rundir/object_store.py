@@ -36,17 +36,17 @@ def folder_of(run_dir: str, cache: Path) -> Path:
     """Name the local folder of a run directory: itself, or for an address on a store a folder under `cache`.
 
     Raises:
-        ValueError: a store that the installed libraries cannot reach.
+        ValueError: a store that cannot be reached: no client installed, no network, no credentials.
     """
     if "://" not in run_dir:
         return Path(run_dir)
     try:
         epath.Path(run_dir).exists()
-    except (ImportError, KeyError) as error:
+    except Exception as error:  # each store's client has errors of its own: no package, no network, no credentials
         raise ValueError(
             f"{run_dir}: expected a local directory or a store that can be reached, got {type(error).__name__}: "
-            f"{error}; "
-            'for gs:// pip install "tsopsd-jax[gcs]"'
+            f"{' '.join(str(error).split())}; "
+            'for gs:// pip install "tsopsd-jax[gcs]", and gcloud auth application-default login'
         ) from error
     folder = cache / "runs" / urllib.parse.quote(run_dir.rstrip("/"), safe="")
     folder.mkdir(parents=True, exist_ok=True)
