@@ -317,7 +317,7 @@ def papers_useful() -> dict[str, float]:
 
 
 def operations(asked: dict[str, Any], rows: int, length: int, responses: int) -> float:
-    """Of one update, by hand; `responses` response tokens in all."""
+    """Operations of one update, by hand; `responses` response tokens in all."""
     d, f, h = asked["hidden_size"], asked["intermediate_size"], asked["head_dim"]
     n, kv, layers = asked["num_attention_heads"], asked["num_key_value_heads"], asked["num_hidden_layers"]
     layer = d * h * (n + 2 * kv) + n * h * d + 3 * d * f

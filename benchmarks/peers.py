@@ -53,7 +53,7 @@ class Peer:
 
 
 def gemm_gflops(multiply: Callable[[], Any], n: int = 1024) -> float:
-    """Of a float32 n x n x n product; `multiply` runs one and waits."""
+    """GFLOP/s of a float32 n x n x n product; `multiply` runs one and waits."""
     multiply()
     times = []
     for _ in range(5):

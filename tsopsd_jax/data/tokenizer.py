@@ -34,13 +34,12 @@ class Tokenizer:
         """Read a directory's tokenizer, its stop ids and, unless `chat` (one of `chat.CHATS`) is none, its chat turn.
 
         Stop ids are `eos_token_id` of generation_config.json, else of config.json, else the id of the tokenizer's
-        `eos_token`: the order in which a model's own generation settles it.
-            In a chat the token that ends an assistant's turn is one of
-        them, the first: a base model's files do not name it.
+        `eos_token`: the order in which a model's own generation settles it. In a chat the token that ends an assistant's
+        turn is one of them, the first: a base model's files do not name it.
 
         tokenizer.json is read as it stands, with the tokens that other files add to it, whatever class the directory
-        names: some classes replace its splitting of text by their own.
-            Truncation and padding in it are a past call's, and left aside.
+        names: some classes replace its splitting of text by their own. Truncation and padding in it are a past call's,
+        and left aside.
 
         Raises:
             ValueError: if the directory or tokenizer.json is missing or unreadable, no stop token is declared or it is
@@ -196,7 +195,7 @@ def _check_ids(folder: Path, names: set[str]) -> None:
 
 
 def _without_id(folder: Path, names: set[str]) -> set[str]:
-    """Those of the tokens to which no file gives an id; transformers takes the next free one."""
+    """The names among these to which no file gives an id; transformers takes the next free one."""
     config = _read_if_there(folder / "tokenizer_config.json")
     names = names - _read_if_there(folder / "added_tokens.json").keys()
     names -= {token["content"] for token in config.get("added_tokens_decoder", {}).values()}

@@ -24,7 +24,7 @@ ROW_AXES = ("data", "fsdp")
 """The mesh axes over which rows are divided."""
 
 AnyMesh = Mesh | AbstractMesh
-"""Of devices, or of sizes only: shardings follow from sizes."""
+"""A mesh of devices, or of sizes only: shardings follow from sizes."""
 
 Rules = Mapping[str, str | tuple[str, ...] | None]
 
@@ -41,7 +41,7 @@ TRAIN_RULES: Rules = {
 }
 
 DECODE_RULES: Rules = TRAIN_RULES | {"embed": None, "parts": None}
-"""Of the rollout view: what training shards over `fsdp` lies whole on each device,
+"""Rules of the rollout view: what training shards over `fsdp` lies whole on each device,
 so that no token has to gather it."""
 
 
@@ -145,7 +145,7 @@ def row_sharding(mesh: AnyMesh) -> NamedSharding:
 
 
 def replicated(mesh: AnyMesh) -> NamedSharding:
-    """The same value on every device."""
+    """Sharding of an array that stands whole on every device."""
     return NamedSharding(mesh, P())
 
 

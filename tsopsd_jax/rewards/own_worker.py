@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 REWARD_NAME = re.compile(r"[A-Za-z_]\w*", re.ASCII)
-"""Of a reward: it names a metric."""
+"""Names that a reward may have: each names a metric."""
 
 
 class RewardError(Exception):

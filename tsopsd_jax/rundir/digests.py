@@ -36,7 +36,7 @@ def of_arrays(tree: PyTree, prefix: str) -> dict[str, str]:
 
 
 def of_host(arrays: dict[str, np.ndarray], prefix: str) -> dict[str, str]:
-    """The same of numpy arrays, by another checksum: their shapes change, and nothing is compiled for them."""
+    """{path of a leaf: its type and CRC-32} of numpy arrays: their shapes change, and nothing is compiled for them."""
     return {f"{prefix}/{name}": f"{describe(x)} {zlib.crc32(x.tobytes()):08x}" for name, x in arrays.items()}
 
 

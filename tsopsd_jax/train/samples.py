@@ -10,7 +10,7 @@ from tsopsd_jax.judge.scoring import Decode
 from tsopsd_jax.train.metrics import Drawn
 
 LONGEST_CHARACTERS = 20_000
-"""Of a prompt or a response that is kept; of a longer one the beginning and the end."""
+"""Characters of a prompt or a response that are kept: of a longer one the beginning and the end."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
