@@ -101,7 +101,7 @@ def test_a_store_without_network_or_credentials_is_one_line(tmp_path, monkeypatc
     class RefreshError(Exception):
         pass
 
-    def refuse(self, path, **_):
+    def refuse(*_, **__):
         raise RefreshError("Failed to retrieve a token\nno route to host")
 
     for call in ("exists", "info"):
