@@ -7,8 +7,8 @@ A case is hidden size x tokens, the vocabulary 151,936, float32 (bfloat16 on an 
 its own, rounds are interleaved. Memory is what the process grew by in its first run, the results (gradients of hidden
 states and unembedding) included; `temp` is the compiler's figure without them.
 
-Floating-point operations: 2 N D V for each product; three are needed (logits, and a gradient for each operand), a fourth
-where logits are formed twice.
+Floating-point operations: 2 N D V for each product; three are needed (logits, and a gradient for each operand), a
+fourth where logits are formed twice.
 """
 
 import argparse

@@ -3,9 +3,11 @@
     python benchmarks/learner.py --out benchmarks/results/learner_cpu.json [--trl-python PATH] [--tunix-python PATH]
         [--rounds 5] [--parts update,supervised,packing,mfu]
 
-update      one policy update (loss, gradient, clip, AdamW; no reference model) of this learner, of TRL's GRPOTrainer and of
-            Tunix's GRPO loss in its train step: equal shapes, float32, every row full, each in a process of its own, in turns
-supervised  the reheater's update against a plain supervised step (cross-entropy on all logits, same trunk, same optimizer)
+update      one policy update (loss, gradient, clip, AdamW; no reference model) of this learner, of TRL's GRPOTrainer
+            and of Tunix's GRPO loss in its train step: equal shapes, float32, every row full, each in a process of
+            its own, in turns
+supervised  the reheater's update against a plain supervised step
+            (cross-entropy on all logits, same trunk and optimizer)
 packing     one update of responses with log-normal lengths, rows packed and rows padded
 mfu         floating-point operations per second of the update by row length, against the machine's own matrix product
 
@@ -202,7 +204,8 @@ def update(rounds: int, trl_python: str | None, tunix_python: str | None) -> lis
         for row in rows:
             row |= {"shape": name, "rows": asked["rows"], "to_best_peer": row["seconds"] / best}
             print(
-                f"update      {name:6} {row['name']:21} {row['seconds']:7.3f} s  {row['to_best_peer']:.2f} x the best peer"
+                f"update      {name:6} {row['name']:21} {row['seconds']:7.3f} s  {row['to_best_peer']:.2f} "
+                f"x the best peer"
                 f"   grown {row['grown_bytes'] / 1e9:.2f} GB   its GEMM {row['gemm_gflops']:.0f} GFLOP/s",
                 flush=True,
             )
@@ -258,7 +261,8 @@ def supervised(asked: dict[str, Any], rounds: int) -> dict[str, Any]:
 
 
 def packing(asked: dict[str, Any], rounds: int, *, rows: int = 64, limit: int = 512, mean: int = 64) -> dict[str, Any]:
-    """Responses as in the rollout benchmark, an eighth of their limit long on average, scaled to what a CPU can bear."""
+    """Responses as in the rollout benchmark, an eighth of their limit long on average,
+    scaled to what a CPU can bear."""
     from tsopsd_jax.learn.packing import pack, useful_fraction
     from tsopsd_jax.types import Batch
 
@@ -313,7 +317,7 @@ def papers_useful() -> dict[str, float]:
 
 
 def operations(asked: dict[str, Any], rows: int, length: int, responses: int) -> float:
-    """Of one update, by hand; `responses` response tokens in all."""
+    """Operations of one update, by hand; `responses` response tokens in all."""
     d, f, h = asked["hidden_size"], asked["intermediate_size"], asked["head_dim"]
     n, kv, layers = asked["num_attention_heads"], asked["num_key_value_heads"], asked["num_hidden_layers"]
     layer = d * h * (n + 2 * kv) + n * h * d + 3 * d * f
@@ -346,7 +350,8 @@ def mfu(rounds: int) -> list[dict[str, Any]]:
         row["to_matrix_product"] = rate / float(np.median(peak))
         found.append(row)
         print(
-            f"mfu         {name} {rows} x {length}: {rate:,.0f} GFLOP/s, {100 * row['to_matrix_product']:.0f} % of a product",
+            f"mfu         {name} {rows} x {length}: {rate:,.0f} GFLOP/s, "
+            f"{100 * row['to_matrix_product']:.0f} % of a product",
             flush=True,
         )
     return found

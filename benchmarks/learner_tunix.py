@@ -1,6 +1,7 @@
 """Benchmark worker: one GRPO update by Tunix (google-tunix): its Qwen3, its loss, its train step's order, on a CPU.
 
-Run as `python benchmarks/learner_tunix.py SHAPE_AS_JSON` in an environment with google-tunix; see `benchmarks/learner.py`.
+Run as `python benchmarks/learner_tunix.py SHAPE_AS_JSON` in an environment with google-tunix;
+see `benchmarks/learner.py`.
 """
 
 import importlib.metadata

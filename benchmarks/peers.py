@@ -53,7 +53,7 @@ class Peer:
 
 
 def gemm_gflops(multiply: Callable[[], Any], n: int = 1024) -> float:
-    """Of a float32 n x n x n product; `multiply` runs one and waits."""
+    """GFLOP/s of a float32 n x n x n product; `multiply` runs one and waits."""
     multiply()
     times = []
     for _ in range(5):
@@ -94,8 +94,8 @@ def in_turns(commands: list[list[str]], rounds: int) -> list[dict[str, Any]]:
 
 
 def serve(run: Callable[[], Any], ready: dict[str, Any], *, turn_s: float = 0.0) -> None:
-    """A worker's half: say that it is ready; for each line on stdin run, again until `turn_s` have passed, and say how long
-    a run took. What takes milliseconds is otherwise measured as it wakes up, not as it runs in a training."""
+    """A worker's half: say that it is ready; for each line on stdin run, again until `turn_s` have passed, and say how
+    long a run took. What takes milliseconds is otherwise measured as it wakes up, not as it runs in a training."""
     print(json.dumps(ready), flush=True)
     for _ in sys.stdin:
         began, runs = time.perf_counter(), 0

@@ -127,8 +127,8 @@ def slots(rows: int = 4096, at_once: int = 256, limit: int = 8192, mean: int = 1
     }
     result["peak_share_of_full"] = result["peak_cache_positions"] / result["full_cache_positions"]
     print(
-        f"slots     {result['slot_use']:.1%} of slot-steps give a kept token (a static batch: {static:.1%}); peak cache "
-        f"{result['peak_share_of_full']:.1%} of slots x limit; {len(programs)} segment programs",
+        f"slots     {result['slot_use']:.1%} of slot-steps give a kept token (a static batch: {static:.1%}); "
+        f"peak cache {result['peak_share_of_full']:.1%} of slots x limit; {len(programs)} segment programs",
         flush=True,
     )
     return result

@@ -2,10 +2,10 @@
 
     python benchmarks/startup.py [--config configs/demo.yaml] [--set KEY=VALUE ...] [--out FILE.json]
 
-Two processes, one after the other, with one cache directory that is empty before the first: `cold` prepares the data set
-and compiles, `warm` finds both. The rows follow one another; those under `of which` are JAX's own figures of the main
-thread (tracing, lowering, compiling, reading compiled programs from the cache) within the steps. The phases to come are
-compiled meanwhile in another thread, which shares the cores.
+Two processes, one after the other, with one cache directory that is empty before the first: `cold` prepares the data
+set and compiles, `warm` finds both. The rows follow one another; those under `of which` are JAX's own figures of the
+main thread (tracing, lowering, compiling, reading compiled programs from the cache) within the steps. The phases to
+come are compiled meanwhile in another thread, which shares the cores.
 """
 
 import argparse

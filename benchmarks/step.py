@@ -2,11 +2,11 @@
 
     python benchmarks/step.py --out benchmarks/results/step_cpu.json [--trl-python PATH] [--rounds 3] [--steps 12]
 
-64 prompts x 8 responses of at most 19 tokens, the demo's model with random weights, float32, AdamW, no reference model, no
-dynamic sampling. Ours is the program itself (`tsopsd train`, its log read), on one CPU device and on two; TRL is a GRPOTrainer in
-its own environment. Each run is a process from start to end; runs are interleaved. Both have compiled before (ours: warm
-compilation cache), as on a second start. The step's time is the median after the second; start-up is the time from launching the
-process until the second step is done.
+64 prompts x 8 responses of at most 19 tokens, the demo's model with random weights, float32, AdamW, no reference model,
+no dynamic sampling. Ours is the program itself (`tsopsd train`, its log read), on one CPU device and on two; TRL is a
+GRPOTrainer in its own environment. Each run is a process from start to end; runs are interleaved. Both have compiled
+before (ours: warm compilation cache), as on a second start. The step's time is the median after the second; start-up is
+the time from launching the process until the second step is done.
 """
 
 import argparse

@@ -1,5 +1,6 @@
 # %% [markdown]
-# A policy in the hand: sample, measure, reheat, from Python. Run it as a script, or cell by cell in an editor that knows `# %%`.
+# A policy in the hand: sample, measure, reheat, from Python. Run it as a script,
+# or cell by cell in an editor that knows `# %%`.
 #
 #     python examples/python_api.py
 

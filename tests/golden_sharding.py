@@ -22,8 +22,8 @@ MESH = AbstractMesh((4, 8, 2), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def table() -> dict[str, Any]:
-    """{model: {training | decoding: {array: "logical axes / shape / mesh axes"}}}; decoding shows the first of the equal
-    layers."""
+    """{model: {training | decoding: {array: "logical axes / shape / mesh axes"}}};
+    decoding shows the first of the equal layers."""
     found = {}
     for name in MODELS:
         model = Qwen3(read_config(ROOT / "configs" / "models" / name / "config.json"))

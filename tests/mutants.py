@@ -382,6 +382,27 @@ MUTANTS = [
         "test_page.py -k hostile",
     ),
     Mutant(
+        "a model card names the hub's commit as the model",
+        "commands/model_card.py",
+        'if snapshots == "snapshots" and repository.startswith("models--"):',
+        "if False:",
+        "test_model_card.py -k hubs_cache",
+    ),
+    Mutant(
+        "a bar in a phase's name begins a cell of the card",
+        "commands/model_card.py",
+        "cell.replace('|', BAR)",
+        "cell",
+        "test_model_card.py -k bar_in_a_name",
+    ),
+    Mutant(
+        "a store's client may raise what it likes",
+        "rundir/object_store.py",
+        "    except Exception as error:  # each",
+        "    except (ImportError, KeyError) as error:  # each",
+        "test_object_store.py -k without_network",
+    ),
+    Mutant(
         "the place of a problem in a template is replaced in the problem, too",
         "data/prompts.py",
         "lambda problem, _row: before + problem + after",

@@ -230,7 +230,8 @@ else:
 
 @pytest.fixture
 def watching(tmp_path):
-    """watching("wait", "leave", ...): processes that watch one another, once all do; none outlives the test. The heartbeat
+    """watching("wait", "leave", ...): processes that watch one another, once all do; none outlives the test.
+    The heartbeat
     is long where it is not what is tested: a busy machine must not fail the test."""
     env, processes = os.environ | {"PYTHONPATH": str(ROOT)}, []
 

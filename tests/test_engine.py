@@ -116,7 +116,8 @@ def test_rows_come_as_they_end_and_progress_is_told(tiny, prompts, whole):
 
 
 def test_entropy_is_the_policys_own_at_the_tokens_drawn(tiny, prompts):
-    """Against full forward passes: that of softmax(z) before each response token, not of what top-p and temperature leave."""
+    """Against full forward passes: that of softmax(z) before each response token,
+    not of what top-p and temperature leave."""
     model, params = tiny
     sampling = Sampling(sampling_temperature=0.5, top_p=0.6)
     engine = engine_of(model, slots=4, segment=3, sampling=sampling, entropy=True)
@@ -162,7 +163,8 @@ def test_a_prompt_is_prefilled_once_per_group(tiny, prompts):
 
 
 def test_a_prompts_cache_stays_where_it_is_continued(tiny, prompts):
-    """Prefill gives each shard the cache of its own prompts, and placing them moves nothing between shards. Groups of two,
+    """Prefill gives each shard the cache of its own prompts, and placing them moves nothing between shards.
+    Groups of two,
     two slots a shard: every group once, on one shard."""
     model = dataclasses.replace(tiny[0], config=dataclasses.replace(tiny[0].config, vocab_size=40))  # splits in two
     params = model.init(jax.random.key(1))

@@ -1,4 +1,5 @@
-"""What the environment gives: variables, a home, folders that cannot be written. Bad input is one line and exit code 2."""
+"""What the environment gives: variables, a home, folders that cannot be written.
+Bad input is one line and exit code 2."""
 
 import errno
 import fcntl

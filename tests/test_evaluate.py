@@ -20,7 +20,8 @@ def responses(correct, tokens, stopped, entropy):
 
 
 def test_a_summary_by_hand():
-    """Two of four, none, all four: accuracies 1/2, 0, 1 with mean 1/2 and deviation 1/2; standard error 1/2 / sqrt 3."""
+    """Two of four, none, all four: accuracies 1/2, 0, 1 with mean 1/2 and deviation 1/2;
+    standard error 1/2 / sqrt 3."""
     got = summarise(
         responses(
             [1, 0, 1, 0] + [0] * 4 + [1] * 4,
@@ -69,8 +70,8 @@ def test_evaluations_have_a_key_of_their_own():
 
 
 def test_bootstrap_of_a_known_case():
-    """200 problems, +1 on half of them: the resampled mean is Binomial(200, 1/2) / 200, deviation sqrt(1/4 / 200) = 0.03536;
-    its 2.5 and 97.5 percentiles are 86/200 and 114/200."""
+    """200 problems, +1 on half of them: the resampled mean is Binomial(200, 1/2) / 200, deviation sqrt(1/4 / 200) =
+    0.03536; its 2.5 and 97.5 percentiles are 86/200 and 114/200."""
     differences = np.repeat([1.0, 0.0], 100)
     (one, average) = paired_bootstrap([differences], seed=0)
     assert one.mean == 0.5
@@ -78,8 +79,8 @@ def test_bootstrap_of_a_known_case():
     assert average == one, "the average over one benchmark is that benchmark"
     assert paired_bootstrap([differences], seed=0)[0] == one
     assert paired_bootstrap([np.repeat([1.0, 0.0], 101)], seed=1)[0] != one
-    # Equal everywhere: no width. The average of two benchmarks, each a problem's weight by itself: (0.25 + 0.5) / 2, and
-    # half of the first one's spread.
+    # Equal everywhere: no width. The average of two benchmarks, each a problem's weight by itself: (0.25 + 0.5) / 2,
+    # and half of the first one's spread.
     flat, first, both = paired_bootstrap([np.full(5, 0.25), differences], seed=0)
     assert flat == (0.25, 0.25, 0.25)
     assert both.mean == 0.375

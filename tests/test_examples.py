@@ -111,7 +111,8 @@ def test_gallery_objectives_are_short_and_keep_the_contract(name):
 
 
 def two_rows(name, ratio, **hyperparameters):
-    """(loss, gradient into logp [2, 3]) of rows with 2 and 1 response tokens, advantages 1 and -2; logp is -1 throughout."""
+    """(loss, gradient into logp [2, 3]) of rows with 2 and 1 response tokens, advantages 1 and -2;
+    logp is -1 throughout."""
     objective = make_objective(GALLERY[name], hyperparameters)
     mask = jnp.asarray([[False, True, True], [False, True, False]])
     batch = Batch.of(
@@ -141,16 +142,18 @@ def test_gspo_by_hand():
 
 
 def test_cispo_by_hand():
-    # -clip(r, 0, 3) A logp at logp -1: 2, 0.5 and 3 x -2 = -6; sum -3.5 over 3 tokens. Gradient -clip(r) A / 3, clipped or not.
+    # -clip(r, 0, 3) A logp at logp -1: 2, 0.5 and 3 x -2 = -6; sum -3.5 over 3 tokens. Gradient -clip(r) A / 3,
+    # clipped or not.
     value, gradient = two_rows("cispo", [[9.0, 2.0, 0.5], [9.0, 4.0, 9.0]], ratio_high=3.0)
     assert float(value) == pytest.approx(-3.5 / 3)
     assert jnp.allclose(gradient, jnp.asarray([[0.0, -2 / 3, -0.5 / 3], [0.0, 2.0, 0.0]]), atol=1e-6)
 
 
 def test_sapo_by_hand():
-    # Gate 4 / tau sigmoid(tau (r - 1)), tau 1 and 2. Ratio 1: 4 x 1/2 = 2; ratio 2: 4 x 0.7310586 = 2.9242343; A -2, ratio 1:
-    # 2 x 1/2 = 1. Rows -(2 + 2.9242343) / 2 = -2.4621172 and 2; mean -0.2310586.
-    # d gate / d logp = 4 s (1 - s) r: 1 at ratio 1; 4 x 0.1966119 x 2 = 1.5728955 at ratio 2. Over 2 tokens and 2 rows: / 4.
+    # Gate 4 / tau sigmoid(tau (r - 1)), tau 1 and 2. Ratio 1: 4 x 1/2 = 2; ratio 2: 4 x 0.7310586 = 2.9242343; A -2,
+    # ratio 1: 2 x 1/2 = 1. Rows -(2 + 2.9242343) / 2 = -2.4621172 and 2; mean -0.2310586.
+    # d gate / d logp = 4 s (1 - s) r: 1 at ratio 1; 4 x 0.1966119 x 2 = 1.5728955 at ratio 2.
+    # Over 2 tokens and 2 rows: / 4.
     value, gradient = two_rows("sapo", [[9.0, 1.0, 2.0], [9.0, 1.0, 9.0]], tau_negative=2.0)
     assert float(value) == pytest.approx(-0.2310586, abs=1e-6)
     assert jnp.allclose(gradient, jnp.asarray([[0.0, -0.25, -0.3932239], [0.0, 1.0, 0.0]]), atol=1e-6)
@@ -165,7 +168,8 @@ def test_dr_grpo_by_hand():
 
 @pytest.mark.parametrize("name", ["gspo", "dr_grpo"])
 def test_means_over_rows_are_of_the_whole_update(name, tiny):
-    """Rows of different lengths, micro-batches and tiles: the same gradient, and rows without a response count nothing."""
+    """Rows of different lengths, micro-batches and tiles: the same gradient,
+    and rows without a response count nothing."""
     model, params = tiny
     at = jnp.arange(8)[None, :]
     batch = Batch.of(

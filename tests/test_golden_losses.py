@@ -1,4 +1,5 @@
-"""What verl's and TRL's own functions, and those of methods' authors, make of the same numbers (tests/golden/policy_losses.json).
+"""What verl's and TRL's own functions, and those of methods' authors,
+make of the same numbers (tests/golden/policy_losses.json).
 
 The file says which versions they are and how it was made; it holds numbers alone. All agree to 1e-5 in float32.
 """

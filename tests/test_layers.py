@@ -265,3 +265,10 @@ def test_the_mathematics_is_typed_strictly():
         if name in STRICT or name.startswith("objectives."):
             first = file.read_text().splitlines()[0]
             assert first.startswith("# pyright: strict"), f"{file.name}: begin it with {'# pyright: strict'!r}"
+
+
+def test_a_docstring_begins_with_what_it_is():
+    """`Of the head` or `The same for rows` is understood only after the line above it."""
+    for name, file in FILES.items():
+        for line, text in docstrings(file):
+            assert not re.match(r"(Of|The same|Those|That of)\b", text), f"{name}:{line}: begin with a verb or a noun"

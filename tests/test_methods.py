@@ -31,7 +31,8 @@ def row(*values):
 
 
 def found(objective, stats, batch):
-    """(total, count, gradient of the total into each statistic at the response tokens, metrics); `select` comes first."""
+    """(total, count, gradient of the total into each statistic at the response tokens, metrics);
+    `select` comes first."""
     if objective.select is not None:
         batch = objective.select(stats, batch)
 

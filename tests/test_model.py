@@ -83,12 +83,14 @@ def test_rope_at_far_positions():
 
 
 def test_yarn_by_hand():
-    # head_dim 8, theta 10^4: frequencies 1, 0.1, 0.01, 0.001. In 100 positions component i turns 100 * 10^-i / (2 pi) times:
-    # 2 times at i = log10(100 / (4 pi)) = 0.90079, 1/4 times at i = log10(100 / (pi / 2)) = 1.80388, widened to 0 and 2. So
-    # components 0, 1, 2, 3 keep 1, 1/2, 0, 0 of their frequency, and a fifth of the rest: 1, 0.1 * (1/2 + 1/10), 0.002, 0.0002.
+    # head_dim 8, theta 10^4: frequencies 1, 0.1, 0.01, 0.001. In 100 positions component i turns 100 * 10^-i / (2 pi)
+    # times: 2 times at i = log10(100 / (4 pi)) = 0.90079, 1/4 times at i = log10(100 / (pi / 2)) = 1.80388, widened to
+    # 0 and 2. So components 0, 1, 2, 3 keep 1, 1/2, 0, 0 of their frequency, and a fifth of the rest: 1,
+    # 0.1 * (1/2 + 1/10), 0.002, 0.0002.
     yarn = Yarn(factor=5.0, original_max_position_embeddings=100, beta_fast=2.0, beta_slow=0.25)
     np.testing.assert_allclose(rope_frequency(8, 1e4, yarn), [1.0, 0.06, 0.002, 0.0002], rtol=1e-6)
-    # Not widened, from 0.90079 to 1.80388: component 1 keeps 0.80388 / 0.90309 = 0.890144, so 0.1 * (0.890144 + 0.109856 / 5).
+    # Not widened, from 0.90079 to 1.80388: component 1 keeps 0.80388 / 0.90309 = 0.890144,
+    # so 0.1 * (0.890144 + 0.109856 / 5).
     exact = dataclasses.replace(yarn, truncate=False)
     np.testing.assert_allclose(rope_frequency(8, 1e4, exact), [1.0, 0.0912115, 0.002, 0.0002], rtol=1e-5)
     # Queries and keys are longer by 0.1 ln 5 + 1 = 1.1609438, or by what the config says.

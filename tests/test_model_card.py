@@ -1,11 +1,12 @@
 """The card of an exported policy tells what the run directory holds, up to the exported step."""
 
+import dataclasses
 import json
 
 import pytest
 import yaml
 
-from tsopsd_jax.commands.model_card import base_licence, model_card
+from tsopsd_jax.commands.model_card import BaseModel, base_licence, model_card
 from tsopsd_jax.config import Config, strict
 
 
@@ -48,7 +49,7 @@ EVALUATIONS = [
 
 
 def card(**changes) -> str:
-    facts = {"base": "base", "licence": {}, "step": 3, "dtype": "bfloat16", "metrics": METRICS}
+    facts = {"base": BaseModel("base"), "licence": {}, "step": 3, "dtype": "bfloat16", "metrics": METRICS}
     return model_card(CONFIG, **({**facts, "evaluations": EVALUATIONS} | changes))
 
 
@@ -109,3 +110,34 @@ def test_licence_of_the_base(tmp_path, text, licence):
     if text is not None:
         (tmp_path / "README.md").write_text(text)
     assert base_licence(tmp_path) == licence
+
+
+def test_a_model_of_the_hubs_cache_is_named_with_its_commit(tmp_path):
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    folder = tmp_path / "hub" / "models--Qwen--Qwen3-4B-Base" / "snapshots" / commit
+    folder.mkdir(parents=True)
+    (tmp_path / "link").symlink_to(folder)
+    for path in (folder, tmp_path / "link"):
+        assert BaseModel.of(path) == ("Qwen/Qwen3-4B-Base", commit)
+    assert BaseModel.of(tmp_path / "link" / ".." / ".." / "..") == ("hub", None)
+    _, front, body = card(base=BaseModel.of(folder)).split("---\n", 2)
+    assert yaml.safe_load(front)["base_model"] == "Qwen/Qwen3-4B-Base"
+    assert "# Qwen/Qwen3-4B-Base, after 3 steps" in body
+    assert f"- Base model: Qwen/Qwen3-4B-Base, commit {commit}\n" in body
+
+
+def test_a_bar_in_a_name_is_no_cell():
+    """Five cells have six bars that are not escaped."""
+    config = dataclasses.replace(CONFIG, phases=(dataclasses.replace(CONFIG.phases[0], name="a|b"),))
+    found = model_card(
+        config,
+        base=BaseModel("base"),
+        licence={},
+        step=1,
+        dtype="bfloat16",
+        metrics=[METRICS[0] | {"phase": "a|b"}],
+        evaluations=[],
+    )
+    [row] = [line for line in found.splitlines() if line.startswith("| a")]
+    assert row.startswith(r"| a\|b | dapo")
+    assert row.replace(r"\|", "").count("|") == 6

@@ -158,7 +158,8 @@ def test_older_config_spelling(reference, tmp_path):
 
 @pytest.mark.parametrize("family", ["Llama", "Qwen2"])
 def test_sizes_that_a_config_leaves_out(family, tmp_path):
-    """Qwen2 and older Llama files have no head_dim, the oldest Llama no num_key_value_heads: transformers fills them in."""
+    """Qwen2 and older Llama files have no head_dim, the oldest Llama no num_key_value_heads:
+    transformers fills them in."""
     theirs = make_reference(tmp_path, family=family, head_dim=6, num_key_value_heads=4)
     left_out = ["head_dim", "max_position_embeddings"] + (["num_key_value_heads"] if family == "Llama" else [])
     raw = json.loads((tmp_path / "config.json").read_text())
@@ -202,7 +203,8 @@ CHAT = "{% for m in messages %}<turn>{{ m.content }}<done>{% endfor %}{% if add_
 
 @pytest.mark.parametrize("chat", ["direct", "none"])
 def test_an_exported_policy_stops_where_training_did(chat, tmp_path):
-    """A policy that always says <done>, which its base model's files do not name: generation by transformers ends there."""
+    """A policy that always says <done>, which its base model's files do not name:
+    generation by transformers ends there."""
     from tokenizers import Tokenizer, models
 
     base, out = tmp_path / "base", tmp_path / "ours"

@@ -8,6 +8,7 @@ from etils import epath
 from fsspec.implementations.dirfs import DirFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
+from tsopsd_jax import cli
 from tsopsd_jax.config import claim
 from tsopsd_jax.rundir import object_store
 from tsopsd_jax.rundir.log import RunLog
@@ -91,6 +92,28 @@ def test_something_elses_place_is_refused(buckets, tmp_path):
 def test_a_store_that_cannot_be_reached_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"ftp://x/y: expected a local directory or a store that can be reached"):
         object_store.folder_of("ftp://x/y", tmp_path)
+
+
+@pytest.mark.usefixtures("buckets")
+def test_a_store_without_network_or_credentials_is_one_line(tmp_path, monkeypatch, capsys):
+    """A client's own exception, whose text has lines: exit code 2 and one line, no traceback."""
+
+    class RefreshError(Exception):
+        pass
+
+    def refuse(*_, **__):
+        raise RefreshError("Failed to retrieve a token\nno route to host")
+
+    for call in ("exists", "info"):
+        monkeypatch.setattr(LocalFileSystem, call, refuse)
+    said = r"gs://x/y: expected a local directory or a store .*, got RefreshError: Failed to retrieve a token no route"
+    with pytest.raises(ValueError, match=said):
+        object_store.folder_of("gs://x/y", tmp_path)
+    assert cli.main(["convert", "gs://x/y", "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "Traceback" not in error
+    assert not (tmp_path / "runs").exists()
 
 
 def test_reading_takes_a_copy(buckets, tmp_path):

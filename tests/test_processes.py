@@ -255,7 +255,8 @@ def test_each_process_reads_its_part_writes_one_export_and_an_exception_ends_bot
     assert "failed: RuntimeError: a bad verifier" in said[0]
     model, params = load_pretrained(source)
     jax.tree.map(np.testing.assert_array_equal, params, load_pretrained(tmp_path / "model")[1])
-    # Matrices are divided over fsdp, and four of its eight parts are a process's: one half. The norms are whole everywhere.
+    # Matrices are divided over fsdp, and four of its eight parts are a process's: one half.
+    # The norms are whole everywhere.
     sizes = {jax.tree_util.keystr(path): leaf.nbytes for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
     norms = sum(size for name, size in sizes.items() if "norm" in name)
     matrices, c = sum(sizes.values()) - norms, model.config
@@ -288,7 +289,8 @@ def state(step, **mesh):
     return TrainState(jax.jit(lambda: jnp.int32(step), out_shardings=everywhere)(), params, ())
 
 out, flags = Path(sys.argv[1]), sys.argv[2:]
-with processes.joined(coordinator=flags[1], processes=2, process=int(flags[5]), heartbeat_s=60, stall_s=0, explain=explain):
+joining = {"coordinator": flags[1], "processes": 2, "process": int(flags[5])}
+with processes.joined(**joining, heartbeat_s=60, stall_s=0, explain=explain):
     checkpoints = Checkpoints(out / "c", keep=9)
     for step in (1, 2, 3):
         checkpoints.save(RunState(state(step, data=2, fsdp=4), RunProgress(position=step)))

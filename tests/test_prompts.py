@@ -11,6 +11,7 @@ import pytest
 import tokenizers
 
 from tsopsd_jax import huggingface
+from tsopsd_jax.cli import main
 from tsopsd_jax.data import CHATS, TEMPLATES, Problem, Tokenizer, countdown, load_problems, render
 from tsopsd_jax.data.chat import read_frame
 from tsopsd_jax.data.encode import encode_prompts
@@ -455,3 +456,27 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as workplace:
         data = Path(__file__).resolve().parents[2] / "shared" / "data"
         write_golden(byte_model.write(Path(workplace)), Path(sys.argv[1]) if sys.argv[1:] else data / "qwen3_tokenizer")
+
+
+def test_check_says_where_direct_and_thinking_are_one_turn(tmp_path, capsys):
+    """A template that opens every turn with <think> does not heed `enable_thinking`."""
+    always = "{% for m in messages %}({{ m.content }})\n{% endfor %}{% if add_generation_prompt %}<think>{% endif %}"
+    (tmp_path / "sums.jsonl").write_text('{"problem": "1 + 1", "answer": "2"}\n')
+    said = "the model's template makes the same turn for chat: direct and chat: thinking"
+    for name, template, expected in (("heeds", byte_model.TEMPLATE, 0), ("always", always, 1)):
+        phase = {
+            "name": "rl",
+            "objective": {"name": "dapo"},
+            "optimizer": {"learning_rate": 1e-5},
+            "stop": {"steps": 1},
+            "prompts_per_step": 1,
+            "responses_per_prompt": 8,
+            "max_response_tokens": 4,
+            "reward": {},
+        }
+        data = {"name": "jsonl", "path": str(tmp_path / "sums.jsonl"), "verifier": "math", "chat": "direct"}
+        model = {"path": str(byte_model.write(tmp_path / name, template=template)), "random_init": True}
+        file = tmp_path / f"{name}.yaml"
+        file.write_text(json.dumps({"model": model, "data": data | {"max_prompt_tokens": 64}, "phases": [phase]}))
+        assert main(["check", str(file)]) == 0
+        assert capsys.readouterr().out.count(said) == expected

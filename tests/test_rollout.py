@@ -156,9 +156,9 @@ MODES = {"plain": {}, "top-k": {"top_k": 20}, "top-p": {"top_p": 0.95}, "both": 
 @pytest.mark.parametrize("temperature", [0.0, 1e-6, 0.1, 0.3, 0.6, 0.7, 1.0, 1.2, 1.7])
 @pytest.mark.parametrize("mode", MODES)
 def test_every_temperature_is_exact(mode, temperature):
-    """Jitted draws from logits far from zero: the token is the inverse of the sorted float64 distribution at the uniform
-    number, none lies outside the nucleus, the log-probability is its own. Half of the rows spread their mass; half are
-    nearly one token's, so that the nucleus is at its edge."""
+    """Jitted draws from logits far from zero: the token is the inverse of the sorted float64 distribution at the
+    uniform number, none lies outside the nucleus, the log-probability is its own. Half of the rows spread their mass;
+    half are nearly one token's, so that the nucleus is at its edge."""
     rng = np.random.default_rng(7)
     sampling = Sampling(sampling_temperature=temperature, **MODES[mode])
     rows, draws, vocab = 48, 32, 256

@@ -1,4 +1,5 @@
-"""The screen is never worth the run: whatever becomes of it, a run saves, writes its page and ends with its own exit code."""
+"""The screen is never worth the run: whatever becomes of it, a run saves,
+writes its page and ends with its own exit code."""
 
 import os
 import subprocess
@@ -80,7 +81,10 @@ def small(code, *, keep_going=True, shell=None, env=None, **streams):
 def test_what_is_closed_is_not_taken_by_a_log(tmp_path):
     """Descriptor 1 would be that of the next file: what a library prints would go into it."""
     file = tmp_path / "metrics.jsonl"
-    code = f"import os; f = open({str(file)!r}, 'w'); os.write(1, b'chatter'); os.write(2, b'chatter'); print('shown'); f.close()"
+    code = (
+        f"import os; f = open({str(file)!r}, 'w'); os.write(1, b'chatter'); os.write(2, b'chatter'); "
+        "print('shown'); f.close()"
+    )
     assert small(code, shell="<&- >&- 2>&-").returncode == 0
     assert file.read_text() == ""
 

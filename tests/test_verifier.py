@@ -1,4 +1,5 @@
-"""verify_math where it takes algebra: hand-labelled pairs, hostile answers, and the worker processes and their limits."""
+"""verify_math where it takes algebra: hand-labelled pairs, hostile answers,
+and the worker processes and their limits."""
 
 import json
 import os
@@ -204,12 +205,13 @@ def test_gold_answers_of_real_data_verify_against_themselves_and_not_against_oth
 # --- hostile answers ---
 
 UNITS = [
-    "\\text{", "\\frac{1}{", "1,111", "{,}", "\\frac12", "9", "(9", "9/", "\\left", "$", "1 ", "\\!", "\\text {a}", "(", "[",
-    "{", "}", "|", "\\{", "\\sqrt{", "\\sqrt[", "^", "_", "x_", "x^", "2^", "-", "+", "+1", "*", "!", "5!", "=", "x=", "<", "1<",
-    ",", ";", ".", "0.", "%", "\\%", "&", "1&", "\\\\", "\\", "\\cup", "\\pm", "\\pm1,", "\\sin", "\\log_", "\\int", "\\sum_",
-    "\\lim_{x\\to", "\\begin{pmatrix}", "\\boxed{", "Answer:", "\\input{/etc/passwd}", "\\def\\a{\\a\\a}", "\\x", "\x00", "\ud800",
-    "\u202e", "٣", "３", "²", "½", "𝟛", "é", "\U0001f600", "import os;", "__class__.", "eval(", "lambda:", "{{0}}", "%s%n",
-    "${jndi:}", "'", '"', "`", "#", "<script>", "\\n", "or ", "and ", "the answer is ", "e", "i", "infinity", "nan", "None",
+    "\\text{", "\\frac{1}{", "1,111", "{,}", "\\frac12", "9", "(9", "9/", "\\left", "$", "1 ", "\\!", "\\text {a}", "(",
+    "[", "{", "}", "|", "\\{", "\\sqrt{", "\\sqrt[", "^", "_", "x_", "x^", "2^", "-", "+", "+1", "*", "!", "5!", "=",
+    "x=", "<", "1<", ",", ";", ".", "0.", "%", "\\%", "&", "1&", "\\\\", "\\", "\\cup", "\\pm", "\\pm1,", "\\sin",
+    "\\log_", "\\int", "\\sum_", "\\lim_{x\\to", "\\begin{pmatrix}", "\\boxed{", "Answer:", "\\input{/etc/passwd}",
+    "\\def\\a{\\a\\a}", "\\x", "\x00", "\ud800", "\u202e", "٣", "３", "²", "½", "𝟛", "é", "\U0001f600", "import os;",
+    "__class__.", "eval(", "lambda:", "{{0}}", "%s%n", "${jndi:}", "'", '"', "`", "#", "<script>", "\\n", "or ", "and ",
+    "the answer is ", "e", "i", "infinity", "nan", "None",
 ]  # fmt: skip
 TOWERS = [
     "9^{9^{9^{9}}}", ENDLESS, "9**9**9**9", "10^{-10^{10}}", "(10^9)!", "factorial(10**9)", "1/0", "0^0",
@@ -266,10 +268,11 @@ def test_no_text_makes_it_raise():
 
 SHAPES = [
     "{}", "-{}", "{}.5", "\\frac{{{}}}{{7}}", "\\frac{{7}}{{{}}}", "{}\\sqrt{{2}}", "\\sqrt{{{}}}", "2^{{{}}}",
-    "{}^{{-9}}", "\\pi^{{{}}}", "e^{{-{}}}", "{}!", "\\frac{{1}}{{{}!}}", "({}, 3)", "\\{{{}, 3\\}}", "[-1, {})", "{}:1001",
-    "x^2+{}x", "y = {}x", "x > {}", "{}\\text{{ cm}}", "{}^\\circ", "\\${}", "{}\\%", "{}\\times 10^{{-30}}", "10^{{-{}}}",
-    "\\left(\\frac{{5}}{{6}}\\right)^{{{}}}", "{}i + 1", "\\ln {}", "0.\\overline{{{}}}", "\\sqrt{{2}} + 10^{{-{}}}",
-    "\\begin{{pmatrix}} {} \\\\ 1 \\end{{pmatrix}}", "{}_{{11}}", "1,{}", "\\binom{{1000}}{{{}}}",
+    "{}^{{-9}}", "\\pi^{{{}}}", "e^{{-{}}}", "{}!", "\\frac{{1}}{{{}!}}", "({}, 3)", "\\{{{}, 3\\}}", "[-1, {})",
+    "{}:1001", "x^2+{}x", "y = {}x", "x > {}", "{}\\text{{ cm}}", "{}^\\circ", "\\${}", "{}\\%", "{}\\times 10^{{-30}}",
+    "10^{{-{}}}", "\\left(\\frac{{5}}{{6}}\\right)^{{{}}}", "{}i + 1", "\\ln {}", "0.\\overline{{{}}}",
+    "\\sqrt{{2}} + 10^{{-{}}}", "\\begin{{pmatrix}} {} \\\\ 1 \\end{{pmatrix}}", "{}_{{11}}", "1,{}",
+    "\\binom{{1000}}{{{}}}",
 ]  # fmt: skip
 
 

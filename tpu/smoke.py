@@ -2,9 +2,9 @@
 
     smoke.py RUN_DIR --devices N
 
-In this order: JAX sees all devices of the slice; every process writes, reads and deletes an object beside RUN_DIR; the toy
-of smoke.yaml takes one step of RL and one of the reheater on all devices, with its checkpoints in RUN_DIR.smoke, which is
-deleted afterwards. Exit codes are those of `tsopsd`.
+In this order: JAX sees all devices of the slice; every process writes, reads and deletes an object beside RUN_DIR; the
+toy of smoke.yaml takes one step of RL and one of the reheater on all devices, with its checkpoints in RUN_DIR.smoke,
+which is deleted afterwards. Exit codes are those of `tsopsd`.
 """
 
 import argparse

@@ -1,4 +1,5 @@
-"""Run a command on a TPU VM: a notice that the machine will go becomes one SIGTERM to it; its exit code is kept in a file.
+"""Run a command on a TPU VM: a notice that the machine will go becomes one SIGTERM to it;
+its exit code is kept in a file.
 
     supervise.py STATE_DIR COMMAND...
 

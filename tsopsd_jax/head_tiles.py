@@ -22,8 +22,8 @@ BLOCK_BYTES = 8 << 20
 class Tiling(NamedTuple):
     """How tokens are cut into tiles and blocks.
 
-    `tile_tokens`: tokens of a tile, whose logits exist at once. `block_bytes`: logits of a block, the part of a tile that
-    `stats` sees at once; None: all of it. `axes`: mesh axes whose devices all go through equally many tiles.
+    `tile_tokens`: tokens of a tile, whose logits exist at once. `block_bytes`: logits of a block, the part of a tile
+    that `stats` sees at once; None: all of it. `axes`: mesh axes whose devices all go through equally many tiles.
     """
 
     tile_tokens: int
@@ -39,8 +39,8 @@ def tiling_for(tile_tokens: int, mesh: Mesh | None = None) -> Tiling:
 
 
 class Tiles(NamedTuple):
-    """Tokens in tiles, the wanted ones first: `order` [tiles, tile] of their indices (N: none), `count` of the tiles that
-    hold a wanted one, tokens of a `block`."""
+    """Tokens in tiles, the wanted ones first: `order` [tiles, tile] of their indices (N: none), `count` of the tiles
+    that hold a wanted one, tokens of a `block`."""
 
     order: Array
     count: Array  # pyright: ignore[reportIncompatibleMethodOverride] - not a tuple's

@@ -1,4 +1,5 @@
-"""Hugging Face model directories, read by transformers itself: local files only, none of their code, and without torch."""
+"""Hugging Face model directories, read by transformers itself: local files only, none of their code,
+and without torch."""
 
 import contextlib
 import importlib

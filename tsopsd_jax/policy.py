@@ -118,7 +118,8 @@ class Policy:
         return [found[i : i + samples] for i in range(0, len(found), samples)]
 
     def stats(self, samples: Sequence[Sample], *, teacher_temperature: float = 1.2) -> list[VocabStats]:
-        """Compute, for each token of each sample, log-probability, exact entropy, and both KLs to softmax(z / T), in nats.
+        """Compute, for each token of each sample, log-probability, exact entropy, and both KLs to softmax(z / T),
+        in nats.
 
         Raises:
             ValueError: if the temperature is not positive.

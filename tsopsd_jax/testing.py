@@ -253,7 +253,7 @@ def _check_finite(objective: Objective, found: Found) -> None:
 
 
 def _check_rows(objective: Objective, program: _Program, toy: Toy, found: Found) -> None:
-    """The same result for rows in another order, and for two micro-batches with more padding."""
+    """Check that rows in another order, and two micro-batches with more padding, give the same result."""
     back = np.argsort(ORDER)
     _compare(objective, found, join_found([program(take_rows(toy, ORDER))], back), "rows stand in another order")
     more_padding = padded(toy)
@@ -268,7 +268,7 @@ def _check_rows(objective: Objective, program: _Program, toy: Toy, found: Found)
 
 
 def _check_tokenwise(objective: Objective, program: _Program, toy: Toy, found: Found) -> None:
-    """The same result for the response tokens in any order, in two tiles of one row, of which one has an empty place."""
+    """Check that response tokens in any order, in two tiles of a row, one with an empty place, give the same result."""
     mask = toy.batch.mask
     order = np.random.default_rng(1).permutation(np.flatnonzero(mask))
     n = order.size // 2 + 1

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+from pathlib import Path
 
 import jax
 
@@ -16,6 +17,8 @@ from tsopsd_jax.config.build import (
     make_phases,
     prepare,
 )
+from tsopsd_jax.config.places import model_folder
+from tsopsd_jax.data import Tokenizer
 from tsopsd_jax.display.numbers import count
 
 
@@ -52,9 +55,17 @@ def run(args: argparse.Namespace) -> int:
             print(f"{path}: warning: {warning}")
         problems, phases = len(parts.task.problems), len(config.phases)
         print(f"{path}: valid; {problems} problems, {phases} phases, mesh {dict(parts.mesh.shape)}")
+        if config.data.chat != "none" and same_turn(model_folder(config)):
+            print(f"{path}: the model's template makes the same turn for chat: direct and chat: thinking")
         for line in takes(parts):
             print(f"  {line}")
     return exit_codes.DONE
+
+
+def same_turn(folder: Path) -> bool:
+    """Whether a model's chat template does not heed `enable_thinking`: it always thinks, or never."""
+    direct, thinking = (Tokenizer.load(folder, chat=chat).encode("x") for chat in ("direct", "thinking"))
+    return direct == thinking
 
 
 def takes(parts: Parts) -> list[str]:

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from tsopsd_jax.commands import exit_codes
-from tsopsd_jax.commands.model_card import EXPORTED, base_licence, model_card
+from tsopsd_jax.commands.model_card import EXPORTED, BaseModel, base_licence, model_card
 from tsopsd_jax.config import DTYPES
 from tsopsd_jax.config.places import model_folder
 from tsopsd_jax.config.restore import resolved_config, restore_run
@@ -53,7 +53,7 @@ def export(run_dir: Path, out: Path, *, step: int | None, dtype: str) -> Path:
     model, state = restore_run(run_dir, step=step, mesh=make_mesh(), compute_dtype="float32")
     card = model_card(
         config,
-        base=folder.resolve().name,
+        base=BaseModel.of(folder),
         licence=base_licence(folder),
         step=int(state.step),
         dtype=dtype,

@@ -24,14 +24,14 @@ from tsopsd_jax.evaluation.scoreboard import compare, write_tables
 from tsopsd_jax.loading import is_own
 from tsopsd_jax.model.hf_config import read_config
 from tsopsd_jax.rewards import Rewards, Verdict, make_checked_rewards
-from tsopsd_jax.rollout import Engine, Sampling
+from tsopsd_jax.rollout import Engine
 from tsopsd_jax.rundir import resumable_jsonl
 from tsopsd_jax.types import Prompts
 
 ALIKE = ("samples", "max_tokens", "sampling", "verifier", "problems_sha256")
 """Settings that all models of a benchmark share in one table."""
 NAME = re.compile(r"\w[\w.+=@-]*")
-"""Of models and benchmarks: they name files and columns."""
+"""Names of models and benchmarks, which name files and columns."""
 
 
 class Benchmark(NamedTuple):
@@ -332,8 +332,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         return _run(args)
     except KeyboardInterrupt:
-        print(f"interrupted; {args.out} keeps what was written, and the same command goes on", file=sys.stderr)
-        return exit_codes.INTERRUPTED
+        return exit_codes.interrupted(args.out)
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -357,7 +356,7 @@ def _evaluate(args: argparse.Namespace) -> None:
         model=policy.source["model"],
         samples=args.samples,
         max_tokens=args.max_tokens,
-        sampling=Sampling(sampling_temperature=args.temperature, top_p=args.top_p, top_k=args.top_k),
+        sampling=options.sampling_of(args),
         chat=policy.chat,
         seed=args.seed,
         dtype=policy.dtype,

@@ -11,6 +11,7 @@ import errno
 import os
 import sys
 import traceback
+from pathlib import Path
 
 DONE, OUR_FAULT, BAD_INPUT, GUARD, INTERRUPTED, COULD_NOT_WRITE = 0, 1, 2, 3, 4, 6
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -21,6 +22,12 @@ def no_backend(error: BaseException) -> bool:
     frames = traceback.extract_tb(error.__traceback__)
     starting = any(f.name == "backends" and f.filename.endswith("xla_bridge.py") for f in frames)
     return starting and isinstance(error, RuntimeError | AssertionError) and bool(os.environ.get("JAX_PLATFORMS"))
+
+
+def interrupted(out: Path) -> int:
+    """Say that a command which resumes what stands in `out` was interrupted; returns the exit code for it."""
+    print(f"interrupted; {out} keeps what was written, and the same command goes on", file=sys.stderr)
+    return INTERRUPTED
 
 
 def explain(command: str, error: BaseException) -> int:

@@ -283,8 +283,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         return _run(args)
     except KeyboardInterrupt:
-        print(f"interrupted; {args.out} keeps what was written, and the same command goes on", file=sys.stderr)
-        return exit_codes.INTERRUPTED
+        return exit_codes.interrupted(args.out)
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -293,7 +292,7 @@ def _run(args: argparse.Namespace) -> int:
         model=str(args.model),
         samples=args.samples,
         max_tokens=args.max_tokens,
-        sampling=Sampling(sampling_temperature=args.temperature, top_p=args.top_p, top_k=args.top_k),
+        sampling=options.sampling_of(args),
         template=args.template,
         chat=args.chat,
         seed=args.seed,

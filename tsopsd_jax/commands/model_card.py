@@ -5,7 +5,7 @@ import importlib.metadata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -26,7 +26,24 @@ LAST_METRICS = (
 )
 EXPORTED = "Trained and exported"
 """Words by which a card says that its directory is an export."""
+BAR = r"\|"
+"""A `|` inside a cell of a Markdown table."""
 _LICENCE = ("license", "license_name", "license_link")
+
+
+class BaseModel(NamedTuple):
+    """What a run began with: ORG/NAME in the hub's cache, else the directory's name; the cached commit."""
+
+    name: str
+    commit: str | None = None
+
+    @classmethod
+    def of(cls, folder: Path) -> "BaseModel":
+        """Read it from a directory's path; .../models--ORG--NAME/snapshots/COMMIT is how the hub's cache lies."""
+        *_, repository, snapshots, commit = ("", "", *folder.resolve().parts)
+        if snapshots == "snapshots" and repository.startswith("models--"):
+            return cls(repository.removeprefix("models--").replace("--", "/"), commit)
+        return cls(folder.resolve().name)
 
 
 def base_licence(folder: Path) -> dict[str, str]:
@@ -46,7 +63,7 @@ def base_licence(folder: Path) -> dict[str, str]:
 def model_card(
     config: Config,
     *,
-    base: str,
+    base: BaseModel,
     licence: Mapping[str, str],
     step: int,
     dtype: str,
@@ -56,7 +73,7 @@ def model_card(
     """The card of the policy after `step`; lines of the run's log beyond that step are left out.
 
     Args:
-        base: name of the model that the run began with.
+        base: the model that the run began with.
         licence: from `base_licence`.
         dtype: of the stored weights.
         metrics: lines of metrics.jsonl.
@@ -65,14 +82,15 @@ def model_card(
     metrics = [line for line in metrics if line["step"] <= step]
     evaluations = [record for record in evaluations if record["step"] <= step]
     version = importlib.metadata.version("tsopsd-jax")
+    at = f", commit {base.commit}" if base.commit else ""
     random = " (random weights of its shape)" if config.model.random_init else ""
     front = yaml.safe_dump(
-        {**licence, "library_name": "transformers", "base_model": base, "tags": ["tsopsd_jax"]}, sort_keys=False
+        {**licence, "library_name": "transformers", "base_model": base.name, "tags": ["tsopsd_jax"]}, sort_keys=False
     )
     parts = [
-        f"---\n{front}---\n# {base}, after {step} steps",
+        f"---\n{front}---\n# {base.name}, after {step} steps",
         f"{EXPORTED} ({dtype}) by tsopsd_jax {version}; seed {config.seed}.",
-        f"- Base model: {base}{random}\n- Problems: {_data(config.data)}",
+        f"- Base model: {base.name}{at}{random}\n- Problems: {_data(config.data)}",
         "## Phases\n\n" + _phases(config.phases, Counter(without_round(line["phase"]) for line in metrics)),
     ]
     if metrics:
@@ -86,7 +104,11 @@ def model_card(
 
 def _data(data: DataSettings) -> str:
     """The settings that are not their defaults."""
-    values = {f.name: vars(data)[f.name] for f in dataclasses.fields(data) if vars(data)[f.name] != f.default}
+    default = {
+        f.name: f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+        for f in dataclasses.fields(data)
+    }
+    values = {name: value for name, value in vars(data).items() if value != default[name]}
     if data.path is not None:
         values["path"] = Path(data.path).name  # a publication does not tell where the author keeps files
     return _words(values)
@@ -106,7 +128,7 @@ def _phases(phases: Sequence[PhaseSettings], steps: Mapping[str, int]) -> str:
             f"{phase.max_response_tokens} tokens" + _updates(phase),
             _words(vars(phase.optimizer)),
         ]
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(f"| {' | '.join(cell.replace('|', BAR) for cell in cells)} |")
     return "\n".join(lines)
 
 

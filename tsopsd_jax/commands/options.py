@@ -2,6 +2,8 @@
 
 import argparse
 
+from tsopsd_jax.rollout import Sampling
+
 
 def add_overrides(parser: argparse.ArgumentParser) -> None:
     """Add `--set a.b=VALUE`."""
@@ -34,3 +36,12 @@ def add_sampling(parser: argparse.ArgumentParser, *, samples: int, max_tokens: i
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--slots", type=int, default=64, help="responses decoded side by side; default 64")
     parser.add_argument("--tensor", type=int, default=1, help="devices that share one copy of the weights; default 1")
+
+
+def sampling_of(args: argparse.Namespace) -> Sampling:
+    """The distribution that the options of `add_sampling` ask for.
+
+    Raises:
+        ValueError: a temperature, top_p or top_k out of range.
+    """
+    return Sampling(sampling_temperature=args.temperature, top_p=args.top_p, top_k=args.top_k)

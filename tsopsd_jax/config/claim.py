@@ -53,12 +53,13 @@ def read_settings(file: Path) -> dict[str, Any]:
 
 
 def _check_ours(run_dir: Path) -> None:
-    """Check that a run directory is absent, empty or a run's, and that Orbax, which takes a path for a pattern, can read it."""
+    """Check that a run directory is absent, empty or a run's, and that Orbax, which takes a path for a pattern,
+    can read it."""
     where = object_store.checkpoints_address(run_dir)
     if odd := sorted(set("*?[") & set(str(where))):
         raise ValueError(
-            f"{where}: expected a path without {' '.join(odd)}, in which checkpoints could not be read again; choose another "
-            "--run-dir"
+            f"{where}: expected a path without {' '.join(odd)}, in which checkpoints could not be read again; "
+            f"choose another --run-dir"
         )
     if run_dir.exists() and not run_dir.is_dir():
         raise ValueError(f"{run_dir}: expected a run directory, got a file; choose another --run-dir")
@@ -104,8 +105,8 @@ def _check_not_lost(run_dir: Path) -> None:
         empty and any(record["step"] for record in read_evaluations(run_dir))
     ):  # they were of saved policies
         raise ValueError(
-            f"{run_dir} holds the log of a run whose checkpoints are gone, so that it cannot go on; to begin anew choose another "
-            f"--run-dir, or remove {run_dir}"
+            f"{run_dir} holds the log of a run whose checkpoints are gone, so that it cannot go on; "
+            f"to begin anew choose another --run-dir, or remove {run_dir}"
         )
 
 

@@ -34,7 +34,8 @@ def resolved_config(run_dir: Path) -> Config:
 def restore_run(
     run_dir: Path, *, step: int | None, mesh: jax.sharding.Mesh, compute_dtype: str
 ) -> tuple[Qwen3, TrainState]:
-    """Restore the model and train state of a checkpoint (default: the newest undamaged; newer ones are named on stderr).
+    """Restore the model and train state of a checkpoint (default: the newest undamaged;
+    newer ones are named on stderr).
 
     Raises:
         ValueError: no run, no such checkpoint, or it is damaged.

@@ -26,12 +26,13 @@ def read_frame(tokenizer: Any, folder: Path, roles: Sequence[str], *, thinking: 
         What stands before, between and after the messages' texts: one more than there are messages.
 
     Raises:
-        ValueError: if there is no template, it cannot be rendered, or it does not show the messages' texts once and in order.
+        ValueError: if there is no template, it cannot be rendered,
+            or it does not show the messages' texts once and in order.
     """
     if tokenizer.chat_template is None:
         raise ValueError(
-            f"chat template: expected chat_template.jinja in {folder} or chat_template in its tokenizer_config.json, got none: "
-            "use an instruct model's directory, or data.chat: none"
+            f"chat template: expected chat_template.jinja in {folder} or chat_template in its tokenizer_config.json, "
+            f"got none: use an instruct model's directory, or data.chat: none"
         )
     messages = [{"role": role, "content": f"\ue000{at}\ue001"} for at, role in enumerate(roles)]
     # A template is a program: whatever it may raise is the directory's fault.
@@ -51,5 +52,6 @@ def read_frame(tokenizer: Any, folder: Path, roles: Sequence[str], *, thinking: 
 
 
 def _without_clock(template: str) -> str:
-    """A template that finds no clock, so that a prompt is the same every day; those that ask for one have a date for that."""
+    """A template that finds no clock, so that a prompt is the same every day;
+    those that ask for one have a date for that."""
     return "{% set strftime_now = there_is_no_clock %}{{ '' }}" + template if "strftime_now" in template else template

@@ -34,7 +34,7 @@ class Problem(NamedTuple):
 
 
 ROLES = ("system", "user", "assistant")
-"""Of the messages of a conversation."""
+"""Roles of the messages of a conversation."""
 TEXTS = ("id", "prompt", "answer")
 """Fields of a problem that a prepared data set holds."""
 

@@ -26,7 +26,8 @@ Template = Callable[[str, Mapping[str, Any]], str]
 
 
 def make_template(template: str) -> Template:
-    """Make a template: a name in TEMPLATES, a text with one `{problem}`, or `path/to/file.py:function` for one of your own.
+    """Make a template: a name in TEMPLATES, a text with one `{problem}`,
+    or `path/to/file.py:function` for one of your own.
 
     The function takes (problem) or (problem, row) and returns the prompt.
 
@@ -59,8 +60,8 @@ def check_template(template: str) -> None:
     if not times and not is_own(template) and template not in TEMPLATES:
         nearest = difflib.get_close_matches(template, TEMPLATES, n=1, cutoff=0.0)[0]
         raise ValueError(
-            f"prompt template: expected one of {', '.join(TEMPLATES)}, a text with {PLACE}, or path/to/file.py:function, "
-            f"got {template[:80]!r}: did you mean {nearest!r}?"
+            f"prompt template: expected one of {', '.join(TEMPLATES)}, a text with {PLACE}, or "
+            f"path/to/file.py:function, got {template[:80]!r}: did you mean {nearest!r}?"
         )
 
 
@@ -91,7 +92,8 @@ def _own_template(name: str) -> Template:
 
 
 def bare(prompt: str) -> str:
-    """Take the problem out of a prompt: the reverse of `render` where a template's wording stands around it, else all of it."""
+    """Take the problem out of a prompt: the reverse of `render` where a template's wording stands around it,
+    else all of it."""
     for text in TEMPLATES.values():
         before, after = text.split("{problem}")
         if before + after and prompt.startswith(before) and prompt.endswith(after):

@@ -67,7 +67,8 @@ def load_problems(
         directory: where prepared data sets are.
         first: at most this many problems; the rest is not read. None for all.
         template: what is put around every problem (`prompts.make_template`): a name, a text with `{problem}`, or
-            `path/to/file.py:function`; None for the source's own: `dapo_answer` for `dapo_math_17k`, `plain` for the others.
+            `path/to/file.py:function`; None for the source's own: `dapo_answer` for `dapo_math_17k`,
+            `plain` for the others.
         problem_field: name of the problem's text in a row of `jsonl`.
         answer_field: name of the answer in a row of `jsonl`.
 

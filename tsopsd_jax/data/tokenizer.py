@@ -24,7 +24,8 @@ class Tokenizer:
     vocab_size: int
     """Highest token id + 1, added tokens included; a model's (padded) vocabulary may be larger."""
     frame: Callable[[tuple[str, ...]], list[list[int]]] | None = None
-    """Roles of a conversation that the user's message ends -> ids before, between and after its texts; None: no chat."""
+    """Roles of a conversation that the user's message ends -> ids before, between and after its texts; None:
+    no chat."""
     special_ids: frozenset[int] = frozenset()
     """Ids that no prompt's text may become, nor a response's text show."""
 
@@ -32,16 +33,17 @@ class Tokenizer:
     def load(cls, directory: str | Path, *, chat: str = "none") -> "Tokenizer":
         """Read a directory's tokenizer, its stop ids and, unless `chat` (one of `chat.CHATS`) is none, its chat turn.
 
-        Stop ids are `eos_token_id` of generation_config.json, else of config.json, else the id of the tokenizer's `eos_token`:
-        the order in which a model's own generation settles it. In a chat the token that ends an assistant's turn is one of
-        them, the first: a base model's files do not name it.
+        Stop ids are `eos_token_id` of generation_config.json, else of config.json, else the id of the tokenizer's
+        `eos_token`: the order in which a model's own generation settles it. In a chat the token that ends an assistant's
+        turn is one of them, the first: a base model's files do not name it.
 
-        tokenizer.json is read as it stands, with the tokens that other files add to it, whatever class the directory names: some
-        classes replace its splitting of text by their own. Truncation and padding in it are a past call's, and left aside.
+        tokenizer.json is read as it stands, with the tokens that other files add to it, whatever class the directory
+        names: some classes replace its splitting of text by their own. Truncation and padding in it are a past call's,
+        and left aside.
 
         Raises:
-            ValueError: if the directory or tokenizer.json is missing or unreadable, no stop token is declared or it is no token, or
-                a chat is asked of a directory without a usable template.
+            ValueError: if the directory or tokenizer.json is missing or unreadable, no stop token is declared or it is
+                no token, or a chat is asked of a directory without a usable template.
         """
         if chat not in CHATS:
             raise ValueError(f"chat: expected one of {', '.join(CHATS)}, got {chat!r}")
@@ -103,8 +105,8 @@ class Tokenizer:
             before: (role, content) of the messages before it.
 
         Raises:
-            ValueError: if there are messages before and no chat, the tokenizer has no token for a part of a text, or a part of
-                it is the name of a special token that the vocabulary has as a word.
+            ValueError: if there are messages before and no chat, the tokenizer has no token for a part of a text, or a
+                part of it is the name of a special token that the vocabulary has as a word.
         """
         if self.frame is None:
             if before:
@@ -186,13 +188,14 @@ def _check_ids(folder: Path, names: set[str]) -> None:
     named = _read_if_there(folder / "tokenizer_config.json").get("tokenizer_class")
     if made_up and named not in ("PreTrainedTokenizerFast", "TokenizersBackend"):
         raise ValueError(
-            f"tokenizer: expected an id of {min(made_up)} in tokenizer.json, tokenizer_config.json or added_tokens.json of "
-            f"{folder}, got its name alone, which tokenizer_class {named} may number otherwise: save the tokenizer again"
+            f"tokenizer: expected an id of {min(made_up)} in tokenizer.json, tokenizer_config.json or "
+            f"added_tokens.json of {folder}, got its name alone, which tokenizer_class {named} may number otherwise: "
+            f"save the tokenizer again"
         )
 
 
 def _without_id(folder: Path, names: set[str]) -> set[str]:
-    """Those of the tokens to which no file gives an id; transformers takes the next free one."""
+    """The names among these to which no file gives an id; transformers takes the next free one."""
     config = _read_if_there(folder / "tokenizer_config.json")
     names = names - _read_if_there(folder / "added_tokens.json").keys()
     names -= {token["content"] for token in config.get("added_tokens_decoder", {}).values()}

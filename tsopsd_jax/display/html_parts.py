@@ -12,7 +12,8 @@ def escape(value: Any) -> str:
 
 
 def shorten(text: str, limit: int) -> str:
-    """Escape `text` and cut it to at most about `limit` characters: three quarters from its start, the rest from its end."""
+    """Escape `text` and cut it to at most about `limit` characters: three quarters from its start,
+    the rest from its end."""
     if len(text) <= limit:
         return escape(text)
     head, tail = text[: limit * 3 // 4], text[-limit // 4 :]

@@ -233,7 +233,8 @@ def _name_phases(axis: Any, step: np.ndarray, segments: Sequence[Stretch], phase
 
 
 def smoothed(values: np.ndarray, segments: Sequence[Stretch]) -> np.ndarray:
-    """Return the centred moving mean of `values`, [N] -> [N], over a 25th of each segment, never across its ends, NaN left out."""
+    """Return the centred moving mean of `values`, [N] -> [N], over a 25th of each segment, never across its ends,
+    NaN left out."""
     result = np.full(len(values), np.nan)
     for _, first, end in segments:
         part = values[first:end]
@@ -260,7 +261,8 @@ def thinned(values: np.ndarray) -> np.ndarray:
 
 
 def _for_page(svg: str) -> str:
-    """Strip an SVG file to its bare element, sized by the page, its colours the page's variables (so it follows a dark theme)."""
+    """Strip an SVG file to its bare element, sized by the page,
+    its colours the page's variables (so it follows a dark theme)."""
     svg = svg[svg.index("<svg") :]
     # The date would make equal runs unequal pages.
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)

@@ -1,4 +1,5 @@
-"""Standard output and error that can break without ending a run: a viewer that goes away, a full disk, another character set."""
+"""Standard output and error that can break without ending a run: a viewer that goes away, a full disk,
+another character set."""
 
 import codecs
 import io
@@ -54,8 +55,8 @@ def secure(*, keep_going: bool) -> None:
     Args:
         keep_going: for whatever reason; else only if the viewer went away, and other errors are raised as usual.
 
-    Descriptors 0 to 2 that were closed (`>&-`) become the null device: the next file opened, such as a log, would take their
-    place, and what libraries print would be written into it. Streams that somebody replaced are left alone.
+    Descriptors 0 to 2 that were closed (`>&-`) become the null device: the next file opened, such as a log, would take
+    their place, and what libraries print would be written into it. Streams that somebody replaced are left alone.
     """
     for descriptor, flags in ((0, os.O_RDONLY), (1, os.O_WRONLY), (2, os.O_WRONLY)):
         try:
@@ -69,7 +70,8 @@ def secure(*, keep_going: bool) -> None:
 
 
 def _secured(stream: TextIO | None, keep_going: bool) -> TextIO:
-    """Make a stream to the descriptor of `stream`, or to the null device for None (it was closed when the process began)."""
+    """Make a stream to the descriptor of `stream`,
+    or to the null device for None (it was closed when the process began)."""
     if not isinstance(stream, io.TextIOWrapper):
         nowhere = io.BufferedWriter(_Raw(os.open(os.devnull, os.O_WRONLY), keep_going))
         return io.TextIOWrapper(nowhere, encoding="utf-8", errors="replace")

@@ -5,10 +5,10 @@ exit code 134 and the text of a remote call; it does not hear of an exception at
 to process 0: one that closes without a farewell, stays silent for the heartbeat, or brings an error ends every process,
 with a sentence that says which process it was and what to do, and with exit code 5.
 
-A process that hangs (a read from a store that never ends, a collective that nobody else enters) still sends its signs of
-life, from the thread that watches. So the main thread says by `tick` what it does. After a minute without a tick the watch
-says which process waits for what; after `stall_s` it ends the process, with all stacks and exit code 5. One process alone
-is watched in the same way.
+A process that hangs (a read from a store that never ends, a collective that nobody else enters) still sends its signs
+of life, from the thread that watches. So the main thread says by `tick` what it does. After a minute without a tick the
+watch says which process waits for what; after `stall_s` it ends the process, with all stacks and exit code 5. One
+process alone is watched in the same way.
 """
 
 import contextlib
@@ -110,8 +110,8 @@ class Watch:
             peer.sendall(f"{first['token']} {self.index}\n".encode())
             return peer
         raise ConnectionError(
-            f"{self.names[self.index]} expected to reach {self.names[0]} at one of {', '.join(first['addresses'])}, port "
-            f"{first['port']}, got no answer; let the hosts reach one another over TCP"
+            f"{self.names[self.index]} expected to reach {self.names[0]} at one of {', '.join(first['addresses'])}, "
+            f"port {first['port']}, got no answer; let the hosts reach one another over TCP"
         )
 
     def tell(self, error: str) -> None:
@@ -136,8 +136,8 @@ class Watch:
     def _part(self) -> None:
         """Close all connections in order: stop sending, and read until the other side has stopped, too.
 
-        A connection that is closed over unread bytes is reset, and what was sent last is lost. So process 0 also lets the
-        others go first.
+        A connection that is closed over unread bytes is reset, and what was sent last is lost. So process 0 also lets
+        the others go first.
         """
         until = time.monotonic() + 2 * GRACE_S
         for peer in self.peers.values():

@@ -95,7 +95,8 @@ def joined(
     one process an exception is the caller's.
 
     Args:
-        coordinator: HOST:PORT of process 0; None: found in the environment (TPU metadata, SLURM, Open MPI), or one process.
+        coordinator: HOST:PORT of process 0; None: found in the environment (TPU metadata, SLURM, Open MPI),
+            or one process.
         processes, process: how many, and which of them this is; None: found in the environment.
         heartbeat_s: silence after which a process is taken for dead.
         stall_s: time without a `heartbeat.tick` after which this process ends with its stacks; 0: never.
@@ -185,7 +186,8 @@ def _launched() -> bool:
         count = _first_number((size,))
         if count is None:
             raise ValueError(
-                f"{size}: expected the number of processes, since {sign} is set, got {os.environ.get(size, 'nothing')}; "
+                f"{size}: expected the number of processes, since {sign} is set, got "
+                f"{os.environ.get(size, 'nothing')}; "
                 f"start with srun or mpirun, give --coordinator HOST:PORT --processes N --process I, or unset {sign}"
             )
         return count > 1

@@ -17,13 +17,14 @@ from jax.sharding import PartitionSpec as P
 from tsopsd_jax.types import PyTree
 
 MESH_AXES = ("data", "fsdp", "tensor")
-"""`data`: replicas, across slices too. `fsdp`: batch rows and parameter shards. `tensor`: heads, feed-forward, vocabulary."""
+"""`data`: replicas, across slices too. `fsdp`: batch rows and parameter shards. `tensor`: heads, feed-forward,
+vocabulary."""
 
 ROW_AXES = ("data", "fsdp")
 """The mesh axes over which rows are divided."""
 
 AnyMesh = Mesh | AbstractMesh
-"""Of devices, or of sizes only: shardings follow from sizes."""
+"""A mesh of devices, or of sizes only: shardings follow from sizes."""
 
 Rules = Mapping[str, str | tuple[str, ...] | None]
 
@@ -40,7 +41,8 @@ TRAIN_RULES: Rules = {
 }
 
 DECODE_RULES: Rules = TRAIN_RULES | {"embed": None, "parts": None}
-"""Of the rollout view: what training shards over `fsdp` lies whole on each device, so that no token has to gather it."""
+"""Rules of the rollout view: what training shards over `fsdp` lies whole on each device,
+so that no token has to gather it."""
 
 
 def make_mesh(*, data: int = 1, fsdp: int = -1, tensor: int = 1, devices=None) -> Mesh:
@@ -89,7 +91,8 @@ def _arrange(devices: list[Any], sizes: tuple[int, ...]) -> np.ndarray:
     data, *rest = sizes
     if data % slices:
         raise ValueError(
-            f"mesh: data={data} does not go over {slices} slices, which only `data` may join; choose a multiple of {slices}"
+            f"mesh: data={data} does not go over {slices} slices, which only `data` may join; "
+            f"choose a multiple of {slices}"
         )
     within, across = (data // slices, *rest), (slices, 1, 1)
     return mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
@@ -142,7 +145,7 @@ def row_sharding(mesh: AnyMesh) -> NamedSharding:
 
 
 def replicated(mesh: AnyMesh) -> NamedSharding:
-    """The same value on every device."""
+    """Sharding of an array that stands whole on every device."""
     return NamedSharding(mesh, P())
 
 

@@ -18,7 +18,7 @@ from tsopsd_jax.rollout import Engine, Finished, Progress
 from tsopsd_jax.types import Prompts, PyTree
 
 RESAMPLES = 10_000
-"""Of the paired bootstrap."""
+"""Resamples of the paired bootstrap."""
 
 
 class Response(NamedTuple):

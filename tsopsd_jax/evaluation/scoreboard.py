@@ -1,4 +1,5 @@
-"""Tables of a directory of evaluations, OUT/BENCHMARK/MODEL.jsonl, in the layout of the paper's table 1; comparisons."""
+"""Tables of a directory of evaluations, OUT/BENCHMARK/MODEL.jsonl, in the layout of the paper's table 1;
+comparisons."""
 
 import csv
 import io
@@ -70,7 +71,8 @@ class Table(NamedTuple):
 
 
 def make_table(finished: Sequence[Evaluated], k: int | None) -> Table:
-    """Make the table of models (rows) and benchmarks (columns), cells (avg@n, pass@k); last the average of a model that has all."""
+    """Make the table of models (rows) and benchmarks (columns), cells (avg@n, pass@k);
+    last the average of a model that has all."""
     benchmarks = {e.benchmark: f"{e.benchmark} avg@{e.settings['samples']}/pass@{e.passes(k)}" for e in finished}
     cells = {(e.model, e.benchmark): 100 * e.per_problem(k).mean(axis=0) for e in finished}
     rows = []
@@ -133,7 +135,8 @@ def as_csv(table: Table) -> str:
 
 
 def write_tables(out: Path, *, k: int | None) -> str:
-    """Write table.md, table.csv and results.jsonl (a line per model and benchmark) of finished evaluations; returns table.md.
+    """Write table.md, table.csv and results.jsonl (a line per model and benchmark) of finished evaluations;
+    returns table.md.
 
     Raises:
         ValueError: none is finished.
@@ -151,8 +154,8 @@ def write_tables(out: Path, *, k: int | None) -> str:
 
 
 def compare(out: Path, first: str, second: str, *, k: int | None, seed: int) -> str:
-    """Compare two models on each benchmark that both have finished: second less first, in points, with 95 % intervals of the
-    paired bootstrap.
+    """Compare two models on each benchmark that both have finished: second less first, in points, with 95 % intervals
+    of the paired bootstrap.
 
     Raises:
         ValueError: a model that is not there, or no benchmark in common.

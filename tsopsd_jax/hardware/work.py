@@ -33,7 +33,7 @@ class Lengths(NamedTuple):
 
 
 class Work(NamedTuple):
-    """Of one part in one step: operations of all devices together, bytes read and written by each."""
+    """Work of one part in one step: operations of all devices together, bytes read and written by each."""
 
     flops: float
     hbm_bytes: float
@@ -50,7 +50,7 @@ class UpdateShape(NamedTuple):
     micro_batches: int
     """That hold a token; with packed rows, fewer than the batch has."""
     rows: int
-    """Of a micro-batch."""
+    """Rows of a micro-batch."""
     tile_tokens: int
     remat: str
     tokenwise: bool

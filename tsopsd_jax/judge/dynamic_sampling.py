@@ -59,7 +59,8 @@ def collect(draw: Callable[[], Groups], *, prompts: int, leftover: Groups | None
     if filled and rule.on_shortage == "error":
         raise ShortageError(
             f"dynamic sampling: {have} of {prompts} groups are informative after {drawn} generation batches; the task "
-            "is too easy or too hard for this policy: raise reward.max_generation_batches or set reward.on_shortage: fill"
+            "is too easy or too hard for this policy: raise reward.max_generation_batches or set reward.on_shortage: "
+            "fill"
         )
     every = join([*kept, *spare])  # informative ones first, in the order drawn
     rest = every.take(slice(prompts, have)) if rule.surplus == "keep" and have > prompts else None

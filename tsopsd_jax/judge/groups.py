@@ -16,7 +16,8 @@ from tsopsd_jax.types import Batch, Rollout
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RewardRule:
-    """How a phase turns verified responses into advantages, and what dynamic sampling does. Sources: `config.schema`."""
+    """How a phase turns verified responses into advantages, and what dynamic sampling does. Sources:
+    `config.schema`."""
 
     overlong_buffer_tokens: int = 0
     """Width of the penalty's ramp, which ends at the longest response [P: 1024]; 0: no penalty"""
@@ -29,8 +30,8 @@ class RewardRule:
     surplus: str = "drop"
     """Informative groups beyond a full batch: drop [V], or keep for the next step."""
     on_shortage: str = "error"
-    """When the limit is reached: error [V], or fill with uninformative groups: their accuracy gives no advantage, though the
-    length penalty may."""
+    """When the limit is reached: error [V], or fill with uninformative groups: their accuracy gives no advantage,
+    though the length penalty may."""
 
     def __post_init__(self):
         if self.surplus not in ("drop", "keep"):

@@ -26,7 +26,8 @@ VERIFY_THREADS = min(8, os.cpu_count() or 1)
 
 @contextlib.contextmanager
 def verifying() -> Iterator[ThreadPoolExecutor]:
-    """Threads for the verifier; a block that is left by an exception does not wait for responses that no thread took up."""
+    """Threads for the verifier; a block that is left by an exception does not wait for
+    responses that no thread took up."""
     threads = ThreadPoolExecutor(VERIFY_THREADS, thread_name_prefix="verify")
     try:
         yield threads

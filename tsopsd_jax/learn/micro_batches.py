@@ -11,20 +11,23 @@ from tsopsd_jax.distributed import processes
 TOKENS_PER_DEVICE = 16_384
 """Tokens of a micro-batch on each device, at most: enough for full speed; more takes memory and leaves more padding."""
 TOKENS_PER_CPU = 2_048
-"""Tokens of a micro-batch on a CPU device, at most: its caches hold the activations of this many (docs/lab_notes.md)."""
+"""Tokens of a micro-batch on a CPU device, at most:
+its caches hold the activations of this many (docs/lab_notes.md)."""
 
 RESERVE = 0.03
 """Share of a device's memory left to the runtime and to fragmentation."""
 
 
 def device_bytes(mesh: jax.sharding.Mesh) -> int | None:
-    """Memory that programs may use on each device, the least of any process; None where the backend does not say (a CPU)."""
+    """Memory that programs may use on each device, the least of any process;
+    None where the backend does not say (a CPU)."""
     limits = processes.exchange((mesh.local_devices[0].memory_stats() or {}).get("bytes_limit"))
     return None if None in limits else int((1 - RESERVE) * min(limits))
 
 
 def needed_bytes(compiled: Any) -> int:
-    """Memory of a compiled program at its peak on each device: arguments, results in buffers of their own, temporaries."""
+    """Memory of a compiled program at its peak on each device: arguments, results in buffers of their own,
+    temporaries."""
     m = compiled.memory_analysis()
     return m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
 
@@ -33,8 +36,8 @@ def compile_within(lowered: Any) -> tuple[Any | None, int]:
     """Compile a program.
 
     Returns:
-        (the program, its peak on each device), or (None, what it would need) where the compiler finds that no device has
-        that much.
+        (the program, its peak on each device), or (None, what it would need) where the
+        compiler finds that no device has that much.
     """
     try:
         compiled = lowered.compile()
@@ -95,7 +98,7 @@ def choose_micro_batches(
         if len(few) == 1:
             raise ValueError(
                 f"the update needs {need / 2**30:.1f} GiB on each device with one row of {width} tokens at a time, got "
-                f"{limit_bytes / 2**30:.1f} GiB; set model.remat: full, lower chunk_tokens, set optimizer.momentum_dtype: "
-                "bfloat16, or divide the model over more devices (mesh.fsdp, mesh.tensor)"
+                f"{limit_bytes / 2**30:.1f} GiB; set model.remat: full, lower chunk_tokens, set "
+                f"optimizer.momentum_dtype: bfloat16, or divide the model over more devices (mesh.fsdp, mesh.tensor)"
             )
         few = [n for n in few if n >= 2 * few[0]] or few[-1:]

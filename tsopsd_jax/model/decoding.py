@@ -91,8 +91,8 @@ def prefill(
 ) -> tuple[LayerCache, ...]:
     """Make the cache of whole prompts, [B, K, H, T] and [B, K, T, H] per layer.
 
-    What stands beyond a prompt's end is junk that no position of the prompt sees. `attention` is `causal_attention` with an
-    implementation chosen.
+    What stands beyond a prompt's end is junk that no position of the prompt sees. `attention` is `causal_attention`
+    with an implementation chosen.
     """
     positions_BT = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :], tokens.shape)
 

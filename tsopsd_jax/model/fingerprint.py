@@ -15,7 +15,8 @@ PARTS = {
 }
 """Name -> the files that make it up. (The index of sharded weights says nothing that their headers do not.)"""
 READ_BYTES = 64 << 20
-"""What a thread reads at once: a file's digest is that of its blocks' digests, so that one large file uses all cores."""
+"""What a thread reads at once: a file's digest is that of its blocks' digests,
+so that one large file uses all cores."""
 
 
 def fingerprint(folder: Path, *, cache: Path | None = None, weights: bool = True) -> dict[str, str]:

@@ -73,8 +73,8 @@ def _rope(values: dict[str, Any], raw: dict[str, Any], where: Path) -> tuple[flo
         raise ValueError(f"{where}: expected rope_theta to be a number above 1, got {theta!r}")
     if raw.get("rope_scaling") and (raw.get("rope_parameters") or {}).get("rope_theta", theta) != theta:
         raise ValueError(
-            f"{where}: rope_scaling replaces rope_parameters and its rope_theta {raw['rope_parameters']['rope_theta']}, "
-            f"which leaves {theta}; name one of the two sections only"
+            f"{where}: rope_scaling replaces rope_parameters and its rope_theta "
+            f"{raw['rope_parameters']['rope_theta']}, which leaves {theta}; name one of the two sections only"
         )
     if kind == "default":
         return float(theta), None
@@ -96,7 +96,8 @@ def read_config(where: Path) -> Qwen3Config:
     """Read config.json by transformers.
 
     Raises:
-        ValueError: if there is none, or transformers refuses it, or this implementation would get something wrong, by name.
+        ValueError: if there is none, or transformers refuses it, or this implementation would get something wrong,
+            by name.
     """
     raw = read_json(where)
     architecture = _architecture(raw, where)

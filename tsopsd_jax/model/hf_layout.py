@@ -118,7 +118,8 @@ def cast(value: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
 def check_finite(values: np.ndarray, name: str) -> None:
     """Raise ValueError if one of the numbers, of one of DTYPES, is not finite.
 
-    Their bits tell: an exponent of ones. Integers compare some ten times as fast as bfloat16, which numpy has no loops for.
+    Their bits tell: an exponent of ones. Integers compare some ten times as fast as bfloat16,
+    which numpy has no loops for.
     """
     kind = next(kind for kind, dtype in STORED_DTYPES.items() if dtype == values.dtype)
     bits = values.reshape(-1).view(np.uint32 if kind == "F32" else np.uint16)

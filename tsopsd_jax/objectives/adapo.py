@@ -18,10 +18,11 @@ def adapo(
     clip_low: float = 0.2,
     clip_ratio_c: float = 10.0,
 ) -> Objective:
-    """DAPO's surrogate, whose clip_high doubles after an update below the entropy's target and halves after one above it.
+    """DAPO's surrogate, whose clip_high doubles after an update below the entropy's target
+    and halves after one above it.
 
-    A wider upper clip lets rare right tokens rise further. Does nothing at ratio 1: take several updates a rollout. Source:
-    arXiv 2603.11682; the limits, three doublings either way, are chosen here.
+    A wider upper clip lets rare right tokens rise further. Does nothing at ratio 1: take several updates a rollout.
+    Source: arXiv 2603.11682; the limits, three doublings either way, are chosen here.
 
     Args:
         clip_high: at the phase's start.
@@ -30,7 +31,8 @@ def adapo(
         clip_low, clip_ratio_c: see `dapo`.
 
     Raises:
-        ValueError: for 0 < least <= clip_high <= most broken, clip ranges as in `dapo`, or a target that is not positive.
+        ValueError: for 0 < least <= clip_high <= most broken, clip ranges as in `dapo`,
+            or a target that is not positive.
     """
     if not 0 < least <= clip_high <= most:
         raise ValueError(

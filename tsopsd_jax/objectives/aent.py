@@ -32,10 +32,10 @@ def aent(
 ) -> Objective:
     """DAPO's surrogate - c x the entropy of the policy renormalised to the likelier entries, token-mean.
 
-    The clamped entropy is that of softmax(z) without the `clamp_fraction` of the vocabulary whose logits are lowest, so that
-    no bonus is paid for what should never be said. After each update c += step x (how far the clamped entropy is below
-    `entropy_low_nats`), or c -= step x (how far it is above `entropy_high_nats`). Source: AEnt (arXiv 2509.03493), with the
-    constants of the authors' code; entries of equal logits at the border stay.
+    The clamped entropy is that of softmax(z) without the `clamp_fraction` of the vocabulary whose logits are lowest, so
+    that no bonus is paid for what should never be said. After each update c += step x (how far the
+    clamped entropy is below `entropy_low_nats`), or c -= step x (how far it is above `entropy_high_nats`). Source: AEnt
+    (arXiv 2509.03493), with the constants of the authors' code; entries of equal logits at the border stay.
 
     Args:
         coefficient: c at the phase's start.
@@ -46,13 +46,15 @@ def aent(
         clip_low, clip_high, clip_ratio_c: see `dapo`.
 
     Raises:
-        ValueError: for a fraction outside [0, 1), least <= coefficient <= most or low <= high broken, or a negative step.
+        ValueError: for a fraction outside
+            [0, 1), least <= coefficient <= most or low <= high broken, or a negative step.
     """
     if not (
         0 <= clamp_fraction < 1 and least <= coefficient <= most and entropy_low_nats <= entropy_high_nats and step >= 0
     ):
         raise ValueError(
-            "aent expects 0 <= clamp_fraction < 1, least <= coefficient <= most, entropy_low_nats <= entropy_high_nats and "
+            "aent expects 0 <= clamp_fraction < 1, least <= coefficient <= most, entropy_low_nats <= "
+            "entropy_high_nats and "
             f"step >= 0, got clamp_fraction={clamp_fraction}, coefficient={coefficient}, least={least}, most={most}, "
             f"entropy_low_nats={entropy_low_nats}, entropy_high_nats={entropy_high_nats}, step={step}"
         )
@@ -86,11 +88,12 @@ def clamped_entropy(logits: Float[Array, "*N V"], *, fraction: float) -> Float[A
 
 
 def order_statistic(x: Float[Array, "*N V"], k: int) -> Float[Array, "*N"]:
-    """The k-th smallest entry (from 0) of each row in float32: by bisection over bit patterns, since sorting 151,936 entries
-    costs more than making them."""
+    """The k-th smallest entry (from 0) of each row in float32: by bisection over bit patterns, since sorting 151,936
+    entries costs more than making them."""
     bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
     sign = jnp.uint32(1 << 31)
-    # As unsigned numbers these order as the floats do: negative ones have all their bits flipped, others the sign's alone.
+    # As unsigned numbers these order as the floats do: negative ones have all their bits flipped,
+    # others the sign's alone.
     key = jnp.where(bits >= sign, ~bits, bits | sign)
 
     def narrow(i: Array, found: Array) -> Array:

@@ -19,12 +19,13 @@ def aer(
     clip_high: float = 0.28,
     clip_ratio_c: float = 10.0,
 ) -> Objective:
-    """DAPO's surrogate - c x H(p), where c rises by `step` after each update below a fraction of the initial entropy, else falls.
+    """DAPO's surrogate - c x H(p), where c rises by `step` after each update below a fraction
+    of the initial entropy, else falls.
 
-    The initial entropy is that of the phase's first update. Source: AER (arXiv 2510.10959), whose best fraction is about 0.4.
-    Of its three parts two are here, the anchored target and the global coefficient; the third, more bonus for harder prompts,
-    needs each group's accuracy, which a batch does not carry. `step` and `most` are those of `adaptive_entropy_bonus`, chosen
-    here.
+    The initial entropy is that of the phase's first update. Source: AER (arXiv 2510.10959), whose best fraction is
+    about 0.4. Of its three parts two are here, the anchored target and the global coefficient; the third, more bonus
+    for harder prompts, needs each group's accuracy, which a batch does not carry. `step` and `most` are those of
+    `adaptive_entropy_bonus`, chosen here.
 
     Args:
         target_fraction: the target as a fraction of the initial entropy.

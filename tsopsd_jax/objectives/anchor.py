@@ -18,7 +18,8 @@ def anchored(
     target_nats: float | None = None,
     fraction: float = 1.0,
 ) -> Control:
-    """Make the control of one knob: after each update `turn(value, whether the entropy is below the target)` is its next value.
+    """Make the control of one knob: after each update `turn(value,
+    whether the entropy is below the target)` is its next value.
 
     Args:
         knob: name of the knob.

@@ -30,12 +30,13 @@ def bapo(
 
     over all tokens of the update, r the ratio and A the advantage. If positive / negative is under `target` at (`low`,
     `high`), lo is raised to `low_most` and takes gradients from negative tokens; then hi rises, and gives gradients to
-    positive ones, until the target is reached or hi is at its most. Does nothing at ratio 1, which lies within any bounds:
-    take several updates a rollout.
+    positive ones, until the target is reached or hi is at its most. Does nothing at ratio 1, which lies within any
+    bounds: take several updates a rollout.
 
-    Source: arXiv 2510.18927; the order and the constants are those of the authors' code. It raises lo by steps of 0.05, but
-    a token's clipped value counts, so that negative(lo) never falls and no step on the way ends the search. The paper
-    states the target as the share s of the positive, which is s / (1 - s) here, with lo in [0.6, 0.9] and hi in [1.2, 3.0].
+    Source: arXiv 2510.18927; the order and the constants are those of the authors' code. It raises lo by steps of 0.05,
+    but a token's clipped value counts, so that negative(lo) never falls and no step on the way ends the search. The
+    paper states the target as the share s of the positive, which is s / (1 - s) here,
+    with lo in [0.6, 0.9] and hi in [1.2, 3.0].
 
     Args:
         target: least positive / negative.
@@ -44,8 +45,8 @@ def bapo(
         clip_ratio_c: bound on the ratio where the advantage is negative.
 
     Raises:
-        ValueError: for 0 <= low <= low_most <= 1 <= high <= high_most <= clip_ratio_c broken, or a target or a step that is
-            not positive.
+        ValueError: for 0 <= low <= low_most <= 1 <= high <= high_most <= clip_ratio_c broken, or a target or a step
+            that is not positive.
     """
     if not 0 <= low <= low_most <= 1 <= high <= high_most <= clip_ratio_c:
         raise ValueError(
@@ -77,8 +78,8 @@ def bapo(
 def balanced_bounds(
     logp: Float[Array, "B L"], batch: Batch, *, lows: tuple[float, float], highs: list[float], target: float
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """(lo, hi): the first of (lows[0], highs[0]), then (lows[1], highs[0]), (lows[1], highs[1]), ... at which positive /
-    negative reaches `target`, else the last."""
+    """(lo, hi): the first of (lows[0], highs[0]), then (lows[1], highs[0]), (lows[1], highs[1]), ... at which positive
+    / negative reaches `target`, else the last."""
     ratio = jnp.exp(losses.log_ratio(logp, batch.old_logp))
 
     def positive(hi: Array) -> Array:

@@ -22,9 +22,10 @@ def entropy_advantage(
 ) -> Objective:
     """DAPO's surrogate with the advantage A + min(alpha x H, |A| / kappa), H the token's entropy without a gradient.
 
-    The bonus reinforces tokens of right responses where the policy hesitates, and spares those of wrong ones; with kappa > 1
-    no advantage changes its sign, and none is made of nothing. It acts at ratio 1 too. Source: "Reasoning with exploration:
-    an entropy perspective" (arXiv 2506.14758), with its constants for GRPO (0.1 instead of 0.4 for PPO).
+    The bonus reinforces tokens of right responses where the policy hesitates, and spares those of wrong ones; with
+    kappa > 1 no advantage changes its sign, and none is made of nothing. It acts at ratio 1 too. Source: "Reasoning
+    with exploration: an entropy perspective" (arXiv 2506.14758),
+    with its constants for GRPO (0.1 instead of 0.4 for PPO).
 
     Args:
         alpha: bonus for a nat of entropy.

@@ -43,11 +43,11 @@ def repo_r(
 ) -> Objective:
     """The clipped surrogate with A (1 - zeta logp) where A > 0 and A (1 + zeta logp) where A < 0, token-mean.
 
-    logp is the policy's own, without a gradient, in float32. A positive zeta raises the entropy: rare right tokens gain more,
-    rare wrong ones lose less. After each update zeta doubles while the entropy is below its target, else it halves; past
-    `least` it changes its sign, and then lowers the entropy. It acts at ratio 1 too. Source: arXiv 2603.11682, appendix D.2;
-    the limits of |zeta| are the paper's, and the change of sign, and of no token's, follows its public implementation
-    (SkyRL, pull request 1896). The clip and the first zeta are chosen here.
+    logp is the policy's own, without a gradient, in float32. A positive zeta raises the entropy: rare right tokens gain
+    more, rare wrong ones lose less. After each update zeta doubles while the entropy is below its target, else it
+    halves; past `least` it changes its sign, and then lowers the entropy. It acts at ratio 1 too. Source: arXiv
+    2603.11682, appendix D.2; the limits of |zeta| are the paper's, and the change of sign, and of no token's, follows
+    its public implementation (SkyRL, pull request 1896). The clip and the first zeta are chosen here.
 
     Args:
         zeta: at the phase's start.

@@ -44,7 +44,7 @@ class Part:
     work: Work
     moved: tuple[Moved, ...]
     source: str
-    """Of memory and traffic: `compiled`; `refused`, the compiler's figure of what it would need; `formula`."""
+    """Where memory and traffic come from: `compiled`; `refused`, the compiler's figure of what it would need; `formula`."""
     micro_batches: int | None = None
     """Of each update."""
     updates: int | None = None
@@ -173,13 +173,13 @@ class Case:
             return self.phase.max_response_tokens  # until the longest has ended
         return max(self.lengths.response, self.phase.rows * self.lengths.response / self.slots)
 
-    def update_shape(self, pieces: int) -> UpdateShape:
-        """One update, its batch cut into `pieces`: packed rows fill the first of them."""
+    def update_shape(self, micro_batches: int) -> UpdateShape:
+        """One update, its batch cut into `micro_batches`: packed rows fill the first of them."""
         phase, rows = self.phase, self.phase.update_rows
-        each = rows // pieces
-        packed = phase.pack and phase.objective.tokenwise and pieces > 1 and not self.one_program
+        each = rows // micro_batches
+        packed = phase.pack and phase.objective.tokenwise and micro_batches > 1 and not self.one_program
         length = sum(self.lengths) if packed else self.width
-        used = min(pieces, -(-rows * length // (each * self.width)))
+        used = min(micro_batches, -(-rows * length // (each * self.width)))
         return UpdateShape(
             sequences=rows,
             length=length,
@@ -192,8 +192,8 @@ class Case:
             tokenwise=phase.objective.tokenwise,
         )
 
-    def works(self, pieces: int) -> dict[str, Work]:
-        """What each part computes and reads in one step, by name; each update cut into `pieces`."""
+    def works(self, micro_batches: int) -> dict[str, Work]:
+        """What each part computes and reads in one step, by name; each update cut into `micro_batches`."""
         c, split, size, phase = self.model.config, self.split, self.itemsize, self.phase
         calls, rows, width = self.prefill
         lengths = self.lengths
@@ -205,11 +205,13 @@ class Case:
             "decode": decode_work(
                 c, split, rows=phase.rows, slots=self.slots, steps=self.steps, lengths=lengths, itemsize=size
             ),
-            "update": Work(*(phase.updates_per_step * x for x in update_work(c, split, self.update_shape(pieces)))),
+            "update": Work(
+                *(phase.updates_per_step * x for x in update_work(c, split, self.update_shape(micro_batches)))
+            ),
         }
         if self.phase.reference is not None:
             other = (self.reference_model or self.model).config
-            found["update"] = added(found["update"], reference_work(other, split, self.update_shape(pieces)))
+            found["update"] = added(found["update"], reference_work(other, split, self.update_shape(micro_batches)))
         if not self.one_program:
             return found
         return {"reheat_step": added(*found.values())}

@@ -204,7 +204,8 @@ def _listed(text: str) -> list[list[int]]:
 
 
 def _replica_groups(rest: str, devices: int) -> list[list[int]]:
-    """The groups in any of the forms that XLA writes: `{{0,1},{2,3}}`, `[2,2]<=[2,2]T(1,0)`, `mesh['a'=2,'b'=2] {'b'}`."""
+    """The groups in any of the forms that XLA writes: `{{0,1},{2,3}}`, `[2,2]<=[2,2]T(1,0)`,
+    `mesh['a'=2,'b'=2] {'b'}`."""
     if "replica_groups=" not in rest or "replica_groups={}" in rest:
         return [list(range(devices))]
     form = rest.split("replica_groups=")[1]

@@ -47,10 +47,10 @@ class CompiledPrograms:
 def compile_parts(case: Case, programs: CompiledPrograms, *, limit_bytes: int) -> list[Part]:
     """The parts of a step on the case's mesh; an update in as few micro-batches as fit into `limit_bytes`, unless the
     phase names their number."""
-    pieces = case.phase.micro_batches or _fewest(case, programs, limit_bytes)
-    updater = _updater(case, pieces)
-    estimated = {part.name: part for part in estimate.estimate(case, pieces)}
-    shape = case.update_shape(pieces)
+    micro_batches = case.phase.micro_batches or _fewest(case, programs, limit_bytes)
+    updater = _updater(case, micro_batches)
+    estimated = {part.name: part for part in estimate.estimate(case, micro_batches)}
+    shape = case.update_shape(micro_batches)
     loops = {MICRO_BATCHES: shape.micro_batches, TILES: shape.tiles(case.split)}
     if case.one_program:
         step = programs.compile(
@@ -60,7 +60,7 @@ def compile_parts(case: Case, programs: CompiledPrograms, *, limit_bytes: int) -
         return [_measured(estimated["reheat_step"], case, step, inside=tuple(case.resident), loops=loops)]
     sampling = _sampling(case, programs, estimated)
     inside = (*case.resident, "gradients")
-    update = _update(case, programs, pieces)
+    update = _update(case, programs, micro_batches)
     updates = case.phase.updates_per_step
     return [*sampling, _measured(estimated["update"], case, update, inside=inside, loops=loops, times=updates)]
 
@@ -95,8 +95,8 @@ def _sampling(case: Case, programs: CompiledPrograms, estimated: dict[str, Part]
     ]
 
 
-def _updater(case: Case, pieces: int) -> Updater:
-    phase = dataclasses.replace(case.phase, micro_batches=pieces, tile_tokens=case.tile_tokens)
+def _updater(case: Case, micro_batches: int) -> Updater:
+    phase = dataclasses.replace(case.phase, micro_batches=micro_batches, tile_tokens=case.tile_tokens)
     return Updater(
         case.model,
         phase,
@@ -107,19 +107,19 @@ def _updater(case: Case, pieces: int) -> Updater:
     )
 
 
-def _update(case: Case, programs: CompiledPrograms, pieces: int) -> Compiled:
-    lowered = _updater(case, pieces).lowered()
-    return programs.compile(f"{case.names[0]}: update in {pieces} micro-batches", lowered)
+def _update(case: Case, programs: CompiledPrograms, micro_batches: int) -> Compiled:
+    lowered = _updater(case, micro_batches).lowered()
+    return programs.compile(f"{case.names[0]}: update in {micro_batches} micro-batches", lowered)
 
 
 def _fewest(case: Case, programs: CompiledPrograms, limit_bytes: int) -> int:
     """The fewest micro-batches that fit, as training chooses them; one row on each device if none do."""
     rows, shards = case.phase.update_rows, case.split.rows
 
-    def need_of(pieces: int) -> int:
-        guess = sum(estimate.update(case, pieces).values())
-        hopeless = guess > HOPELESS * limit_bytes and pieces < rows // shards
-        return guess if hopeless else _update(case, programs, pieces).bytes
+    def need_of(micro_batches: int) -> int:
+        guess = sum(estimate.update(case, micro_batches).values())
+        hopeless = guess > HOPELESS * limit_bytes and micro_batches < rows // shards
+        return guess if hopeless else _update(case, programs, micro_batches).bytes
 
     try:
         return choose_micro_batches(need_of, rows=rows, width=case.width, shards=shards, limit_bytes=limit_bytes)

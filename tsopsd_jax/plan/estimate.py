@@ -10,15 +10,20 @@ from tsopsd_jax.plan.case import Case, Part
 from tsopsd_jax.plan.collectives import Moved
 
 
-def estimate(case: Case, pieces: int) -> list[Part]:
-    """The parts of a step, its update cut into `pieces`."""
-    works = case.works(pieces)
-    held = {"view": _view(case), "prefill": _prefill(case), "decode": _decode(case), "update": update(case, pieces)}
+def estimate(case: Case, micro_batches: int) -> list[Part]:
+    """The parts of a step, its update cut into `micro_batches`."""
+    works = case.works(micro_batches)
+    held = {
+        "view": _view(case),
+        "prefill": _prefill(case),
+        "decode": _decode(case),
+        "update": update(case, micro_batches),
+    }
     traffic = {
         "view": _view_moved(case),
         "prefill": _prefill_moved(case),
         "decode": _decode_moved(case),
-        "update": _update_moved(case, pieces),
+        "update": _update_moved(case, micro_batches),
     }
     if case.one_program:
         most = max(sum(kinds.values()) for kinds in held.values())
@@ -33,7 +38,7 @@ def estimate(case: Case, pieces: int) -> list[Part]:
             works[name],
             tuple(traffic[name]),
             "formula",
-            micro_batches=pieces if name in updates else None,
+            micro_batches=micro_batches if name in updates else None,
             updates=case.phase.updates_per_step if name in updates else None,
             steps=case.steps if name in decodes else None,
         )
@@ -58,7 +63,7 @@ def _view_moved(case: Case) -> list[Moved]:
 
 
 def _activations(case: Case, positions: float) -> int:
-    """Of one layer, in the compute dtype: residual stream, normed input, heads, feed-forward."""
+    """Bytes of one layer's activations, in the compute dtype: residual stream, normed input, heads, feed-forward."""
     c, t = case.model.config, case.split.tensor
     wide = 4 * c.hidden_size + (2 * c.num_attention_heads * c.head_dim + 3 * c.intermediate_size) / t
     return int(positions * wide * case.itemsize)
@@ -94,21 +99,21 @@ def _decode_moved(case: Case) -> list[Moved]:
     return _ring("all-reduce", "tensor", split.tensor, hidden, (2 * c.num_hidden_layers + 1) * case.steps)
 
 
-def update(case: Case, pieces: int) -> dict[str, int]:
+def update(case: Case, micro_batches: int) -> dict[str, int]:
     """Memory of the update by kind."""
     c, split, phase = case.model.config, case.split, case.phase
     d, t = c.hidden_size, split.tensor
     gradients = case.resident["parameters"]
-    positions = phase.update_rows / pieces / split.rows * case.width
+    positions = phase.update_rows / micro_batches / split.rows * case.width
     inside = _activations(case, positions)
     kept = {"full": 1, "dots": 4, "none": 8}[case.model.remat] * d
     saved = c.num_hidden_layers * positions * kept * case.itemsize
     unembed = d * c.vocab_size / t
     tile = min(case.tile_tokens, positions) * c.vocab_size / t * 4
     layer = layer_weights(c) / t * case.itemsize
-    # A sum over pieces stands beside the piece's own gradients; a layer's activations and their gradients; two layers'
-    # gathered weights; the unembedding gathered, and its gradient in float32; a tile's logits and their gradient.
-    temporaries = (pieces > 1) * gradients + saved + 2 * inside + 2 * layer
+    # The sum over micro-batches stands beside the last one's gradients; a layer's activations and their gradients; two
+    # layers' gathered weights; the unembedding gathered, and its gradient in float32; a tile's logits and their gradient.
+    temporaries = (micro_batches > 1) * gradients + saved + 2 * inside + 2 * layer
     temporaries += unembed * (case.itemsize + 4) + 2 * tile
     if phase.reference is not None:  # its logits of a tile, and its unembedding gathered
         other = (case.reference_model or case.model).config
@@ -116,8 +121,8 @@ def update(case: Case, pieces: int) -> dict[str, int]:
     return case.resident | {"gradients": gradients, "temporaries": int(temporaries)}
 
 
-def _update_moved(case: Case, pieces: int) -> list[Moved]:
-    c, split, u = case.model.config, case.split, case.update_shape(pieces)
+def _update_moved(case: Case, micro_batches: int) -> list[Moved]:
+    c, split, u = case.model.config, case.split, case.update_shape(micro_batches)
     again, layers = u.remat == "full", c.num_hidden_layers
     n = case.phase.updates_per_step * u.micro_batches
     layer = layer_weights(c) / split.tensor * case.itemsize
@@ -136,7 +141,7 @@ def _update_moved(case: Case, pieces: int) -> list[Moved]:
 
 
 def _reference_moved(case: Case, u: UpdateShape) -> list[Moved]:
-    """Of the reference's forward pass: its weights gathered, its activations summed."""
+    """Bytes of the reference's forward pass: its weights gathered, its activations summed."""
     if case.phase.reference is None:
         return []
     c, split, n = (case.reference_model or case.model).config, case.split, u.micro_batches

@@ -23,7 +23,7 @@ from tsopsd_jax.plan.topologies import Topology
 from tsopsd_jax.train.phase import START
 
 COMPILED_MESHES = 3
-"""Of the meshes that a search ranks by formula, so many of the best are compiled."""
+"""How many meshes, the best by formula, a search compiles."""
 
 
 class Means(NamedTuple):
@@ -65,12 +65,12 @@ class Plan:
 
     @property
     def step_seconds(self) -> dict[str, float]:
-        """Of one step of each phase, its parts one after the other, at least."""
+        """Least seconds of one step of each phase, its parts one after the other."""
         return self._step_seconds(self.times)
 
     @property
     def estimated_step_seconds(self) -> dict[str, float]:
-        """The same at the shares of the peaks."""
+        """Seconds of one step of each phase at the shares of the peaks."""
         return self._step_seconds(tuple(time.at(self.shares) for time in self.times))
 
     def _step_seconds(self, times: tuple[Seconds, ...]) -> dict[str, float]:
@@ -121,7 +121,7 @@ def make_plan(
         slots |= dict.fromkeys(names, case.slots)
         tiles |= dict.fromkeys(names, case.tile_tokens)
         if programs is None or mesh is abstract:
-            parts += estimate.estimate(case, settings.micro_batches or _pieces(case, limit))
+            parts += estimate.estimate(case, settings.micro_batches or _micro_batches(case, limit))
         else:
             parts += compile_parts(case, programs, limit_bytes=limit)
     times = tuple(seconds(part, topology, real) for part in parts)
@@ -167,12 +167,12 @@ def _alike(config: Config) -> list[list[PhaseSettings]]:
     return list(found.values())
 
 
-def _pieces(case: Case, limit: int) -> int:
+def _micro_batches(case: Case, limit: int) -> int:
     """Micro-batches by formula."""
     rows, shards = case.phase.update_rows, case.split.rows
 
-    def need_of(pieces: int) -> int:
-        return sum(estimate.update(case, pieces).values())
+    def need_of(micro_batches: int) -> int:
+        return sum(estimate.update(case, micro_batches).values())
 
     try:
         return choose_micro_batches(need_of, rows=rows, width=case.width, shards=shards, limit_bytes=limit)

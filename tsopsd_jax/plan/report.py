@@ -106,12 +106,14 @@ def ranking(plans: list[Plan]) -> str:
     """One line for each plan of a search."""
     rows = [["data", "fsdp", "tensor", "rows_at_once", "micro-batches", "GiB", "fits", "steps, s at least", "from"]]
     for plan in plans:
-        pieces = [str(part.micro_batches) for part in plan.parts if part.micro_batches]
+        micro_batches = [str(part.micro_batches) for part in plan.parts if part.micro_batches]
         times = ", ".join(f"{name} {time:,.1f}" for name, time in plan.step_seconds.items())
         sizes = [str(n) for n in plan.split]
         source = "formula" if any(part.source == "formula" for part in plan.parts) else "compiler"
         slots = "/".join(map(str, plan.slots.values()))
-        rows.append([*sizes, slots, "/".join(pieces), f"{plan.peak / GIB:.2f}", str(plan.fits).lower(), times, source])
+        rows.append(
+            [*sizes, slots, "/".join(micro_batches), f"{plan.peak / GIB:.2f}", str(plan.fits).lower(), times, source]
+        )
     return "\n".join(_table(rows))
 
 

@@ -26,7 +26,7 @@ LIKELY = Shares()
 
 
 class Seconds(NamedTuple):
-    """Of one part in one step."""
+    """Seconds of one part in one step."""
 
     compute: float
     memory: float

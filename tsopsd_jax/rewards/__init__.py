@@ -1,4 +1,5 @@
-"""Rewards (response, answer -> score), the library's verifiers and one's own functions, and shaping (token lengths -> penalty)."""
+"""Rewards (response, answer -> score), the library's verifiers and one's own functions,
+and shaping (token lengths -> penalty)."""
 
 from tsopsd_jax.rewards.contract import check_reward, check_rewards, make_checked_rewards
 from tsopsd_jax.rewards.countdown import verify_countdown

@@ -1,7 +1,7 @@
 r"""The final answer of a response: what it marks as such, and the option or the formula in that.
 
-Model output is hostile: everything here is linear in the length of the response, and what looks closer only ever sees at
-most LONGEST_ANSWER_CHARACTERS characters.
+Model output is hostile: everything here is linear in the length of the response, and what looks closer only ever sees
+at most LONGEST_ANSWER_CHARACTERS characters.
 """
 
 import re
@@ -49,7 +49,8 @@ def final_answer(response: str) -> str | None:
 
 
 def option_of(answer: str) -> str | None:
-    """The letter of a multiple-choice answer, A to J: `(B)`, `B) 34`, `Option B.`, `b`; None where it is none, or two."""
+    """The letter of a multiple-choice answer, A to J: `(B)`,
+    `B) 34`, `Option B.`, `b`; None where it is none, or two."""
     text = _plain(answer)
     if re.fullmatch(r"[(\[]?[a-j][)\]]?", text):
         return text.strip("()[]").upper()
@@ -70,7 +71,8 @@ def labelled(answer: str) -> tuple[str | None, str]:
 
 
 def lone_formula(line: str) -> str:
-    """The formula, and what may be its unit, of a line of prose with one formula and no digit outside; else the line."""
+    """The formula, and what may be its unit, of a line of prose with one formula and no digit outside;
+    else the line."""
     formulas = list(_INLINE_MATH.finditer(line))
     if len(formulas) != 1:
         return line

@@ -14,8 +14,8 @@ _FUNCTIONS = {
 _OF_LISTS = ("gcd", "lcm", "max", "min")
 CONSTANTS = {"\\pi": "pi", "\\infty": "oo", "e": "e", "i": "i"}
 _GREEK = (
-    "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho sigma tau upsilon "
-    "phi varphi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega ell"
+    "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu "
+    "xi rho sigma tau upsilon phi varphi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega ell"
 )
 _SAME_LETTER = {"varphi": "phi", "varepsilon": "epsilon", "vartheta": "theta"}
 

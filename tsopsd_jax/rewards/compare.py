@@ -1,4 +1,5 @@
-"""Whether two trees (`trees`) say the same: numbers by their order, tuples, sets, intervals, ratios and equations by kind.
+"""Whether two trees (`trees`) say the same: numbers by their order, tuples, sets, intervals,
+ratios and equations by kind.
 
 A tuple is ordered, a set is not, an interval is neither; a list without brackets may be a tuple or a set, whichever the
 other side is. What two kinds do not share is different.
@@ -103,7 +104,8 @@ class Comparison:
         return ("or", *tree[1:]) if same_region(both, ("set",), self.order) else both
 
     def _all_sides(self, relation: tuple, other: tuple) -> bool:
-        """Every side of `6/2 = 3` is the other answer; a rounded value behind an approximately-equal sign is near it."""
+        """Every side of `6/2 = 3` is the other answer;
+        a rounded value behind an approximately-equal sign is near it."""
         operators, sides = relation[1], relation[2:]
         unknown = [i for i, side in enumerate(sides) if side[0] == "v" and side != other]
         if len(unknown) == 1:  # 5 = x

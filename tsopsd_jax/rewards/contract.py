@@ -26,8 +26,8 @@ def check_reward(
 ) -> None:
     """Check that a reward function keeps its contract, on a right response and on junk.
 
-    It takes (response, answer) or (response, answer, row), returns a finite float or {name: float}, always the same for the
-    same input and under the same names, within five seconds, and raises nothing.
+    It takes (response, answer) or (response, answer, row), returns a finite float or {name: float}, always the same for
+    the same input and under the same names, within five seconds, and raises nothing.
 
     Args:
         function: itself, or `path/to/file.py:function`.
@@ -111,8 +111,8 @@ def _names(function: RewardFunction, place: str, answer: str, row: Mapping[str, 
         found = list(values[0]) if isinstance(values[0], Mapping) else []
         if names is not None and found != names:
             raise ValueError(
-                f"{place}: expected rewards of the same names for every input, got {_listed(names)}, then {_listed(found)} "
-                f"for {what}"
+                f"{place}: expected rewards of the same names for every input, got {_listed(names)}, then "
+                f"{_listed(found)} for {what}"
             )
         names = found
     return names or []

@@ -9,19 +9,19 @@ from functools import lru_cache
 
 _GREEK = "αβγδεζηθικλμνξρσςτυφϕχψωΓΔΘΛΞΣΦΨΩΩ"
 _GREEK_NAMES = (
-    "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma sigma tau upsilon phi phi chi psi "
-    "omega Gamma Delta Theta Lambda Xi Sigma Phi Psi Omega Omega"
+    "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma sigma "
+    "tau upsilon phi phi chi psi omega Gamma Delta Theta Lambda Xi Sigma Phi Psi Omega Omega"
 )
 _UNICODE = str.maketrans(
     {
         "−": "-", "–": "-", "—": "-", "‐": "-", "‑": "-", "π": "\\pi ", "∞": "\\infty ", "×": "\\times ",
         "·": "\\cdot ", "⋅": "\\cdot ", "∙": "\\cdot ", "∗": "*",
         "÷": "\\div ", "∕": "/", "⁄": "/", "≤": "\\le ", "≥": "\\ge ", "⩽": "\\le ", "⩾": "\\ge ",
-        "≠": "\\ne ", "≈": "\\approx ", "≡": "\\equiv ", "±": "\\pm ", "∓": "\\mp ", "∪": "\\cup ", "∩": "\\cap ", "∈": "\\in ",
-        "∖": "\\setminus ", "√": "\\sqrt ", "∛": "\\sqrt[3]", "º": "°", "∅": "\\emptyset ", "ℝ": "\\mathbb{R}",
-        "ℤ": "\\mathbb{Z}", "ℕ": "\\mathbb{N}", "ℚ": "\\mathbb{Q}", "ℂ": "\\mathbb{C}", "′": "'", "’": "'", "″": "''",
-        "。": ".", "、": ",", "〈": "\\langle ", "〉": "\\rangle ", "⟨": "\\langle ", "⟩": "\\rangle ", "∶": ":", "︰": ":",
-        "【": "[", "】": "]",
+        "≠": "\\ne ", "≈": "\\approx ", "≡": "\\equiv ", "±": "\\pm ", "∓": "\\mp ", "∪": "\\cup ", "∩": "\\cap ",
+        "∈": "\\in ", "∖": "\\setminus ", "√": "\\sqrt ", "∛": "\\sqrt[3]", "º": "°", "∅": "\\emptyset ",
+        "ℝ": "\\mathbb{R}", "ℤ": "\\mathbb{Z}", "ℕ": "\\mathbb{N}", "ℚ": "\\mathbb{Q}", "ℂ": "\\mathbb{C}", "′": "'",
+        "’": "'", "″": "''", "。": ".", "、": ",", "〈": "\\langle ", "〉": "\\rangle ", "⟨": "\\langle ",
+        "⟩": "\\rangle ", "∶": ":", "︰": ":", "【": "[", "】": "]",
         "\u00ad": None, "\u200b": None, "\u200c": None, "\u200d": None, "\u200e": None, "\u200f": None,
         "\u2060": None, "\ufeff": None,
         "\n": " ", "\t": " ", "\r": " ",
@@ -72,8 +72,8 @@ _DROPPED_WITH_ARGUMENT = (
     "mspace",
 )
 _WRAPPERS = (
-    "mathbf boldsymbol bm mathsf mathit mathtt mathcal mathnormal underline uline boxed fbox framebox ensuremath mathord "
-    "mathop smash pmb bold cancel underbrace overbrace"
+    "mathbf boldsymbol bm mathsf mathit mathtt mathcal mathnormal underline uline boxed fbox "
+    "framebox ensuremath mathord mathop smash pmb bold cancel underbrace overbrace"
 )
 _TEXTS = "text textbf textit textrm texttt textsf textnormal textup mbox hbox mathrm operatorname emph textsl"
 _FUNCTION_NAMES = "arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|ln|lg|log|exp|sqrt|gcd|lcm|max|min"

@@ -1,7 +1,7 @@
 r"""The verifier of mathematical answers: extract the final answer, read both as formulas, compare exactly.
 
-A wrong "right" teaches a policy to cheat, a wrong "wrong" only costs signal: what could mean two things is wrong. Rational
-arithmetic is done here; the rest goes to a worker process, because model output is hostile.
+A wrong "right" teaches a policy to cheat, a wrong "wrong" only costs signal: what could mean two things is wrong.
+Rational arithmetic is done here; the rest goes to a worker process, because model output is hostile.
 """
 
 import re
@@ -44,12 +44,12 @@ def verify_math(response: str, gold: str) -> float:
     r"""Score 1.0 if the response's final answer equals `gold`, else 0.0.
 
     The final answer is what follows the last `Answer:` (up to the end of its line) or the content of the last
-    `\boxed{}` or `\fbox{}`, whichever stands later. Numbers are compared exactly: rational ones as such, others by intervals
-    that are made narrower until they tell; formulas with variables at several points. Tuples are ordered, sets are not,
-    intervals and ratios are neither; a list without brackets is what the other side is. Equations are equal up to a
-    factor. A unit that only one of the two has is ignored, other units are converted; `gold` of a single letter A to J is
-    an option of a multiple-choice question. An answer of more than 400 characters, or one that the worker process cannot
-    compare in five seconds and half a gibibyte, is wrong; `answers_cut_off` counts the latter.
+    `\boxed{}` or `\fbox{}`, whichever stands later. Numbers are compared exactly: rational ones as such, others by
+    intervals that are made narrower until they tell; formulas with variables at several points. Tuples are ordered,
+    sets are not, intervals and ratios are neither; a list without brackets is what the other side is. Equations are
+    equal up to a factor. A unit that only one of the two has is ignored, other units are converted; `gold` of a single
+    letter A to J is an option of a multiple-choice question. An answer of more than 400 characters, or one that the
+    worker process cannot compare in five seconds and half a gibibyte, is wrong; `answers_cut_off` counts the latter.
 
     No text makes it raise, hang or grow. Threads may call it; each keeps one worker busy.
 

@@ -12,7 +12,8 @@ from tsopsd_jax.rewards.own import OwnReward
 from tsopsd_jax.rewards.own_worker import REWARD_NAME, RewardError
 
 RewardFunction = Callable[[str, str, Mapping[str, Any]], float | Mapping[str, float]]
-"""(response, answer, the data row's other columns) -> a reward, or rewards by name. It may raise RewardError, and nothing else."""
+"""(response, answer, the data row's other columns) -> a reward, or rewards by name. It may raise RewardError,
+and nothing else."""
 
 VERIFIERS: dict[str, Callable[[str, str], float]] = {
     "countdown": verify_countdown,

@@ -1,4 +1,5 @@
-"""Reward functions of one's own, `path/to/file.py:function`, in worker processes: they may raise, hang or die without harm."""
+"""Reward functions of one's own, `path/to/file.py:function`, in worker processes: they may raise,
+hang or die without harm."""
 
 import hashlib
 import json
@@ -20,8 +21,8 @@ _GRACE_S = 1.0
 class OwnReward:
     """The function of a file, called in as many processes as threads call this at once.
 
-    A process imports the file once. Modules beside the file can be imported, JAX there knows the CPU alone, hashes are not
-    random, and what the function prints is dropped.
+    A process imports the file once. Modules beside the file can be imported, JAX there knows the CPU alone, hashes are
+    not random, and what the function prints is dropped.
 
     Args:
         name: `path/to/file.py:function`, relative to the working directory.

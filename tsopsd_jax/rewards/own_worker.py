@@ -1,8 +1,9 @@
-"""A reward function of one's own, called once and its result looked at; as a program, a process that does so line by line.
+"""A reward function of one's own, called once and its result looked at; as a program,
+a process that does so line by line.
 
 `python -P own_worker.py FILE.py:FUNCTION SHA256 WALL_S`, started by `own.py`. It writes a line `ready` (or what went
-wrong), then for each JSON line [response, answer, row] on stdin a JSON line: {"rewards": ...} or {"failed": ...}. It ends
-at the end of its input, and when an answer takes longer than WALL_S (SIGALRM).
+wrong), then for each JSON line [response, answer, row] on stdin a JSON line: {"rewards": ...} or {"failed": ...}. It
+ends at the end of its input, and when an answer takes longer than WALL_S (SIGALRM).
 """
 
 import contextlib
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 REWARD_NAME = re.compile(r"[A-Za-z_]\w*", re.ASCII)
-"""Of a reward: it names a metric."""
+"""Names that a reward may have: each names a metric."""
 
 
 class RewardError(Exception):

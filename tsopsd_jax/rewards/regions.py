@@ -1,4 +1,5 @@
-"""Sets of real numbers: intervals, their unions, inequalities in one variable; compared point by point and gap by gap."""
+"""Sets of real numbers: intervals, their unions, inequalities in one variable;
+compared point by point and gap by gap."""
 
 from collections.abc import Callable
 from fractions import Fraction
@@ -117,7 +118,8 @@ def _is_number(tree: tuple) -> bool:
 
 
 def _inequalities(tree: tuple) -> list[tuple[str, tuple, tuple]]:
-    """(operator, unknown, number) for each operator of `1 < x < 2`, the unknown on the left and alone where it is linear."""
+    """(operator, unknown, number) for each operator of `1 < x < 2`,
+    the unknown on the left and alone where it is linear."""
     found = []
     for operator, left, right in zip(tree[1], tree[2:], tree[3:], strict=False):
         if exact.variables(left):

@@ -2,8 +2,8 @@
 
 `python -P symbolic_worker.py WALL_S MEMORY_BYTES`. One line `ready` (or what went wrong), then for each JSON line
 `[a, b]` of trees (`trees.py`) on stdin one line: `0`, `-1` or `1` by the order of two real numbers, `0` also for equal
-formulas, `x` for what differs or has no value. What it reads is hostile. It imports nothing of this package, and it ends
-at the end of its input, when an answer takes longer than WALL_S (SIGALRM, not handled), or when memory runs out.
+formulas, `x` for what differs or has no value. What it reads is hostile. It imports nothing of this package, and it
+ends at the end of its input, when an answer takes longer than WALL_S (SIGALRM, not handled), or when memory runs out.
 
 Numbers: both are enclosed in intervals, at twice the precision each time, until these are disjoint, or so narrow that a
 difference would have shown: a sum, product or root of given whole numbers that is not zero is not arbitrarily small

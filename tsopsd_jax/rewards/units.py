@@ -16,23 +16,25 @@ _SCALES = {
     "N": "N 1 kN 1000", "J": "J 1 kJ 1000", "W": "W 1 kW 1000", "V": "V 1 kV 1000 mV 1/1000", "A": "A 1 mA 1/1000",
     "Pa": "Pa 1 kPa 1000 MPa 1000000", "Hz": "Hz 1 kHz 1000 MHz 1000000", "ohm": "ohm 1 kohm 1000",
     "K": "K 1", "mol": "mol 1 mmol 1/1000",
-    "C": "C 1", "F": "F 1", "T": "T 1", "eV": "eV 1", "celsius": "celsius 1", "fahrenheit": "fahrenheit 1", "unit": "unit 1",
+    "C": "C 1", "F": "F 1", "T": "T 1", "eV": "eV 1", "celsius": "celsius 1", "fahrenheit": "fahrenheit 1",
+    "unit": "unit 1",
 }  # fmt: skip
 # What these measure is made of other units: a newton is 1000 g m / s^2.
 _DERIVED = {
     "l": ({"m": 3}, Fraction(1, 1000)), "Hz": ({"s": -1}, 1), "N": ({"g": 1, "m": 1, "s": -2}, 1000),
-    "J": ({"g": 1, "m": 2, "s": -2}, 1000), "W": ({"g": 1, "m": 2, "s": -3}, 1000), "Pa": ({"g": 1, "m": -1, "s": -2}, 1000),
+    "J": ({"g": 1, "m": 2, "s": -2}, 1000), "W": ({"g": 1, "m": 2, "s": -3}, 1000),
+    "Pa": ({"g": 1, "m": -1, "s": -2}, 1000),
 }  # fmt: skip
 _NAMES = {
     "mm": "millimeter millimetre", "cm": "centimeter centimetre", "dm": "decimeter decimetre", "m": "meter metre",
     "km": "kilometer kilometre", "in": "inch inche", "ft": "foot feet", "yd": "yard", "mi": "mile", "mg": "milligram",
-    "g": "gram gm", "kg": "kilogram kilo", "t": "tonne", "lb": "lbs", "oz": "ounce", "ms": "millisecond", "s": "second sec",
-    "min": "minute", "h": "hour hr", "month": "mo", "year": "yr",
+    "g": "gram gm", "kg": "kilogram kilo", "t": "tonne", "lb": "lbs", "oz": "ounce", "ms": "millisecond",
+    "s": "second sec", "min": "minute", "h": "hour hr", "month": "mo", "year": "yr",
     "ml": "milliliter millilitre mL", "cl": "centiliter", "l": "liter litre L",
     "dollar": "usd buck", "cent": "¢", "euro": "eur", "pound": "gbp", "yen": "jpy yuan rmb cny", "rupee": "inr rs",
-    "degree": "deg °", "radian": "rad", "N": "newton", "J": "joule", "W": "watt", "V": "volt", "A": "ampere amp", "Pa": "pascal",
-    "Hz": "hertz", "ohm": "Ω \\Omega", "K": "kelvin", "mol": "mole", "C": "coulomb", "eV": "electronvolt", "celsius": "°c",
-    "fahrenheit": "°f", "T": "tesla",
+    "degree": "deg °", "radian": "rad", "N": "newton", "J": "joule", "W": "watt", "V": "volt", "A": "ampere amp",
+    "Pa": "pascal", "Hz": "hertz", "ohm": "Ω \\Omega", "K": "kelvin", "mol": "mole", "C": "coulomb",
+    "eV": "electronvolt", "celsius": "°c", "fahrenheit": "°f", "T": "tesla",
 }  # fmt: skip
 
 
@@ -60,8 +62,9 @@ _PHRASES = {
 _MULTIPLES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
 # Words that say more than what is counted.
 _NO_UNIT = re.compile(
-    r"(?i)\b(?:and|or|not|to|nor|but|is|are|was|no|none|more|less|least|most|fewer|times|percent(?:age)?|pi|squared|cubed|factorial|over|"
-    r"under|hal(?:f|ves)|thirds?|quarters?|mod|plus|minus|below|above|before|after|past|if|when|where|for|than|from|except|wrong|[a-z]+ths?|base|with)\b"
+    r"(?i)\b(?:and|or|not|to|nor|but|is|are|was|no|none|more|less|least|most|fewer|times|percent(?:age)?|pi|squared|"
+    r"cubed|factorial|over|under|hal(?:f|ves)|thirds?|quarters?|mod|plus|minus|below|above|before|after|past|if|when|"
+    r"where|for|than|from|except|wrong|[a-z]+ths?|base|with)\b"
 )
 _ATOM = r"(?:\\text\{[^{}]*\}|\\Omega|°(?: ?[CF](?![a-z]))?|(?<![A-Za-z\\])[A-Za-z][A-Za-z.]*(?:/[A-Za-z]+)*)"
 _EXPONENT = r"(?: ?\^ ?(?:\{ ?-?[0-9]+ ?\}|-?[0-9]))?"
@@ -76,7 +79,8 @@ class Unit(NamedTuple):
 
 
 def read_unit(text: str) -> Unit | None:
-    r"""`\text{ m/s}^2`, `square cm`, `miles per hour` -> the unit; a noun nobody knows is a unit of its own; else None."""
+    r"""`\text{ m/s}^2`, `square cm`, `miles per hour` -> the unit; a noun nobody knows is a unit of its own;
+    else None."""
     text = re.sub(r"\\text\{([^{}]*)\}", r" \1 ", text).replace("\\Omega", " ohm ")
     text = re.sub(r"\\(?:cdot|times)|\*", " ", re.sub(r"\^ ?\{ ?(-?[0-9]+) ?\}", r"^\1", text))
     text = re.sub(r" +(?=\^)", "", re.sub(r"\bper\b", "/", text.replace(".", ""))).strip()
@@ -114,7 +118,8 @@ def _known(name: str) -> tuple[str, Fraction]:
 
 
 _MONEY = re.compile(
-    r"([+-]?) ?(?:\\text\{ ?(dollar|euro|pound|yen|rupee|won|Rs|USD|EUR|GBP)\.? ?\}|(USD|EUR|GBP|INR|JPY|Rs)\.?) ?(?=[-0-9.\\])"
+    r"([+-]?) ?(?:\\text\{ ?(dollar|euro|pound|yen|rupee|won|Rs|USD|EUR|GBP)\.? ?\}|(USD|EUR|GBP|INR|JPY|Rs)\.?)"
+    r" ?(?=[-0-9.\\])"
 )
 
 

@@ -1,4 +1,5 @@
-"""Answers in words: yes and no, no solution, numbers spelled out, times of day; compared as words, never as formulas."""
+"""Answers in words: yes and no, no solution, numbers spelled out, times of day; compared as words,
+never as formulas."""
 
 import re
 

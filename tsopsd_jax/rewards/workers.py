@@ -17,10 +17,12 @@ class CutOff(Exception):
 
 
 class WorkerPool:
-    """Worker processes, each started when it is first needed. A worker writes `ready` (or what went wrong), then a line for a line.
+    """Worker processes, each started when it is first needed. A worker writes `ready` (or what went wrong),
+    then a line for a line.
 
-    A worker has a session of its own (the terminal's Ctrl-C does not reach it) and holds no file but its pipes. Its input
-    ends with its parent, however that ends. It is started as a program, not forked: the parent's threads hold locks.
+    A worker has a session of its own (the terminal's Ctrl-C does not reach it) and holds no file but its pipes. Its
+    input ends with its parent, however that ends. It is started as a program, not forked:
+    the parent's threads hold locks.
 
     Args:
         command: of the program, with its arguments.

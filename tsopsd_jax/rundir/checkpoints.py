@@ -1,7 +1,7 @@
 """Checkpoints of a run with Orbax: asynchronous, atomic, the last N kept.
 
-A checkpoint holds a `RunState`: the train state, the run's progress (phase, steps, data position, windows of the stop rules),
-the groups that dynamic sampling left over, and the phase's start policy where there is one.
+A checkpoint holds a `RunState`: the train state, the run's progress (phase, steps, data position,
+windows of the stop rules), the groups that dynamic sampling left over, and the phase's start policy where there is one.
 """
 
 import contextlib
@@ -49,7 +49,8 @@ class Checkpoints:
         """Step of a save that was not yet seen to be whole."""
 
     def steps(self) -> list[int]:
-        """Steps of the complete checkpoints, in order, read from the directory: after a save that failed Orbax forgets some."""
+        """Steps of the complete checkpoints, in order, read from the directory:
+        after a save that failed Orbax forgets some."""
         return sorted(self._manager.all_steps(read=True))
 
     def latest(self) -> int | None:
@@ -122,8 +123,8 @@ class Checkpoints:
             step, self._writing = self._writing, None
             before = max((s for s in self.steps() if s != step), default=0)
             raise SaveError(
-                f"step {step} could not be saved to {self._manager.directory}: {_words(error)}; make room or mend it, and the "
-                f"same command goes on from step {before}"
+                f"step {step} could not be saved to {self._manager.directory}: {_words(error)}; make room or mend it, "
+                f"and the same command goes on from step {before}"
             ) from error
 
     # ----------------------------------------------------------------- reading
@@ -186,7 +187,8 @@ class Checkpoints:
     def restore_newest(
         self, like: TrainState, *, start_like: PyTree | None = None
     ) -> tuple[RunState | None, list[str]]:
-        """The newest checkpoint that is not damaged, None where there is no checkpoint at all, and a line about each newer one.
+        """The newest checkpoint that is not damaged, None where there is no checkpoint at all,
+        and a line about each newer one.
 
         Args:
             like, start_like: see `restore`.
@@ -202,13 +204,14 @@ class Checkpoints:
                 damaged.append(str(error))
         if damaged:
             raise ValueError(
-                f"{self._manager.directory} has no checkpoint that can be read: {'; '.join(damaged)}; restore one from a copy, "
-                "or begin anew in another --run-dir"
+                f"{self._manager.directory} has no checkpoint that can be read: {'; '.join(damaged)}; "
+                f"restore one from a copy, or begin anew in another --run-dir"
             )
         return None, []
 
     def set_aside(self, after: int) -> None:
-        """Rename the checkpoints after that step to `STEP.damaged`, so that the run that goes on may take their place."""
+        """Rename the checkpoints after that step to `STEP.damaged`,
+        so that the run that goes on may take their place."""
         for step in [s for s in self.steps() if s > after] if processes.is_first() else []:
             path = self._manager.directory / str(step)
             names = (
@@ -220,7 +223,8 @@ class Checkpoints:
 
 
 def read_progress(directory: epath.PathLike) -> RunProgress | None:
-    """Where the newest checkpoint whose progress can be read stands; None if there is none. A process reads it by itself."""
+    """Where the newest checkpoint whose progress can be read stands; None if there is none.
+    A process reads it by itself."""
     if not epath.Path(directory).exists():
         return None
     options = ocp.CheckpointManagerOptions(create=False, read_only=True, multiprocessing_options=_alone())

@@ -1,8 +1,9 @@
 """Digests of a checkpoint's content: they show that what is read is what was written.
 
-An array's digest is a checksum of its words, each mixed with its position, summed modulo 2^32. It is worked out where the array
-lies, at the speed of the devices' memory and without a copy to the host, and it does not depend on the mesh: a sum of integers
-has no order. One changed word always changes it; any other damage goes unseen once in 4e9 times. It is no defence against malice.
+An array's digest is a checksum of its words, each mixed with its position, summed modulo 2^32. It is worked out where
+the array lies, at the speed of the devices' memory and without a copy to the host, and it does not depend on the mesh:
+a sum of integers has no order. One changed word always changes it; any other damage goes unseen once in 4e9 times.
+It is no defence against malice.
 """
 
 import json
@@ -35,7 +36,7 @@ def of_arrays(tree: PyTree, prefix: str) -> dict[str, str]:
 
 
 def of_host(arrays: dict[str, np.ndarray], prefix: str) -> dict[str, str]:
-    """The same of numpy arrays, by another checksum: their shapes change, and nothing is compiled for them."""
+    """{path of a leaf: its type and CRC-32} of numpy arrays: their shapes change, and nothing is compiled for them."""
     return {f"{prefix}/{name}": f"{describe(x)} {zlib.crc32(x.tobytes()):08x}" for name, x in arrays.items()}
 
 

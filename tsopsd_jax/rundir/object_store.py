@@ -1,9 +1,10 @@
 """Run directories on an object store, such as `gs://bucket/runs/x`.
 
-Objects can be neither appended to nor locked. So the small files of such a run lie in a local folder, and whole files are
-copied to the store: before each checkpoint, so that the log there is never behind it, after each evaluation, and at the
-end. The store is the truth: a start takes its files from there, and what the folder held beyond them are lines after the
-last checkpoint, which a run that goes on drops anyway. Checkpoints are written to the store directly, by all processes.
+Objects can be neither appended to nor locked. So the small files of such a run lie in a local folder, and whole files
+are copied to the store: before each checkpoint, so that the log there is never behind it, after each evaluation, and at
+the end. The store is the truth: a start takes its files from there, and what the folder held beyond them are lines
+after the last checkpoint, which a run that goes on drops anyway. Checkpoints are written to the store directly, by all
+processes.
 """
 
 import contextlib
@@ -35,16 +36,17 @@ def folder_of(run_dir: str, cache: Path) -> Path:
     """Name the local folder of a run directory: itself, or for an address on a store a folder under `cache`.
 
     Raises:
-        ValueError: a store that the installed libraries cannot reach.
+        ValueError: a store that cannot be reached: no client installed, no network, no credentials.
     """
     if "://" not in run_dir:
         return Path(run_dir)
     try:
         epath.Path(run_dir).exists()
-    except (ImportError, KeyError) as error:
+    except Exception as error:  # each store's client has errors of its own: no package, no network, no credentials
         raise ValueError(
-            f"{run_dir}: expected a local directory or a store that can be reached, got {type(error).__name__}: {error}; "
-            'for gs:// pip install "tsopsd-jax[gcs]"'
+            f"{run_dir}: expected a local directory or a store that can be reached, got {type(error).__name__}: "
+            f"{' '.join(str(error).split())}; "
+            'for gs:// pip install "tsopsd-jax[gcs]", and gcloud auth application-default login'
         ) from error
     folder = cache / "runs" / urllib.parse.quote(run_dir.rstrip("/"), safe="")
     folder.mkdir(parents=True, exist_ok=True)

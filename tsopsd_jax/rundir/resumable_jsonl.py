@@ -1,4 +1,5 @@
-"""Files of JSON lines that the same command resumes after an interruption, with the settings that they were begun with."""
+"""Files of JSON lines that the same command resumes after an interruption,
+with the settings that they were begun with."""
 
 import json
 import time

@@ -91,5 +91,5 @@ class RunState(NamedTuple):
         return int(self.state.step)
 
     def at(self, **changes: Any) -> "RunState":
-        """The same state with a changed progress."""
+        """A copy of the state with a changed progress."""
         return self._replace(progress=dataclasses.replace(self.progress, **changes))

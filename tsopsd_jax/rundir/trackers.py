@@ -47,7 +47,8 @@ class Wandb:
 
 @dataclass(frozen=True, kw_only=True)
 class Tracker:
-    """Programs that show the log. `module` is imported for the section `wandb`: W&B, or another with its interface (trackio)."""
+    """Programs that show the log. `module` is imported for the section `wandb`: W&B,
+    or another with its interface (trackio)."""
 
     tensorboard: bool = True
     wandb: Wandb | None = None
@@ -92,8 +93,8 @@ def open_mirrors(run_dir: Path, tracker: Tracker, *, last_step: int, logged: Map
 class _TensorBoard:
     """An event file of TensorBoard. Events of earlier processes from `purge_step` on are not shown any more.
 
-    tensorboardX's own SummaryWriter hands events to a thread: its flush leaves out what still waits there, and a full disk
-    ends the thread and then blocks the run. Here they are written in turn.
+    tensorboardX's own SummaryWriter hands events to a thread: its flush leaves out what still waits there, and a full
+    disk ends the thread and then blocks the run. Here they are written in turn.
     """
 
     def __init__(self, folder: Path, *, purge_step: int):
@@ -162,8 +163,8 @@ class _TrackedRun:
             self._run = module.init(**_arguments(module, wandb, run_dir, known["id"]))
         except Exception as error:
             raise ValueError(
-                f"tracker: {tracker.module} did not start ({type(error).__name__}: {' '.join(str(error).split())}); mend that, "
-                "set tracker.wandb.mode to offline, or leave tracker.wandb out"
+                f"tracker: {tracker.module} did not start ({type(error).__name__}: {' '.join(str(error).split())}); "
+                f"mend that, set tracker.wandb.mode to offline, or leave tracker.wandb out"
             ) from error
         files.replace(file, [json.dumps(known | {"sent": self._sent}).encode()])
 
@@ -196,7 +197,8 @@ def _module(name: str) -> Any:
 
 
 def _arguments(module: Any, wandb: Wandb, run_dir: Path, run_id: str) -> dict[str, Any]:
-    """Choose the arguments of `module.init`: it must know those that were asked for; of the others it gets those that it knows."""
+    """Choose the arguments of `module.init`: it must know those that were asked for;
+    of the others it gets those that it knows."""
     parameters = inspect.signature(module.init).parameters
     asked = {name: vars(wandb)[name] for name in ("entity", "name", "mode", "group", "tags") if vars(wandb)[name]}
     for name in asked:

@@ -38,8 +38,8 @@ class PhaseSteps:
         return step
 
     def compile_after(self, at: int) -> None:
-        """Begin to compile the phases after that index. Not on a GPU, whose compiler measures kernels on the device, in the
-        memory that the run needs."""
+        """Begin to compile the phases after that index. Not on a GPU, whose compiler measures kernels on the device, in
+        the memory that the run needs."""
         if self.shared.mesh.devices.flat[0].platform == "gpu":
             return
 

@@ -107,7 +107,7 @@ class Phase:
     rows_at_once: int | None
     micro_batches: int | None
     tile_tokens: int | None
-    """Of the head; None: what suits the devices."""
+    """Tokens of a tile of the head; None: what suits the devices."""
     pack: bool
     reward: RewardRule | None
     stop: StopRule

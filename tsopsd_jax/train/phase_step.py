@@ -46,9 +46,9 @@ class Shared(NamedTuple):
     mesh: jax.sharding.Mesh
     task: Task
     key: Array
-    """Of the run, on all devices; a step's is fold_in(key, step)."""
+    """Random key of the run, on all devices; a step's is fold_in(key, step)."""
     limit_bytes: int | None
-    """Of each device's memory (`learn.micro_batches.device_bytes`)."""
+    """Bytes that each device's memory has (`learn.micro_batches.device_bytes`)."""
     references: Mapping[str, ReferenceSource] = {}
     """Other models that phases are compared with, by their directories."""
 
@@ -62,7 +62,7 @@ class Shared(NamedTuple):
         seed: int,
         references: Mapping[str, ReferenceSource] | None = None,
     ) -> "Shared":
-        """Of a run on the devices of `mesh`; `seed` is that of sampling."""
+        """Make what phases of a run on the devices of `mesh` share; `seed` is that of sampling."""
         key = jax.jit(lambda: jax.random.key(seed), out_shardings=replicated(mesh))()
         return cls(model, mesh, task, key, device_bytes(mesh), references or {})
 

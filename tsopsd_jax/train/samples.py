@@ -10,7 +10,7 @@ from tsopsd_jax.judge.scoring import Decode
 from tsopsd_jax.train.metrics import Drawn
 
 LONGEST_CHARACTERS = 20_000
-"""Of a prompt or a response that is kept; of a longer one the beginning and the end."""
+"""Characters of a prompt or a response that are kept: of a longer one the beginning and the end."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,9 +43,9 @@ def samples_of(drawn: Drawn, *, groups: int, group: int, decode: Decode) -> list
         decode: token ids -> text.
 
     Returns:
-        Records of plain data: prompt, response, answer, which (`best`, `worst`), reward (with penalties), accuracy, rewards (by
-        name, without weights), failed (what functions did wrong), length_tokens, stopped, logp_mean_nats (of the response's
-        tokens where they were drawn).
+        Records of plain data: prompt, response, answer, which (`best`, `worst`), reward (with penalties), accuracy,
+        rewards (by name, without weights), failed (what functions did wrong), length_tokens, stopped, logp_mean_nats
+        (of the response's tokens where they were drawn).
     """
     scored = drawn.scored[0]
     reward = np.asarray(drawn.judged[0].reward if drawn.judged else scored.reward).reshape(-1)

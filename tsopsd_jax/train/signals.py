@@ -9,7 +9,8 @@ from tsopsd_jax.distributed import processes
 
 
 class Interrupted(Exception):
-    """A signal asked the run to stop: after a step, or in a rollout or an evaluation, which are left. The state is saved."""
+    """A signal asked the run to stop: after a step, or in a rollout or an evaluation, which are left.
+    The state is saved."""
 
 
 class StopRequest:
