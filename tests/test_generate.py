@@ -21,7 +21,8 @@ def prompts(tmp_path):
     lines = [{"id": name, "prompt": f"{text} :"} for name, text in PROBLEMS.items()]
     del lines[1]["id"]  # the line's number
     # Python takes these for ends of lines; JSON does not. (Written as they are, as the results' file writes them.)
-    lines[2]["prompt"] += "\u2028\x85"
+    # Without its colon it is a token shorter than the others.
+    lines[2]["prompt"] = lines[2]["prompt"].removesuffix(" :") + "\u2028\x85"
     path.write_text("\n".join(json.dumps(line, ensure_ascii=False) for line in lines) + "\n\n", encoding="utf-8")
     return path
 
