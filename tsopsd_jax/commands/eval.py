@@ -24,7 +24,7 @@ from tsopsd_jax.evaluation.scoreboard import compare, write_tables
 from tsopsd_jax.loading import is_own
 from tsopsd_jax.model.hf_config import read_config
 from tsopsd_jax.rewards import Rewards, Verdict, make_checked_rewards
-from tsopsd_jax.rollout import Engine, Sampling
+from tsopsd_jax.rollout import Engine
 from tsopsd_jax.rundir import resumable_jsonl
 from tsopsd_jax.types import Prompts
 
@@ -357,7 +357,7 @@ def _evaluate(args: argparse.Namespace) -> None:
         model=policy.source["model"],
         samples=args.samples,
         max_tokens=args.max_tokens,
-        sampling=Sampling(sampling_temperature=args.temperature, top_p=args.top_p, top_k=args.top_k),
+        sampling=options.sampling_of(args),
         chat=policy.chat,
         seed=args.seed,
         dtype=policy.dtype,

@@ -64,7 +64,8 @@ class GenerateSettings:
 
     def facts(self) -> dict[str, Any]:
         """As a file's settings: what another directory with the same name must not pass for."""
-        return dataclasses.asdict(self) | {"model": str(Path(self.model).resolve())}
+        own = {"model": str(Path(self.model).resolve()), "sampling": self.sampling.facts()}
+        return dataclasses.asdict(self) | own
 
 
 def digest(texts: Sequence[str]) -> str:
@@ -293,7 +294,7 @@ def _run(args: argparse.Namespace) -> int:
         model=str(args.model),
         samples=args.samples,
         max_tokens=args.max_tokens,
-        sampling=Sampling(sampling_temperature=args.temperature, top_p=args.top_p, top_k=args.top_k),
+        sampling=options.sampling_of(args),
         template=args.template,
         chat=args.chat,
         seed=args.seed,
