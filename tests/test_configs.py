@@ -759,6 +759,8 @@ def test_an_objective_that_uses_advantages_needs_a_reward(own):
         ({"policy_temperature": 1.2}, {"sampling_temperature": 1.2}, False),
         ({"policy_temperature": 1.2}, {}, True),
         ({"policy_temperature": None}, {"sampling_temperature": 0.7, "top_p": 0.9}, False),
+        ({}, {"edt_theta": 1.0}, True),
+        ({"policy_temperature": None}, {"edt_theta": 1.0}, False),
     ],
 )
 def test_the_policy_in_the_ratio_is_the_one_that_sampled(own, declared, sampling, refused):
@@ -770,6 +772,21 @@ def test_the_policy_in_the_ratio_is_the_one_that_sampled(own, declared, sampling
     words = rf"^phase 'rl': sampling: objective '.*mine.py:mine' .* at temperature {t} .*; expected sampling_temperature {t}, "
     with pytest.raises(ValueError, match=words):
         make_phase(config.phases[0])
+
+
+def test_a_turned_temperature_begins_where_the_settings_say():
+    def made(**changes):
+        return make_phase(
+            build(phases__0__objective={"name": "tampo", "hyperparameters": {"initial": 1.2}}, **changes).phases[0]
+        )
+
+    turned = made(phases__0__sampling={"sampling_temperature": 1.2})
+    assert turned.objective.control.init["sampling_temperature"] == turned.sampling.sampling_temperature
+    words = r"^phase 'rl': sampling: objective 'tampo' turns .*; expected sampling_temperature 1.2, its first, got 1; "
+    with pytest.raises(ValueError, match=words):
+        made()
+    with pytest.raises(ValueError, match=r"^phase 'rl': reward.surplus: objective 'tampo' .* expected drop, got keep"):
+        make_phase(build(phases__0__objective={"name": "tampo"}, phases__0__reward__surplus="keep").phases[0])
 
 
 def test_a_ramp_of_the_penalty_fits_the_response():

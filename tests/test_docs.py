@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from tsopsd_jax.config import Config, DataSettings, EvaluationSettings, strict
-from tsopsd_jax.objectives import OBJECTIVES
+from tsopsd_jax.objectives import OBJECTIVES, tampo
 from tsopsd_jax.rundir.log import MEASURED
 from tsopsd_jax.types import Batch
 
@@ -117,6 +117,7 @@ def at_ratio_one(name: str):
     rng = np.random.default_rng(0)
     logp, entropy = (jnp.asarray(-np.abs(2 * rng.normal(size=(4, 9))), jnp.float32) for _ in range(2))
     stats = {"logp": logp, "entropy": -entropy, "clamped_entropy": -0.9 * entropy}
+    stats |= {f"logp_at_{t:g}": logp / t for t in inspect.signature(tampo).parameters["temperatures"].default}
     mask = np.arange(9)[None, :] < np.array([9, 4, 7, 2])[:, None]
     advantage = np.array([[1.5], [-1.2], [0.4], [-0.7]]) * np.ones((1, 9))
     objective = OBJECTIVES[name]()
@@ -175,6 +176,7 @@ def test_every_metric_is_documented():
         "control/NAME",
         "last_update/NAME",
         "reward/NAME_mean",
+        "tampo/credit_at_T",
         "distil/forward_kl_nats",
         "distil/reverse_kl_nats",
     }  # of parts

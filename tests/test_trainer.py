@@ -25,7 +25,17 @@ from tsopsd_jax.judge.groups import RewardRule
 from tsopsd_jax.learn.reference import ReferenceSource
 from tsopsd_jax.learn.update import make_optimizer
 from tsopsd_jax.model import Qwen3, Qwen3Config
-from tsopsd_jax.objectives import adaptive_entropy_bonus, clip_cov, dapo, opd, ts_opsd, with_start_kl
+from tsopsd_jax.objectives import (
+    Control,
+    Objective,
+    adaptive_entropy_bonus,
+    clip_cov,
+    dapo,
+    opd,
+    ts_opsd,
+    with_start_kl,
+)
+from tsopsd_jax.objectives.dapo import tempered_stats
 from tsopsd_jax.rewards import RewardError, Rewards
 from tsopsd_jax.rewards.math import WORKERS
 from tsopsd_jax.rollout import Sampling
@@ -214,6 +224,45 @@ def test_resume_equals_uninterrupted_bit_for_bit(trainer_in, tmp_path):
     assert facts(tmp_path / "whole") == facts(run)
     assert [r["stage"] for r in read_evaluations(run)] == ["base", "after rl", "after reheat", "after again"]
     assert read_evaluations(tmp_path / "whole") == read_evaluations(run)
+
+
+def cooling(objective: Objective, *, stats) -> Objective:
+    """The objective, sampled at 1, 1.5, 2, ...: `stats` takes the temperature."""
+
+    def turn(knobs, _):
+        return {"sampling_temperature": knobs["sampling_temperature"] + 0.5}
+
+    return objective._replace(stats=stats, control=Control({"sampling_temperature": 1.0}, turn))
+
+
+def heedless(logits, tokens, *, sampling_temperature):
+    """Statistics of the reheater, which is right at any temperature."""
+    del sampling_temperature
+    return ts_opsd().stats(logits, tokens)
+
+
+def test_a_turned_temperature_reaches_sampler_and_ratio_and_compiles_nothing(trainer_in, tmp_path):
+    """... nor does it change what a run makes of an interruption. The sampler's log-probabilities are the learner's only where
+    both are at the temperature of the step; the reheater's one program, which is at none, sees the sampler's move away."""
+    heated, reheated = cooling(dapo(), stats=tempered_stats), cooling(ts_opsd(), stats=heedless)
+    phases = (rl_phase(objective=heated, reward=RewardRule(overlong_buffer_tokens=2)), reheat_phase(objective=reheated))
+    whole = trainer_in(tmp_path / "whole", phases=phases)
+    finished = finish(whole)
+    lines = read_metrics(tmp_path / "whole")
+    assert [line["control/sampling_temperature"] for line in lines] == [1.0, 1.5, 2.0, 1.0, 1.5]
+    assert [line["rollout/programs"] for line in lines[1:3]] == [lines[0]["rollout/programs"]] * 2
+    assert all(line["rollout/logp_gap_max_nats"] < 1e-4 for line in lines[:4])
+    assert lines[4]["rollout/logp_gap_max_nats"] > 0.1
+    # Interrupted in the rl phase: the temperature of the next step comes from the checkpoint.
+    run = tmp_path / "broken"
+    first = trainer_in(run, phases=phases, verify=interrupting(12))
+    with pytest.raises(Interrupted):
+        first.run()
+    assert 0 < int(first.state.step) < 3
+    second = trainer_in(run, phases=phases)
+    assert second.progress.knobs == {"sampling_temperature": 1.0 + 0.5 * int(first.state.step)}
+    assert same(finished, finish(second))
+    assert facts(tmp_path / "whole") == facts(run)
 
 
 @pytest.mark.parametrize("at", [0, 2, 4])

@@ -46,7 +46,8 @@ TILES = "head_tiles"
 
 Stats = Callable[..., dict[str, Array]]
 """(logits [..., V] float32, tokens [...]) -> {name: [...]}: the only code that sees the vocabulary. Where the objective has a
-reference, its logits [..., V] are a third argument."""
+reference, its logits [..., V] are a third argument; where its control has the knob `sampling_temperature`, that scalar is a
+keyword argument."""
 
 Loss = Callable[[dict[str, Array], Batch], LossOutput]
 """({name: [B, L]}, Batch) -> LossOutput."""
@@ -93,8 +94,14 @@ def _reference_logits(reference: Reference | None, at: Array) -> Array | None:
     return project(take(reference.hidden, at), reference.unembed.astype(reference.hidden.dtype))
 
 
-def _call(stats: Stats, z: Array, tokens: Array, reference_z: Array | None) -> dict[str, Array]:
-    return stats(z, tokens) if reference_z is None else stats(z, tokens, reference_z)
+def call_stats(
+    stats: Stats, z: Array, tokens: Array, reference_z: Array | None, sampling_temperature: Array | None
+) -> dict[str, Array]:
+    """Call `stats` with what there is: a reference's logits, a sampling temperature that is a knob."""
+    arguments = (z, tokens) if reference_z is None else (z, tokens, reference_z)
+    if sampling_temperature is None:
+        return stats(*arguments)
+    return stats(*arguments, sampling_temperature=sampling_temperature)
 
 
 class Measured(NamedTuple):
@@ -140,6 +147,7 @@ def token_stats(
     tokens: Int[Array, " N"],
     wanted: Bool[Array, " N"],
     reference: Reference | None = None,
+    sampling_temperature: Float[Array, ""] | None = None,
 ) -> dict[str, Float[Array, " N"]]:
     """Compute `stats` of every wanted token, 0 elsewhere; differentiable in `hidden` and `unembed`.
 
@@ -147,9 +155,12 @@ def token_stats(
     """
     tiles, w = tiles_of(wanted, unembed.shape[1], tiling), unembed.astype(hidden.dtype)
 
+    def block(z: Array, rest: tuple[Array, Array | None]) -> tuple[None, dict[str, Array]]:
+        return None, call_stats(stats, z, rest[0], rest[1], sampling_temperature)
+
     def of(at: Array) -> dict[str, Array]:
         z, rest = project(take(hidden, at), w), (take(tokens, at), _reference_logits(reference, at))
-        _, found = by_block(lambda z, rest: (None, _call(stats, z, *rest)), tiles.block, z, rest)
+        _, found = by_block(block, tiles.block, z, rest)
         return jax.tree.map(lambda x: x.reshape(-1), found)
 
     out = {name: jnp.zeros(tokens.shape, s.dtype) for name, s in jax.eval_shape(of, tiles.order[0]).items()}
@@ -162,7 +173,7 @@ def token_stats(
         return jax.lax.fori_loop(0, tiles.count, tile, out)
 
 
-_Asked = tuple[Array, Array, Array, Array, Reference | None]
+_Asked = tuple[Array, Array, Array, Array, Reference | None, Array | None]
 
 
 def _token_stats_forward(
@@ -173,20 +184,21 @@ def _token_stats_forward(
     tokens: Array,
     wanted: Array,
     reference: Reference | None,
+    sampling_temperature: Array | None,
 ) -> tuple[dict[str, Array], _Asked]:
-    asked = hidden, unembed, tokens, wanted, reference
+    asked = hidden, unembed, tokens, wanted, reference, sampling_temperature
     return token_stats(stats, tiling, *asked), asked
 
 
 def _token_stats_backward(
     stats: Stats, tiling: Tiling, kept: _Asked, g: dict[str, Array]
-) -> tuple[Array, Array, None, None, None]:
-    hidden, unembed, tokens, wanted, reference = kept
+) -> tuple[Array, Array, None, None, None, None]:
+    hidden, unembed, tokens, wanted, reference, sampling_temperature = kept
     tiles, w = tiles_of(wanted, unembed.shape[1], tiling), unembed.astype(hidden.dtype)
 
     def pull(z: Array, rest: tuple[Array, Array | None, dict[str, Array]]) -> tuple[Array, tuple[()]]:
         t, reference_z, g = rest
-        return *jax.vjp(lambda z: _call(stats, z, t, reference_z), z)[1](g), ()
+        return *jax.vjp(lambda z: call_stats(stats, z, t, reference_z, sampling_temperature), z)[1](g), ()
 
     def tile(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         at = tiles.order[i]
@@ -199,7 +211,7 @@ def _token_stats_backward(
     zero = jnp.zeros_like(hidden), jnp.zeros(unembed.shape, jnp.float32)
     with jax.named_scope(TILES):
         d_hidden, d_unembed = jax.lax.fori_loop(0, tiles.count, tile, zero)
-    return d_hidden, d_unembed.astype(unembed.dtype), None, None, None
+    return d_hidden, d_unembed.astype(unembed.dtype), None, None, None, None
 
 
 token_stats.defvjp(_token_stats_forward, _token_stats_backward)
@@ -220,7 +232,7 @@ def _loss_of_tiles(
     def of(z: Array, rest: tuple[Batch, Array | None]) -> tuple[Array, Measured]:
         block, reference_z = rest
         block = dataclasses.replace(jax.tree.map(lambda x: x[None], block), knobs=batch.knobs)
-        asked = _call(stats, z, block.tokens[0], reference_z)
+        asked = call_stats(stats, z, block.tokens[0], reference_z, batch.sampling_temperature)
         found = measure(loss, {name: x[None] for name, x in asked.items()}, block)
         return found.out.loss.total, found
 
@@ -255,7 +267,8 @@ def token_loss(
 ) -> Measured:
     """Evaluate a loss that treats every token by itself, on a batch of one row of N tokens and the N states that predict
     them. `loss.total` can be differentiated, in `hidden` and `unembed`; the rest is given no gradient."""
-    found: Any = token_stats(stats, tiling, hidden, unembed, batch.tokens[0], batch.mask[0], reference)
+    tokens, wanted = batch.tokens[0], batch.mask[0]
+    found: Any = token_stats(stats, tiling, hidden, unembed, tokens, wanted, reference, batch.sampling_temperature)
     return measure(loss, {name: x[None] for name, x in found.items()}, batch)
 
 
@@ -322,7 +335,8 @@ def batch_stats(
 
     def local(hidden: Array, unembed: Array, batch: Batch, reference: Reference | None = None) -> dict[str, Array]:
         states, flat, reference = _next_token(hidden, batch, reference)
-        out: Any = token_stats(stats, tiling, states, unembed, flat.tokens[0], flat.mask[0], reference)
+        tokens, wanted = flat.tokens[0], flat.mask[0]
+        out: Any = token_stats(stats, tiling, states, unembed, tokens, wanted, reference, batch.sampling_temperature)
         return {name: jnp.pad(x.reshape(batch.tokens.shape[0], -1), ((0, 0), (1, 0))) for name, x in out.items()}
 
     return _by_rows(local, mesh)(hidden, unembed, batch, reference)

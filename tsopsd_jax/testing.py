@@ -22,16 +22,16 @@ from tsopsd_jax.objectives.toy import (
     WIDTH,
     Found,
     Toy,
+    flat_stats,
     join_found,
     make_toy,
     mapped,
     packed,
     padded,
-    stats_arguments,
     take_rows,
 )
 from tsopsd_jax.rewards import check_reward as check_reward
-from tsopsd_jax.types import Batch, LossOutput, Mean
+from tsopsd_jax.types import SAMPLING_TEMPERATURE, Batch, LossOutput, Mean
 
 TOLERANCE = 1e-3
 """Relative difference that is taken for rounding: sums run in another order; a mistake makes more."""
@@ -98,8 +98,7 @@ class _Program:
     def __init__(self, objective: Objective):
         def total(z, batch: Batch, reference_z: Any, tiles: bool):
             shape = batch.tokens.shape
-            stats = objective.stats(*stats_arguments(z, batch, reference_z))
-            stats = {name: x.reshape(shape) for name, x in stats.items()}
+            stats = {name: x.reshape(shape) for name, x in flat_stats(objective, z, batch, reference_z).items()}
             if not tiles:  # the head gives zeros outside the mask; a tile holds what it finds there
                 stats = {name: jax.numpy.where(batch.mask, x, jax.numpy.zeros_like(x)) for name, x in stats.items()}
             out = objective.loss(stats, batch)
@@ -152,9 +151,10 @@ def _check_turning(control: Control, names: set[str]) -> None:
             turned = control.update(dict(turned), metrics)
         for knobs in (control.init, turned):
             odd = {k: v for k, v in knobs.items() if not isinstance(v, int | float) or not math.isfinite(v)}
-            if odd or set(knobs) != set(control.init):
+            if odd or set(knobs) != set(control.init) or knobs.get(SAMPLING_TEMPERATURE, 1.0) <= 0:
                 raise ValueError(
-                    f"{_place(control.update)}: expected finite numbers under {sorted(control.init)}, got {dict(knobs)!r}"
+                    f"{_place(control.update)}: expected finite numbers under {sorted(control.init)}, a temperature above 0, "
+                    f"got {dict(knobs)!r}"
                 )
 
 
@@ -162,7 +162,7 @@ def _check_stats(objective: Objective, toy: Toy) -> dict[str, Any]:
     """Abstract evaluation of the statistics, with the shapes in which the head asks for them: their shapes [B, L]."""
     n = toy.batch.tokens.size
     with _named(objective.stats):
-        stats = jax.eval_shape(objective.stats, *stats_arguments(*toy))
+        stats = jax.eval_shape(functools.partial(flat_stats, objective), *toy)
     place = _place(objective.stats)
     if not isinstance(stats, dict) or not all(isinstance(name, str) for name in stats):
         raise ValueError(f"{place}: expected a dict of statistics by name, got {_short(stats)}")
@@ -203,9 +203,8 @@ def _check_select(objective: Objective, toy: Toy) -> Toy:
 
     @jax.jit
     def of(z, batch: Batch, reference_z: Any):
-        found = objective.stats(*stats_arguments(z, batch, reference_z))
-        by_row = {name: x.reshape(batch.tokens.shape) for name, x in found.items()}
-        by_row = {k: jax.numpy.where(batch.mask, x, jax.numpy.zeros_like(x)) for k, x in by_row.items()}
+        found = flat_stats(objective, z, batch, reference_z)
+        by_row = {k: jax.numpy.where(batch.mask, x.reshape(batch.mask.shape), 0.0) for k, x in found.items()}
         return select(objective.read(by_row), batch)
 
     def selected(toy: Toy) -> Batch:

@@ -32,6 +32,9 @@ AnyArray = jax.Array | np.ndarray
 PyTree = Any
 """A nested container of arrays, such as the parameters."""
 
+SAMPLING_TEMPERATURE = "sampling_temperature"
+"""The knob of a control that the sampler takes as an input."""
+
 
 _T = TypeVar("_T")
 
@@ -135,6 +138,11 @@ class Batch:
     segment: Int[Array, "B L"] | None = None
     weight: Float[Array, "B L"] | None = None
     knobs: dict[str, Float[Array, ""]] = dataclasses.field(default_factory=dict[str, Float[Array, ""]])
+
+    @property
+    def sampling_temperature(self) -> Float[Array, ""] | None:
+        """The knob of that name: the temperature at which the rollout was sampled; None where no control turns it."""
+        return self.knobs.get(SAMPLING_TEMPERATURE)
 
     @property
     def bare(self) -> "Batch":

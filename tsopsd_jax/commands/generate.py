@@ -64,7 +64,8 @@ class GenerateSettings:
 
     def facts(self) -> dict[str, Any]:
         """As a file's settings: what another directory with the same name must not pass for."""
-        return dataclasses.asdict(self) | {"model": str(Path(self.model).resolve())}
+        own = {"model": str(Path(self.model).resolve()), "sampling": self.sampling.facts()}
+        return dataclasses.asdict(self) | own
 
 
 def digest(texts: Sequence[str]) -> str:

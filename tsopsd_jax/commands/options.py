@@ -33,6 +33,9 @@ def add_sampling(parser: argparse.ArgumentParser, *, samples: int, max_tokens: i
     parser.add_argument("--temperature", type=float, default=1.0, help="default 1")
     parser.add_argument("--top-p", type=float, default=top_p, help=f"1: off; default {top_p:g}")
     parser.add_argument("--top-k", type=int, default=0, help="default 0: off")
+    parser.add_argument(
+        "--edt-theta", type=float, help="a token's temperature is T x 0.8^(this / its entropy); default: off"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--slots", type=int, default=64, help="responses decoded side by side; default 64")
     parser.add_argument("--tensor", type=int, default=1, help="devices that share one copy of the weights; default 1")
@@ -44,4 +47,4 @@ def sampling_of(args: argparse.Namespace) -> Sampling:
     Raises:
         ValueError: a temperature, top_p or top_k out of range.
     """
-    return Sampling(sampling_temperature=args.temperature, top_p=args.top_p, top_k=args.top_k)
+    return Sampling(sampling_temperature=args.temperature, top_p=args.top_p, top_k=args.top_k, edt_theta=args.edt_theta)

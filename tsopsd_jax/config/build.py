@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 
 from tsopsd_jax.config.doubts import doubts, repetitions
+from tsopsd_jax.config.needs import check_needs
 from tsopsd_jax.config.places import datasets_folder, model_folder
 from tsopsd_jax.config.references import find_references, reference_folders
 from tsopsd_jax.config.schema import DTYPES, Config, DataSettings, PhaseSettings
@@ -21,9 +22,8 @@ from tsopsd_jax.learn.update import make_optimizer, warm_up
 from tsopsd_jax.model import Qwen3, load_pretrained
 from tsopsd_jax.model.hf import INDEX, WEIGHTS
 from tsopsd_jax.model.hf_config import read_config
-from tsopsd_jax.objectives import Objective, make_objective, with_start_kl
+from tsopsd_jax.objectives import make_objective, with_start_kl
 from tsopsd_jax.rewards import Rewards, make_checked_rewards, make_rewards, overlong_penalty
-from tsopsd_jax.rollout import Sampling
 from tsopsd_jax.testing import objective_notes
 from tsopsd_jax.train.controllers import RateController
 from tsopsd_jax.train.phase import START, Phase
@@ -65,36 +65,10 @@ def check_objectives(config: Config, phases: Sequence[Phase]) -> list[str]:
     return notes
 
 
-def _check_needs(phase: PhaseSettings, objective: Objective) -> None:
-    """What an objective declares that it needs of its phase."""
-    name, t = phase.objective.name, objective.policy_temperature
-    if objective.uses_advantage and phase.reward is None:
-        raise ValueError(
-            f"reward: objective {name!r} uses advantages and so needs rewards; add a reward section ({{}} for the defaults), or "
-            "let an objective that uses none declare uses_advantage=False"
-        )
-    if t is not None and phase.sampling != Sampling(sampling_temperature=t):
-        raise ValueError(
-            f"sampling: objective {name!r} compares the policy at temperature {t:g} with the policy that sampled; expected "
-            f"sampling_temperature {t:g}, top_p 1, top_k 0, got {phase.sampling}; an objective that is right at any declares "
-            "policy_temperature=None"
-        )
-    if objective.reference and phase.reference == "none":
-        raise ValueError(
-            f"reference: objective {name!r} compares the policy with a frozen reference; expected reference: start, or a model "
-            "directory, got none"
-        )
-    if phase.reference != "none" and not (objective.reference or phase.measure_start_kl):
-        raise ValueError(
-            f"reference: objective {name!r} compares the policy with no reference; expected reference: none, got "
-            f"{phase.reference}; leave it out, or ask for measure_start_kl"
-        )
-
-
 def _phase(phase: PhaseSettings) -> Phase:
     rate = phase.optimizer
     objective = make_objective(phase.objective.name, phase.objective.hyperparameters)
-    _check_needs(phase, objective)
+    check_needs(phase, objective)
     if phase.measure_start_kl:
         objective = with_start_kl(objective)
     if phase.reward is not None:

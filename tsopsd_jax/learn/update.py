@@ -25,7 +25,7 @@ from tsopsd_jax.metric_names import (
 )
 from tsopsd_jax.model.qwen3 import Qwen3
 from tsopsd_jax.objectives import Objective
-from tsopsd_jax.types import Batch, Prompts, PyTree, Rollout, TrainState
+from tsopsd_jax.types import SAMPLING_TEMPERATURE, Batch, Prompts, PyTree, Rollout, TrainState
 
 MICRO_BATCHES = "micro_batches"
 """Name of the loop over micro-batches in profiles and compiled programs."""
@@ -349,13 +349,13 @@ def distillation_batch(rollout: Rollout) -> Batch:
 
 
 def make_reheat_step(
-    sample: Callable[[PyTree, Prompts, Array], Rollout], update: Update
+    sample: Callable[..., Rollout], update: Update
 ) -> Callable[..., tuple[TrainState, UpdateOut, Rollout]]:
     """Make the reheater's whole step one function of (state, prompts, run key, hold_above_nats, knobs, reference), to be jitted
     with a donated state: sample on-policy, self-teacher, full-vocabulary KL, update. No host round trip.
 
     Args:
-        sample: (params, prompts, key) -> Rollout.
+        sample: (params, prompts, key) -> Rollout; where there is the knob `sampling_temperature`, it is a fourth argument.
         update: from `make_update`.
     """
 
@@ -367,7 +367,9 @@ def make_reheat_step(
         knobs: Mapping[str, Array] | None = None,
         reference: PyTree | None = None,
     ):
-        rollout = sample(state.params, prompts, jax.random.fold_in(run_key, state.step))
+        key, temperature = jax.random.fold_in(run_key, state.step), (knobs or {}).get(SAMPLING_TEMPERATURE)
+        given = () if temperature is None else (temperature,)
+        rollout = sample(state.params, prompts, key, *given)
         state, out = update(state, distillation_batch(rollout), hold_above_nats, knobs, reference)
         return state, out, rollout
 

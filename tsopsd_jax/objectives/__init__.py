@@ -14,6 +14,7 @@ from tsopsd_jax.objectives.loading import OBJECTIVES, make_objective
 from tsopsd_jax.objectives.opd import eopd, opd
 from tsopsd_jax.objectives.reference import with_start_kl
 from tsopsd_jax.objectives.repo_r import repo_r
+from tsopsd_jax.objectives.tampo import tampo
 from tsopsd_jax.objectives.top_entropy import top_entropy
 from tsopsd_jax.objectives.ts_opsd import ts_opsd
 
@@ -37,6 +38,7 @@ __all__ = [
     "opd",
     "policy_stats",
     "repo_r",
+    "tampo",
     "top_entropy",
     "ts_opsd",
     "with_start_kl",

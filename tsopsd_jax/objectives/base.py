@@ -23,7 +23,8 @@ Knobs = Mapping[str, float]
 class Control(NamedTuple):
     """Numbers that an objective turns between updates, on the host: changing one compiles nothing.
 
-    init: their values at the phase's start. They stand in `batch.knobs` as scalars, and in the log as `control/NAME`.
+    init: their values at the phase's start. They stand in `batch.knobs` as scalars, and in the log as `control/NAME`. The
+        knob `sampling_temperature` is an input of the sampler too: each rollout is drawn at its value.
     update: (knobs, metrics of the update) -> knobs of the next one. Pure: a run that resumes goes the same way.
     """
 
@@ -35,13 +36,15 @@ class Objective(NamedTuple):
     """A loss as two pure functions, and what it needs.
 
     stats: (logits [..., V], tokens [...]) -> {name: [...]}, the only code that sees the vocabulary. With `reference` it takes
-        a third argument, the frozen reference's logits [..., V] at the same tokens.
+        a third argument, the frozen reference's logits [..., V] at the same tokens. Where `control` has the
+        knob `sampling_temperature`, it is a keyword argument, that of the policy in the ratio.
     loss: ({name: [B, L]}, Batch) -> LossOutput, sees whole sequences and no vocabulary.
 
     tokenwise: the loss of a token follows from the statistics and the batch at that token alone. Then it may be asked
         about any tokens in any arrangement, [1, n] at a time: the head forms gradients in one pass, and rows are packed.
     uses_advantage: the loss reads `batch.advantage`, so its phase needs a reward.
-    policy_temperature: of the policy in its ratio, which must be the sampling temperature; None: right at any.
+    policy_temperature: of the policy in its ratio, which must be the sampling temperature; None: right at any. Where that is
+        a knob: its first value.
     select: ({name: [B, L]}, Batch) -> Batch sees the whole update's batch once, before the gradient, whatever the
         micro-batches: for weights or advantages that depend on a quantile, a covariance or a mean over all tokens. It sets
         `weight` or `advantage`, or adds scalars to `knobs`; never the mask. It may not depend on how sequences lie in rows.

@@ -1,6 +1,7 @@
 # pyright: strict, reportUnknownMemberType=false
 """DAPO (arXiv 2503.14476)."""
 
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -11,8 +12,8 @@ from tsopsd_jax import losses
 from tsopsd_jax.head import Stats
 from tsopsd_jax.logit_stats import LibraryStats
 from tsopsd_jax.metric_names import ENTROPY, ENTROPY_AT_POLICY_TEMPERATURE
-from tsopsd_jax.objectives.base import Objective
-from tsopsd_jax.types import Batch, LossOutput, Mean
+from tsopsd_jax.objectives.base import Control, Knobs, Objective
+from tsopsd_jax.types import SAMPLING_TEMPERATURE, Batch, LossOutput, Mean
 
 NO_DUAL_CLIP = 1e9
 """Above every ratio there is: log-ratios are clamped at 20 nats."""
@@ -87,14 +88,19 @@ def policy_stats(policy_temperature: float = 1.0) -> Stats:
         return LibraryStats(("logp", "entropy"))
 
     def stats(logits: Array, tokens: Array) -> dict[str, Array]:
-        tempered = logits / policy_temperature
-        return {
-            "logp": losses.token_logp(tempered, tokens),
-            "entropy": losses.entropy(logits),
-            "entropy_at_policy_temperature": losses.entropy(tempered),
-        }
+        return tempered_stats(logits, tokens, sampling_temperature=policy_temperature)
 
     return stats
+
+
+def tempered_stats(logits: Array, tokens: Array, *, sampling_temperature: float | Array) -> dict[str, Array]:
+    """`policy_stats` at a temperature that may be a knob."""
+    tempered = logits / sampling_temperature
+    return {
+        "logp": losses.token_logp(tempered, tokens),
+        "entropy": losses.entropy(logits),
+        "entropy_at_policy_temperature": losses.entropy(tempered),
+    }
 
 
 KL_ESTIMATORS = ("k1", "k3", "exact")
@@ -134,6 +140,8 @@ def dapo(
     policy_temperature: float = 1.0,
     kl_coefficient: float = 0.0,
     kl_estimator: str = "k3",
+    final_temperature: float | None = None,
+    anneal_updates: int = 100,
 ) -> Objective:
     """DAPO (arXiv 2503.14476): clip-higher, dual clip, token-mean. No entropy bonus; no KL term unless one is asked for.
 
@@ -144,10 +152,14 @@ def dapo(
             Rollout reheating (TS-OPSD's RR) is both at 1.2, as verl computes it.
         kl_coefficient: of a penalty on KL(policy || reference), added to the loss of each token; 0: none, and no reference.
         kl_estimator: `k1`, `k3` or `exact`, see `reference_kl_stats`.
+        final_temperature: rollouts are sampled at a temperature that moves in a line from `policy_temperature` to this one,
+            and so does T (a schedule that TAMPO, arXiv 2602.11779, compares itself with); None: it stays.
+        anneal_updates: updates after which it is there; a rollout and its updates are at the temperature as it began.
 
     Raises:
-        ValueError: for clip ranges outside 0 <= clip_low <= 1, 0 <= clip_high, 1 + clip_high <= clip_ratio_c, or a
-            temperature that is not positive, a negative coefficient, or another estimator.
+        ValueError: for clip ranges outside 0 <= clip_low <= 1, 0 <= clip_high, 1 + clip_high <= clip_ratio_c, for
+            temperatures or `anneal_updates` that are not positive, a negative coefficient, another estimator, or a
+            `final_temperature` beside a penalty.
     """
     clip = Clip("dapo", clip_low, clip_high, clip_ratio_c).checked()
     if kl_coefficient < 0:
@@ -161,10 +173,34 @@ def dapo(
             metrics["policy/reference_kl_nats"] = Mean.of(stats["reference_kl"], batch.mask)
         return LossOutput(Mean.of(per_token, batch.mask), metrics)
 
-    return Objective(
+    made = Objective(
         pulled if kl_coefficient > 0 else plain,
         loss,
         tokenwise=True,
         policy_temperature=policy_temperature,
         reference=kl_coefficient > 0,
     )
+    if final_temperature is None:
+        return made
+    if not (final_temperature > 0 and anneal_updates >= 1):
+        raise ValueError(
+            "dapo expects a positive final_temperature and anneal_updates of at least 1, got "
+            f"final_temperature={final_temperature}, anneal_updates={anneal_updates}"
+        )
+    if made.reference:
+        raise ValueError(f"dapo expects no final_temperature beside a penalty, got kl_coefficient={kl_coefficient}")
+    control = Control(
+        {SAMPLING_TEMPERATURE: policy_temperature}, _line(policy_temperature, final_temperature, anneal_updates)
+    )
+    return made._replace(stats=tempered_stats, control=control)
+
+
+def _line(first: float, last: float, steps: int) -> Callable[[Knobs, Mapping[str, float]], Knobs]:
+    """Make the update of a control that moves the sampling temperature from `first` to `last` in so many equal steps."""
+    low, high = sorted((first, last))
+
+    def turn(knobs: Knobs, _: Mapping[str, float]) -> Knobs:
+        moved = knobs[SAMPLING_TEMPERATURE] + (last - first) / steps
+        return {SAMPLING_TEMPERATURE: min(max(moved, low), high)}
+
+    return turn

@@ -17,6 +17,7 @@ from tsopsd_jax.objectives.entropy_bonus import adaptive_entropy_bonus, entropy_
 from tsopsd_jax.objectives.jsd import jsd
 from tsopsd_jax.objectives.opd import eopd, opd
 from tsopsd_jax.objectives.repo_r import repo_r
+from tsopsd_jax.objectives.tampo import tampo
 from tsopsd_jax.objectives.top_entropy import top_entropy
 from tsopsd_jax.objectives.ts_opsd import ts_opsd
 
@@ -37,6 +38,7 @@ OBJECTIVES: dict[str, Callable[..., Objective]] = {
     "bapo": bapo,
     "aent": aent,
     "aer": aer,
+    "tampo": tampo,
 }
 """Name in a configuration -> factory."""
 

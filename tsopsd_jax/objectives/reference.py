@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from tsopsd_jax import losses
-from tsopsd_jax.head import Stats
+from tsopsd_jax.head import Stats, call_stats
 from tsopsd_jax.logit_stats import LibraryStats, check_temperature
 from tsopsd_jax.metric_names import AGREEMENT, START_KL, TEACHER_ENTROPY
 from tsopsd_jax.objectives.base import Objective
@@ -84,10 +84,12 @@ def with_start_kl(objective: Objective) -> Objective:
     temperature 1. Its phase's reference is the policy that the phase began with. Nothing is learned from it."""
 
     @functools.wraps(objective.stats)  # errors name the place of the objective's own functions
-    def stats(logits: Array, tokens: Array, reference_logits: Array) -> dict[str, Array]:
-        beside = (reference_logits,) if objective.reference else ()
+    def stats(
+        logits: Array, tokens: Array, reference_logits: Array, *, sampling_temperature: Array | None = None
+    ) -> dict[str, Array]:
+        beside = reference_logits if objective.reference else None
         apart = losses.reverse_kl(reference_logits, jax.lax.stop_gradient(logits))
-        return objective.stats(logits, tokens, *beside) | {"start_kl": apart}
+        return call_stats(objective.stats, logits, tokens, beside, sampling_temperature) | {"start_kl": apart}
 
     @functools.wraps(objective.loss)
     def loss(stats: dict[str, Array], batch: Batch) -> LossOutput:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from tsopsd_jax.head import call_stats
 from tsopsd_jax.objectives.base import Objective
 from tsopsd_jax.types import Batch, LossOutput
 
@@ -34,10 +35,11 @@ class Toy(NamedTuple):
         return Toy(function(self.z), mapped(function, self.batch), z)
 
 
-def stats_arguments(z: Any, batch: Batch, reference_z: Any) -> tuple[Any, ...]:
-    """What the head passes to `stats`: logits [N, V], tokens [N], and the reference's logits [N, V] where there is one."""
-    flat = (z.reshape(-1, z.shape[-1]), batch.tokens.reshape(-1))
-    return flat if reference_z is None else (*flat, reference_z.reshape(-1, z.shape[-1]))
+def flat_stats(objective: Objective, z: Any, batch: Batch, reference_z: Any) -> dict[str, Any]:
+    """The statistics of all tokens, [B x L], asked for as the head asks."""
+    flat = None if reference_z is None else reference_z.reshape(-1, z.shape[-1])
+    tokens = batch.tokens.reshape(-1)
+    return call_stats(objective.stats, z.reshape(-1, z.shape[-1]), tokens, flat, batch.sampling_temperature)
 
 
 def mapped(function: Any, batch: Batch) -> Batch:

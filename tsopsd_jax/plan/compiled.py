@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import jax
+
 from tsopsd_jax.head import TILES
 from tsopsd_jax.learn.micro_batches import choose_micro_batches, compile_within
 from tsopsd_jax.learn.update import MICRO_BATCHES
@@ -13,6 +15,7 @@ from tsopsd_jax.plan.collectives import Program
 from tsopsd_jax.rollout import Engine
 from tsopsd_jax.rollout.segment import STEPS
 from tsopsd_jax.train.phase_update import Updater
+from tsopsd_jax.types import SAMPLING_TEMPERATURE
 
 HOPELESS = 1.3
 """An update that by formula needs this many times the memory is not compiled: smaller micro-batches are tried at once."""
@@ -58,14 +61,19 @@ def compile_parts(case: Case, programs: CompiledPrograms, *, limit_bytes: int) -
         )
         loops[STEPS] = case.phase.max_response_tokens
         return [_measured(estimated["reheat_step"], case, step, inside=tuple(case.resident), loops=loops)]
-    sampling = _sampling(case, programs, estimated)
+    sampling = _sampling(case, programs, estimated, updater.abstract_knobs().get(SAMPLING_TEMPERATURE))
     inside = (*case.resident, "gradients")
     update = _update(case, programs, micro_batches)
     updates = case.phase.updates_per_step
     return [*sampling, _measured(estimated["update"], case, update, inside=inside, loops=loops, times=updates)]
 
 
-def _sampling(case: Case, programs: CompiledPrograms, estimated: dict[str, Part]) -> list[Part]:
+def _sampling(
+    case: Case,
+    programs: CompiledPrograms,
+    estimated: dict[str, Part],
+    temperature: jax.ShapeDtypeStruct | None,
+) -> list[Part]:
     engine = Engine(
         case.model,
         case.mesh,
@@ -79,7 +87,7 @@ def _sampling(case: Case, programs: CompiledPrograms, estimated: dict[str, Part]
     calls, rows, width = case.prefill
     view = programs.compile(f"{name}: view", sampler.lower_view(params))
     prefill = programs.compile(f"{name}: prefill", sampler.lower_prefill(params, (rows, width)))
-    decode = programs.compile(f"{name}: decode", sampler.lower_segment(params))
+    decode = programs.compile(f"{name}: decode", sampler.lower_segment(params, sampling_temperature=temperature))
     steps = {STEPS: engine.segment}
     return [
         _measured(estimated["view"], case, view, inside=("parameters", "rollout view")),

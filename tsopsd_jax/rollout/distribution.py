@@ -17,8 +17,27 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from tsopsd_jax import losses
+
 SMALLEST_TEMPERATURE = 1e-6
 """Sampling is exact from here on; below there is greedy decoding, 0, only."""
+
+EDT_BASE = 0.8
+"""N of EDT, as in the paper."""
+
+
+def checked_temperature(sampling_temperature: float) -> float:
+    """Return a temperature that a control chose for a rollout.
+
+    Raises:
+        ValueError: if it is not a number of at least `SMALLEST_TEMPERATURE`.
+    """
+    if not SMALLEST_TEMPERATURE <= sampling_temperature < float("inf"):
+        raise ValueError(
+            f"the knob sampling_temperature must be a number of at least {SMALLEST_TEMPERATURE:g}, got {sampling_temperature}; "
+            "the objective's control turned it"
+        )
+    return sampling_temperature
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,16 +45,19 @@ class Sampling:
     """How responses are drawn.
 
     `sampling_temperature` 1, `top_p` 1, `top_k` 0 (off) is the policy itself; `sampling_temperature` 0 is greedy
-    decoding.
+    decoding. `edt_theta` (None: off; nats) makes the temperature of each token follow the entropy H of the policy there:
+    sampling_temperature x 0.8^(edt_theta / H), so that confident tokens are sampled colder (EDT, arXiv 2403.14541; it is at
+    least `SMALLEST_TEMPERATURE` here, at which H = 0 stands).
 
     Raises:
-        ValueError: for a temperature that is neither 0 nor at least `SMALLEST_TEMPERATURE`, and for a top-p or top-k
-            that cuts off everything.
+        ValueError: for a temperature that is neither 0 nor at least `SMALLEST_TEMPERATURE`, for a top-p or top-k that cuts
+            off everything, and for an `edt_theta` that is not positive or meets greedy decoding.
     """
 
     sampling_temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    edt_theta: float | None = None
 
     def __post_init__(self):
         temperature = self.sampling_temperature
@@ -48,6 +70,16 @@ class Sampling:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
         if self.top_k < 0:
             raise ValueError(f"top_k must be 0 (off) or positive, got {self.top_k}")
+        if self.edt_theta is not None and not 0 < self.edt_theta < float("inf"):
+            raise ValueError(f"edt_theta must be null (off) or a positive number of nats, got {self.edt_theta}")
+        if self.edt_theta is not None and temperature == 0:
+            raise ValueError(
+                f"edt_theta {self.edt_theta:g} scales the sampling_temperature; expected a positive one, got 0 (greedy decoding)"
+            )
+
+    def facts(self) -> dict[str, float]:
+        """Its settings by name, those that are off (None) left out: what a record says of it."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
 
 
 class Cut(NamedTuple):
@@ -58,7 +90,10 @@ class Cut(NamedTuple):
 
 
 def draw(
-    logits: Float[Array, "B V"], uniform: Float[Array, " B"], sampling: Sampling
+    logits: Float[Array, "B V"],
+    uniform: Float[Array, " B"],
+    sampling: Sampling,
+    sampling_temperature: Float[Array, ""] | None = None,
 ) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
     """Draw one token per row; returns it and its log-probability (nats) under the distribution sampled.
 
@@ -70,15 +105,18 @@ def draw(
         uniform: in [0, 1), one a row.
         sampling: divides the logits by the temperature, keeps the `top_k` likeliest, then of these the nucleus: the
             shortest prefix in order of falling probability (equal ones in order of index) whose mass reaches `top_p`.
+        sampling_temperature: takes the place of the settings', where it changes from one rollout to the next; at least
+            `SMALLEST_TEMPERATURE`.
     """
     vocab = logits.shape[-1]
-    if sampling.sampling_temperature == 0:
+    if sampling_temperature is None and sampling.sampling_temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32), jnp.zeros(logits.shape[:1], jnp.float32)
     top = jnp.max(logits, axis=-1, keepdims=True)
+    temperature = _temperature(logits, sampling, sampling_temperature)
 
     def scaled(z: Array) -> Array:
         centred = z - top
-        return centred if sampling.sampling_temperature == 1 else centred / sampling.sampling_temperature
+        return centred if not isinstance(temperature, Array) and temperature == 1 else centred / temperature
 
     weight = jnp.exp(scaled(logits))
     cut = _cut(weight, sampling) if sampling.top_p < 1.0 or 0 < sampling.top_k < vocab else None
@@ -109,6 +147,15 @@ def draw(
     at = _first_above(passed[:, None] + jnp.cumsum(inside_BW, axis=-1), inside_BW, goal)
     token = block * width + at
     return token, scaled(_pick(logits, token)[:, None])[:, 0] - jnp.log(total)
+
+
+def _temperature(logits: Float[Array, "B V"], sampling: Sampling, given: Array | None) -> float | Array:
+    """Choose what divides the logits: a number, a scalar, or with EDT one of each row, [B, 1]."""
+    base = sampling.sampling_temperature if given is None else given
+    if sampling.edt_theta is None:
+        return base
+    nats = jnp.maximum(losses.entropy(logits)[:, None], jnp.finfo(jnp.float32).tiny)  # the sum of none is -0
+    return jnp.maximum(base * EDT_BASE ** (sampling.edt_theta / nats), SMALLEST_TEMPERATURE)
 
 
 def _blocks(vocab: int) -> int:

@@ -10,11 +10,11 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
-from tsopsd_jax.distributed.sharding import row_multiple
+from tsopsd_jax.distributed.sharding import put, replicated, row_multiple
 from tsopsd_jax.model.decoding import LayerCache
 from tsopsd_jax.model.qwen3 import Qwen3
 from tsopsd_jax.rollout.admission import Piece, pieces, placement
-from tsopsd_jax.rollout.distribution import Sampling
+from tsopsd_jax.rollout.distribution import Sampling, checked_temperature
 from tsopsd_jax.rollout.programs import Programs
 from tsopsd_jax.rollout.schedule import Admitted, Geometry, Schedule
 from tsopsd_jax.rollout.segment import Pool, Segment, Slots
@@ -136,6 +136,7 @@ class Engine:
         key: Array,
         *,
         group: int = 1,
+        sampling_temperature: float | None = None,
         on_finished: Callable[[Finished], None] | None = None,
         on_progress: Callable[[Progress], None] | None = None,
     ) -> Rollout:
@@ -150,7 +151,10 @@ class Engine:
         tokens[:, :p] = np.where(np.arange(p)[None, :] < length[:, None], prompts.tokens, 0)
         logp = np.zeros(tokens.shape, np.float32)
         end, stopped = length.copy(), np.zeros(n, bool)
-        for done in self.stream(view, prompts, key, group=group, on_progress=on_progress):
+        stream = self.stream(
+            view, prompts, key, group=group, sampling_temperature=sampling_temperature, on_progress=on_progress
+        )
+        for done in stream:
             at = slice(length[done.row], length[done.row] + len(done.tokens))
             tokens[done.row, at], logp[done.row, at] = done.tokens, done.logp
             end[done.row], stopped[done.row] = at.stop, done.stopped
@@ -165,6 +169,7 @@ class Engine:
         key: Array,
         *,
         group: int | np.ndarray = 1,
+        sampling_temperature: float | None = None,
         on_progress: Callable[[Progress], None] | None = None,
     ) -> Iterator[Finished]:
         """Yield rows as they end, in an order that follows from lengths alone.
@@ -175,23 +180,29 @@ class Engine:
             group: rows with the same prompt stand side by side, in groups of this many, or [N] with a number for each
                 group; a group's prompt is prefilled once.
             key: the key of the step; a row's randomness depends on it and on the row's id alone.
+            sampling_temperature: in place of that of the engine's settings: an input of the programs, so that another one
+                compiles nothing.
             on_progress: called after every segment; what it raises ends the rollout.
 
         Raises:
-            ValueError: if `group` does not divide the rows, or the prompts are not `max_prompt_tokens` wide.
+            ValueError: if `group` does not divide the rows, the prompts are not `max_prompt_tokens` wide, or the temperature
+                is below `SMALLEST_TEMPERATURE`.
         """
         if isinstance(group, int) and len(prompts.length) % group:
             raise ValueError(f"group {group} does not divide {len(prompts.length)} rows")
         width = prompts.tokens.shape[1]
         if width != self.geometry.max_prompt_tokens:
             raise ValueError(f"prompts are {width} wide, expected max_prompt_tokens {self.geometry.max_prompt_tokens}")
+        temperature = None
+        if sampling_temperature is not None:
+            temperature = put(np.float32(checked_temperature(sampling_temperature)), replicated(self.mesh))
         began = time.monotonic()
         rollout = _Rollout(self, prompts, group)
         schedule, self.progress = rollout.schedule, Progress(len(prompts.length))
         finished: list[Finished] = []
         while not schedule.over:
             rollout.turn(view)
-            running = rollout.dispatch(view, key)
+            running = rollout.dispatch(view, key, temperature)
             yield from finished  # while the segment runs
             finished = rollout.collect(running)
             now = self.progress
@@ -255,7 +266,7 @@ class _Rollout:
         self._count_bytes()
         self._admit(view, schedule.admit())
 
-    def dispatch(self, view: PyTree, key: Array) -> Segment:
+    def dispatch(self, view: PyTree, key: Array, sampling_temperature: Array | None) -> Segment:
         """Start a segment; its results are fetched by `collect`."""
         schedule, row = self.schedule, self.schedule.row.reshape(-1)
         live, drawn = row >= 0, self.schedule.drawn.reshape(-1)
@@ -270,7 +281,7 @@ class _Rollout:
         )
         slots = Slots(*(self.on_device.put(x if x.dtype == np.uint32 else x.astype(np.int32)) for x in slots))
         pool = None if self.pages is None else Pool(self.pages, self.on_device.put(schedule.owner))
-        segment, self.tails = self.on_device.decode_segment(view, self.tails, pool, slots, key)
+        segment, self.tails = self.on_device.decode_segment(view, self.tails, pool, slots, key, sampling_temperature)
         return self.on_device.gather(segment)
 
     def collect(self, segment: Segment) -> list[Finished]:

@@ -41,7 +41,8 @@ class Programs:
         view: parameters -> rollout view.
         prefill: view, tokens [A, W] -> their cache.
         place, commit, grow, shrink_tails, shrink_pages: what `cache` does between segments.
-        decode_segment: view, tails, pool, slots, key -> (Segment, tails); consumes the tails.
+        decode_segment: view, tails, pool, slots, key, sampling temperature -> (Segment, tails); consumes the tails. The
+            temperature is None where the settings' own holds.
         gather: a Segment -> the same on every device, so that every host sees every row.
     """
 
@@ -142,15 +143,23 @@ class Programs:
         tokens = jax.ShapeDtypeStruct(shape, np.int32, sharding=self._rows)
         return self.prefill.lower(self._abstract_view(params), tokens)
 
-    def lower_segment(self, params: PyTree, size: int | None = None) -> Any:
-        """Lower a segment of all slots; `params` may be abstract. `size`: pages of a shard, by default the most."""
+    def lower_segment(
+        self, params: PyTree, size: int | None = None, *, sampling_temperature: jax.ShapeDtypeStruct | None = None
+    ) -> Any:
+        """Lower a segment of all slots; `params` may be abstract.
+
+        Args:
+            size: pages of a shard, by default the most.
+            sampling_temperature: the scalar that a segment takes where a control turns it.
+        """
         tails, pool = self._abstract_cache(self.pool_sizes()[-1] if size is None else size)
         integers: dict[str, Any] = dict.fromkeys(
             Slots._fields, jax.ShapeDtypeStruct((self._slots,), np.int32, sharding=self._rows)
         )
         integers["row_id"] = jax.ShapeDtypeStruct((self._slots,), np.uint32, sharding=self._rows)
         key = _abstract(jax.eval_shape(lambda: jax.random.key(0)), replicated(self._mesh))
-        return self.decode_segment.lower(self._abstract_view(params), tails, pool, Slots(**integers), key)
+        view, slots = self._abstract_view(params), Slots(**integers)
+        return self.decode_segment.lower(view, tails, pool, slots, key, sampling_temperature)
 
     def _abstract_view(self, params: PyTree) -> Any:
         view = jax.eval_shape(self.view, params)

@@ -76,6 +76,7 @@ def decode_segment(
     pool: Pool | None,
     slots: Slots,
     key: Array,
+    sampling_temperature: Float[Array, ""] | None = None,
     *,
     sampling: Sampling,
     steps: int,
@@ -91,6 +92,7 @@ def decode_segment(
         pool: pages of the shared cache, or None where no slot has any.
         slots: the state of each slot.
         key: the key of the step.
+        sampling_temperature: in place of that of `sampling`, where it changes from rollout to rollout.
         sampling, steps, stop_ids: what is drawn, how many, what ends a row.
         paged: attention over pages.
         entropy: measure the exact entropy of softmax(logits) too, whatever the sampling settings.
@@ -122,7 +124,7 @@ def decode_segment(
 
         caches = tuple(zip(tails, pages, strict=True))
         logits_BV, tails = decode(model, view, token, slots.position + t, attend, caches)
-        drawn, drawn_logp = draw(logits_BV, uniform_RB[t], sampling)
+        drawn, drawn_logp = draw(logits_BV, uniform_RB[t], sampling, sampling_temperature)
         live = (count == t) & ~stopped & (count < slots.left)
         drawn = jnp.where(live, drawn, 0)
         tokens = jax.lax.dynamic_update_slice(tokens, drawn[None], (t, 0))
@@ -179,6 +181,7 @@ def sample(
     params: PyTree,
     prompts: Prompts,
     key: Array,
+    sampling_temperature: Float[Array, ""] | None = None,
     *,
     sampling: Sampling,
     max_response_tokens: int,
@@ -194,6 +197,7 @@ def sample(
         model, params: the policy.
         prompts: B prompts of at most P tokens, right-padded.
         key: the key of the step; the randomness of a row depends on it and on the row's id alone.
+        sampling_temperature: in place of that of `sampling`, where it changes from rollout to rollout.
         sampling: temperature, top-p, top-k.
         max_response_tokens: responses are cut at this length (stop token included).
         stop_ids: a response ends with the first of these.
@@ -234,6 +238,7 @@ def sample(
         None,
         slots,
         key,
+        sampling_temperature,
         sampling=sampling,
         steps=max_response_tokens,
         stop_ids=stop_ids,

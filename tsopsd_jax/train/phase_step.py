@@ -27,6 +27,7 @@ from tsopsd_jax.metric_names import LEARNING_RATE_FACTOR
 from tsopsd_jax.model import Qwen3
 from tsopsd_jax.rewards import answers_cut_off
 from tsopsd_jax.rollout import Engine, Progress, Sampling
+from tsopsd_jax.rollout.distribution import checked_temperature
 from tsopsd_jax.rundir.run_state import RunState
 from tsopsd_jax.train.metrics import Drawn, StepFacts
 from tsopsd_jax.train.perf import step_perf
@@ -34,7 +35,7 @@ from tsopsd_jax.train.phase import START, GuardError, Phase
 from tsopsd_jax.train.phase_update import Updater
 from tsopsd_jax.train.rollout_updates import Learnt, learnt, on_devices, report, take_updates, turned
 from tsopsd_jax.train.task import Task
-from tsopsd_jax.types import Prompts, PyTree, Rollout
+from tsopsd_jax.types import SAMPLING_TEMPERATURE, Prompts, PyTree, Rollout
 
 OnProgress = Callable[[Progress], None]
 
@@ -162,9 +163,10 @@ class PhaseStep:
         sampler, params = self.engine.on_device, self.update.state.params
         yield sampler.lower_view(params)
         yield sampler.lower_prefill(params, sampler.prefill_shape(self.phase.prompts_per_step))
+        temperature = self.update.abstract_knobs().get(SAMPLING_TEMPERATURE)
         # The pool grows with the responses. Shapes of fewer slots are left to the end of a rollout.
         for size in sampler.pool_sizes():
-            yield sampler.lower_segment(params, size)
+            yield sampler.lower_segment(params, size, sampling_temperature=temperature)
         yield self.update.lowered()
 
     # ------------------------------------------------------------- the two ways
@@ -221,13 +223,22 @@ class PhaseStep:
         group, leftover = phase.responses_per_prompt, run.leftover
         key, view = jax.random.fold_in(self.shared.key, run.state.step), self.engine.view(run.state.params)
         decode, score = self.task.tokenizer.decode, self.task.rewards
+        temperature = self._knobs(run).get(SAMPLING_TEMPERATURE)
         scored: list[Scored] = []
         judged: list[Groups] = []
 
         def sample() -> Scored:
             nonlocal run
             prompts, asked, run = self._next_prompts(run)
-            rollout = functools.partial(self.engine.run, view, prompts, key, group=group, on_progress=on_progress)
+            rollout = functools.partial(
+                self.engine.run,
+                view,
+                prompts,
+                key,
+                group=group,
+                sampling_temperature=temperature,
+                on_progress=on_progress,
+            )
             scored.append(score_while(lambda seen: rollout(on_finished=seen), asked, decode, score))
             return scored[-1]
 
@@ -280,7 +291,10 @@ class PhaseStep:
     def _knobs(self, run: RunState) -> dict[str, float]:
         """The numbers that the objective turns, as they stand before this step."""
         control = self.phase.objective.control
-        return {} if control is None else dict(run.progress.knobs or control.init)
+        knobs = {} if control is None else dict(run.progress.knobs or control.init)
+        if SAMPLING_TEMPERATURE in knobs:
+            checked_temperature(knobs[SAMPLING_TEMPERATURE])
+        return knobs
 
     def _hold_above_nats(self, run: RunState) -> float:
         """The entropy from which this step changes nothing."""

@@ -104,7 +104,8 @@ class Updater:
     def _once(self, dtype: Any) -> Any:
         return jax.ShapeDtypeStruct((), dtype, sharding=replicated(self.mesh))
 
-    def _knobs(self) -> dict[str, Any]:
+    def abstract_knobs(self) -> dict[str, Any]:
+        """Scalars on all devices under the names that the objective turns."""
         control = self.phase.objective.control
         names = [] if control is None else list(control.init)
         names += [LEARNING_RATE_FACTOR] if self.phase.rate_controller is not None else []
@@ -119,13 +120,15 @@ class Updater:
         fields = [self._of(dtype, self.width) for dtype in (np.int32, bool, np.float32, np.float32)]
         segment = self._of(np.int32, self.width) if self._packs(pieces) else None
         batch = Batch(*fields, segment=segment)
-        return self._jit(pieces).lower(self.state, batch, self._once(np.float32), self._knobs(), self._reference())
+        return self._jit(pieces).lower(
+            self.state, batch, self._once(np.float32), self.abstract_knobs(), self._reference()
+        )
 
     def lowered_reheat_step(self, step: Any) -> Any:
         """A `reheat_step`, ready to be compiled."""
         prompts = Prompts(self._of(np.int32, self.max_prompt_tokens), self._of(np.int32), self._of(np.uint32))
         key = self._once(jax.eval_shape(lambda: jax.random.key(0)).dtype)
-        return step.lower(self.state, prompts, key, self._once(np.float32), self._knobs(), self._reference())
+        return step.lower(self.state, prompts, key, self._once(np.float32), self.abstract_knobs(), self._reference())
 
     def reheat_step(self, stop_ids: tuple[int, ...]) -> Any:
         """The whole step of a phase without rewards as one jitted function; see `learn.update.make_reheat_step`."""

@@ -14,7 +14,7 @@ from tsopsd_jax.learn.mini_batches import Reported, take_mini_batch, together
 from tsopsd_jax.learn.update import UpdateOut
 from tsopsd_jax.metric_names import HELD, SKIPPED
 from tsopsd_jax.objectives.base import Control
-from tsopsd_jax.types import AnyArray, Batch, TrainState
+from tsopsd_jax.types import SAMPLING_TEMPERATURE, AnyArray, Batch, TrainState
 
 _Knobs = dict[str, float]
 
@@ -79,17 +79,19 @@ def take_updates(
         batch: of the whole rollout, a sequence a row; its tokens are `length` [B].
         mini_batches: rows of each update; None: the batch as it is.
         hold_above_nats: the entropy from which the step changes nothing.
-        knobs, control: the objective's numbers before the step, and what turns them after each update.
+        knobs, control: the objective's numbers before the step, and what turns them after each update; all updates
+            are at the sampling temperature of the rollout.
         beside: numbers that stay as they are over the step.
         mesh: of the devices that hold `state`.
     """
     step, limit = int(state.step), hold_above_nats
+    sampled = {name: x for name, x in knobs.items() if name == SAMPLING_TEMPERATURE}  # whatever the knob is turned to
     updates: list[Reported] = []
     useful: list[float] = []
     tokens: list[int] = []
     for rows in mini_batches:
         part, lengths = (batch, length) if rows is None else (take_mini_batch(batch, rows), np.asarray(length)[rows])
-        state, out, fraction = update(state, part, lengths, *on_devices(limit, knobs | beside, mesh))
+        state, out, fraction = update(state, part, lengths, *on_devices(limit, knobs | sampled | beside, mesh))
         updates.append(report(out))
         knobs, limit = turned(control, knobs, updates[-1]), float("inf")
         useful.append(fraction)

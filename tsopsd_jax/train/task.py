@@ -29,7 +29,7 @@ class EvaluationPlan:
 
     def facts(self) -> dict[str, Any]:
         """What a record says of it, besides the results."""
-        sampling = dataclasses.asdict(self.sampling)
+        sampling = self.sampling.facts()
         sampling = {"temperature": sampling.pop("sampling_temperature"), **sampling}
         return {"benchmark": self.benchmark, "sampling": sampling}
 
