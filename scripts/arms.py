@@ -28,10 +28,11 @@ LAST_STEPS = 5
 
 
 def overrides(config_file: Path, steps: int | None) -> list[str]:
-    """Settings that let every phase of a file take `steps` steps and no more; None: none."""
+    """Settings that let every phase of a file take `steps` steps and no more, whatever the entropy that it starts with; None: none."""
     if steps is None:
         return []
-    return [f"phases.{phase.name}.stop={{steps: {steps}}}" for phase in load_config(config_file, []).phases]
+    settings = (f"stop={{steps: {steps}}}", "guard.max_start_entropy_nats=null")
+    return [f"phases.{phase.name}.{each}" for phase in load_config(config_file, []).phases for each in settings]
 
 
 def run_arm(name: str, run_dir: Path, *, minutes: float | None, settings: list[str]) -> str:
