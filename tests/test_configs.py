@@ -217,6 +217,21 @@ def test_plain_is_the_reverse_of_build():
             {"phases__0__micro_batches": 3},
             ["phases.0", "micro_batches 3 does not divide", "8 rows", "choose a divisor"],
         ),
+        (
+            {"phases__0__updates_per_rollout": 3},
+            [
+                "phases.0",
+                "updates_per_rollout 3 does not divide prompts_per_step 4",
+                "whole groups",
+                "choose a divisor",
+            ],
+        ),
+        (
+            {"phases__0__updates_per_rollout": 2, "phases__0__micro_batches": 8},
+            ["micro_batches 8 does not divide the update's 4 rows", "(2 prompts x 2 responses)"],
+        ),
+        ({"phases__0__updates_per_rollout": 0}, ["updates_per_rollout must be at least 1"]),
+        ({"phases__0__passes_per_rollout": 0}, ["passes_per_rollout must be at least 1"]),
         ({"phases__0__rows_at_once": -1}, ["phases.0", "rows_at_once must be at least 1"]),
         ({"phases__0__prompts_per_step": 0}, ["prompts_per_step must be at least 1"]),
         ({"phases__0__optimizer_state": "forget"}, ["optimizer_state", "reset, keep", "'forget'"]),
@@ -476,6 +491,11 @@ def test_rows_must_split_over_the_mesh():
         check_batches(build(phases__0__prompts_per_step=6), mesh)
     with pytest.raises(ValueError, match=r"phase 'rl': 4 rows of a micro-batch do not split over 8 devices"):
         check_batches(build(phases__0__micro_batches=2), mesh)
+    with pytest.raises(ValueError, match=r"phase 'rl': 4 rows of an update do not split over 8 devices"):
+        check_batches(build(phases__0__updates_per_rollout=2), mesh)
+    several = {"phases__0__updates_per_rollout": 2, "phases__0__micro_batches": 4}  # 32 rows, 16 an update
+    with pytest.raises(ValueError, match=r"phase 'rl': 4 rows of a micro-batch do not split over 8 devices"):
+        check_batches(build(phases__0__prompts_per_step=16, **several), mesh)
 
 
 # ------------------------------------------------------------------ command line

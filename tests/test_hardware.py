@@ -93,6 +93,7 @@ def test_a_steps_speed_against_its_device(monkeypatch):
     found = perf.step_perf(model, mesh, drawn, rollout)
     flops = update_model_flops(C, rollout.prompt_length, rollout.response_length)
     assert found["perf/mfu"] == pytest.approx(flops / (2 * 2 * 1000))
+    assert perf.step_perf(model, mesh, drawn, rollout, passes=3.0)["perf/mfu"] == pytest.approx(3 * found["perf/mfu"])
     assert found["perf/decode_of_floor"] == pytest.approx((6 * 280 * 2 + 40 * 8 * 2 / 2) / 10 / 100)
     whole = SimpleNamespace(scored=drawn.scored, update_s=2.0, engine=None)  # one program
     assert perf.step_perf(model, mesh, whole, rollout) == {"perf/tokens_per_s_per_device": 8 / 2 / 2}

@@ -4,6 +4,7 @@ import dataclasses
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import numpy as np
@@ -434,6 +435,30 @@ def test_what_does_not_fit_is_said_with_a_remedy(capsys, config_file):
     assert "DOES NOT FIT" in out
     assert "to make it fit:" in out
     assert "more devices in mesh.fsdp" in out
+
+
+def test_several_updates_of_a_rollout_are_planned(capsys, config_file):
+    """Two updates of half the rows, and two passes of that, against one update: the same arithmetic a pass, AdamW each
+    time, and less memory. A reheater of two updates is no single program."""
+
+    def parts(*sets) -> dict[tuple[str, str], dict[str, Any]]:
+        code, out, _ = plan(capsys, config_file, "--topology", "h100:4", "--json", *(f"--set={x}" for x in sets))
+        assert code == DONE
+        return {(phase, part["name"]): part for part in json.loads(out)["parts"] for phase in part["phases"]}
+
+    one = parts()["rl", "update"]
+    two = parts("phases.rl.updates_per_rollout=2")["rl", "update"]
+    twice = parts("phases.rl.updates_per_rollout=2", "phases.rl.passes_per_rollout=2")["rl", "update"]
+    assert [x["updates"] for x in (one, two, twice)] == [1, 2, 4]
+    assert two["flops"] == pytest.approx(one["flops"])
+    assert two["hbm_bytes_moved"] > one["hbm_bytes_moved"]
+    assert two["peak_bytes"] < one["peak_bytes"]
+    for kind in ("flops", "hbm_bytes_moved"):
+        assert twice[kind] == pytest.approx(2 * two[kind])
+    moved = [sum(m["bytes"] for m in x["collectives"]) for x in (two, twice)]
+    assert moved[1] == pytest.approx(2 * moved[0])
+    assert ("reheat", "reheat_step") in parts()
+    assert ("reheat", "update") in parts("phases.reheat.updates_per_rollout=2")
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """What a run says of itself in status.json, after each way of ending and after a resume; what the page makes of it."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -129,6 +130,11 @@ def test_a_run_without_a_finite_update_does_not_look_healthy(trainer_in, tmp_pat
     page = Page(tmp_path)
     assert "Every update was skipped, because the gradient was not finite" in page.text
     assert "Updates skipped 2 of 2" in page.text
+    # Two updates a rollout: of two more steps' four updates all are skipped.
+    phase = dataclasses.replace(phase, updates_per_rollout=2, guard=Guard(max_skipped_in_row=5))
+    told(trainer_in(tmp_path / "two", phases=(phase,)))
+    assert read_status(tmp_path / "two")["skipped_updates"] == 4
+    assert "Updates skipped 4 of 4" in Page(tmp_path / "two").text
 
 
 def test_a_signal_and_a_failure_are_told(trainer_in, tmp_path):  # noqa: F811

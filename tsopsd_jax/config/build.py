@@ -162,14 +162,12 @@ def check_batches(config: Config, mesh: AnyMesh) -> None:
     multiple = row_multiple(mesh)
     for phase in config.phases:
         rows = phase.prompts_per_step * phase.responses_per_prompt
-        for what, count in (
-            ("rows of a step", rows),
-            ("rows of an update", rows // phase.updates_per_rollout),
-            ("rows of a micro-batch", rows // phase.updates_per_rollout // (phase.micro_batches or 1)),
-        ):
+        each = rows // phase.updates_per_rollout
+        parts = {"a step": rows, "an update": each, "a micro-batch": each // (phase.micro_batches or 1)}
+        for what, count in parts.items():
             if count % multiple:
                 raise ValueError(
-                    f"phase {phase.name!r}: {count} {what} do not split over {multiple} devices (mesh data x fsdp); "
+                    f"phase {phase.name!r}: {count} rows of {what} do not split over {multiple} devices (mesh data x fsdp); "
                     f"choose a multiple of {multiple}"
                 )
 
