@@ -28,7 +28,7 @@ LAST_STEPS = 5
 
 
 def overrides(config_file: Path, steps: int | None) -> list[str]:
-    """Settings that let every phase of a file take `steps` steps and no more, whatever the entropy that it starts with; None: none."""
+    """Let every phase of a file take `steps` steps and no more, whatever the entropy that it starts with; None: no change."""
     if steps is None:
         return []
     settings = (f"stop={{steps: {steps}}}", "guard.max_start_entropy_nats=null")

@@ -153,8 +153,8 @@ MUTANTS = [
     Mutant(
         "plan: the work of one update for several",
         "plan/case.py",
-        "Work(*(phase.updates_per_step * x for x in",
-        "Work(*(x for x in",
+        "*(phase.updates_per_step * x for x in",
+        "*(x for x in",
         "test_plan.py -k several_updates",
     ),
     Mutant(
