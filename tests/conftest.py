@@ -43,6 +43,8 @@ import pytest  # noqa: E402
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+from tpu_cloud import Cloud  # noqa: E402
+
 from tsopsd_jax.model import Qwen3, Qwen3Config  # noqa: E402
 
 TINY = Qwen3Config(
@@ -77,3 +79,9 @@ def shared_data():
     if not folder.is_dir():
         pytest.skip(f"real data sets are not at {folder.relative_to(ROOT.parent)} beside the checkout")
     return folder
+
+
+@pytest.fixture
+def cloud(tmp_path):
+    """Stubs of gcloud, kubectl and a worker's tools, alone on PATH, for the scripts of tpu/."""
+    return Cloud(tmp_path)
