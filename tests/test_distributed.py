@@ -218,21 +218,20 @@ elif does.startswith("fail"):
 elif does == "read":
     tick("restoring a checkpoint")
     def a_read_that_never_ends():
-        time.sleep(60)
+        time.sleep(300)
     a_read_that_never_ends()
 elif does == "step":
     tick("step 7")
-    time.sleep(60)
+    time.sleep(300)
 else:
-    time.sleep(20)
+    time.sleep(300)
 """
 
 
 @pytest.fixture
 def watching(tmp_path):
     """watching("wait", "leave", ...): processes that watch one another, once all do; none outlives the test.
-    The heartbeat
-    is long where it is not what is tested: a busy machine must not fail the test."""
+    The heartbeat is long where it is not what is tested: a busy machine must not fail the test."""
     env, processes = os.environ | {"PYTHONPATH": str(ROOT)}, []
 
     def start(*does: str, heartbeat_s: float = 30, stall_s: float = 0) -> list[subprocess.Popen]:
@@ -240,7 +239,7 @@ def watching(tmp_path):
             command = [sys.executable, "-c", PROCESS, str(i), str(len(does)), str(tmp_path), what]
             command += [str(heartbeat_s), str(stall_s)]
             processes.append(subprocess.Popen(command, env=env, text=True, stderr=subprocess.PIPE))
-        until = time.monotonic() + 60
+        until = time.monotonic() + 300
         while not all((tmp_path / f"ready{i}").is_file() for i in range(len(does))):
             assert time.monotonic() < until, "the processes did not meet"
             time.sleep(0.01)
@@ -253,7 +252,7 @@ def watching(tmp_path):
 
 
 def outcome(processes: list[subprocess.Popen]) -> tuple[list[int], list[str]]:
-    said = [p.communicate(timeout=60)[1] for p in processes]
+    said = [p.communicate(timeout=300)[1] for p in processes]
     return [p.returncode for p in processes], said
 
 
@@ -270,25 +269,25 @@ def test_a_killed_process_ends_the_others(victim, watching):
 
 
 def test_a_silent_process_ends_the_others_after_the_heartbeat(watching):
-    processes = watching("wait", "wait", "wait", heartbeat_s=2)
+    processes = watching("wait", "wait", "wait", heartbeat_s=4)
     processes[1].send_signal(signal.SIGSTOP)
     began = time.monotonic()
     for i in (0, 2):
-        assert processes[i].wait(timeout=60) == 5
+        assert processes[i].wait(timeout=300) == 5
     processes[1].kill()
-    assert time.monotonic() - began > 1.0
+    assert time.monotonic() - began > 2.0
     _, said = outcome(processes)
     for i in (0, 2):
         assert "process 1 of 3" in said[i]
-        assert "gave no sign of life for 2 s" in said[i]
+        assert "gave no sign of life for 4 s" in said[i]
 
 
 def test_a_pause_of_all_processes_is_nobodys_silence(watching):
     """As when a machine is moved to another host: all go on after longer than the heartbeat, and than a stall."""
-    processes = watching("work and leave", "work and leave", "work and leave", heartbeat_s=2, stall_s=3)
+    processes = watching("work and leave", "work and leave", "work and leave", heartbeat_s=4, stall_s=5)
     for process in processes:
         process.send_signal(signal.SIGSTOP)
-    time.sleep(3)
+    time.sleep(6)
     for process in processes:
         process.send_signal(signal.SIGCONT)
     assert outcome(processes) == ([0, 0, 0], ["", "", ""])
@@ -387,7 +386,7 @@ def test_a_farewell_on_the_heels_of_the_greeting_is_heard(monkeypatch):
         return [value, None]
 
     watch = heartbeat.Watch(index=0, count=2, heartbeat_s=30, stall_s=0, exchange=exchange)
-    until = time.monotonic() + 60
+    until = time.monotonic() + 300
     while watch.peers and not ended and time.monotonic() < until:
         time.sleep(0.01)
     watch.close()

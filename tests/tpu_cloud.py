@@ -77,7 +77,7 @@ class Cloud:
         self.answers_file.write_text(json.dumps(self.answers))
         command = [str(self.bin / "bash"), str(TPU / script), *arguments]
         return subprocess.run(
-            command, env=self.env(**env), capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=60
+            command, env=self.env(**env), capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=300
         )
 
     @property
