@@ -46,7 +46,7 @@ class Part:
     source: str
     """Where memory and traffic come from: `compiled`; `refused`, the compiler's figure of what it would need; `formula`."""
     micro_batches: int | None = None
-    """Of each update."""
+    """Micro-batches of each update."""
     updates: int | None = None
     """That follow a rollout."""
     steps: float | None = None

@@ -32,7 +32,7 @@ class RunProgress:
     baseline_nats: float | None = None
     """Their mean: the run's early entropy, to which stop rules may be relative; None: not known yet."""
     learning_rate_factor: float = 1.0
-    """Of the phase's next update, where a controller turns its learning rate."""
+    """Factor on the learning rate of the phase's next step, where a controller turns it."""
     skipped_in_row: int = 0
     """Consecutive updates skipped because they were not finite."""
     knobs: dict[str, float] = dataclasses.field(default_factory=dict)

@@ -51,7 +51,7 @@ class StepFacts(NamedTuple):
     update: dict[str, float]
     """The updates' own metrics."""
     skipped: Sequence[bool]
-    """Of each update: it was not finite and changed nothing."""
+    """Whether each update was not finite and changed nothing."""
     verifier_killed: int
     step_s: float
     perf: dict[str, float]

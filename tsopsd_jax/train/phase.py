@@ -115,7 +115,7 @@ class Phase:
     learning_rate: optax.Schedule | None = None
     """The optimizer's, to be logged; None: it is not."""
     updates_per_rollout: int = 1
-    """Of each pass; a mini-batch of whole groups each."""
+    """Updates of each pass over a rollout, each of a mini-batch of whole groups."""
     passes_per_rollout: int = 1
     reference: str | None = None
     """The frozen reference that the objective is compared with: START, or the directory of another model; None: it has none."""

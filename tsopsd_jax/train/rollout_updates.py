@@ -29,7 +29,7 @@ class Learnt(NamedTuple):
     metrics: dict[str, float]
     """See `learn.mini_batches.together`."""
     skipped: tuple[bool, ...]
-    """Of each update: it was not finite and changed nothing."""
+    """Whether each update was not finite and changed nothing."""
     knobs: _Knobs
 
 
