@@ -158,6 +158,7 @@ def refused(run) -> str | None:
 
 # ------------------------------------------------------------------ setting -> a value, what it changes
 
+RATE = "phases.0.learning_rate_control={entropy_gain_nats_per_step: 0.01, min_learning_rate: 1e-4, max_learning_rate: 1e-2}"
 PULLED = "phases.0.objective.hyperparameters={kl_coefficient: 0.1}"
 
 EFFECTS: dict[str, tuple] = {
@@ -237,7 +238,14 @@ EFFECTS: dict[str, tuple] = {
     "phases[].stop.epochs": ("4", rule("stop", "epochs")),
     "phases[].stop.collapsed_below_nats": ("0.1", rule("stop", "collapsed_below_nats")),
     "phases[].stop.recovered_above_nats": ("0.1", rule("stop", "recovered_above_nats")),
+    "phases[].stop.collapsed_below_fraction": ("0.2", rule("stop", "collapsed_below_fraction")),
+    "phases[].stop.recovered_above_fraction": ("0.5", rule("stop", "recovered_above_fraction")),
     "phases[].stop.window_steps": ("4", rule("stop", "window_steps")),
+    "phases[].stop.min_steps": ("2", rule("stop", "min_steps")),
+    "phases[].stop.look_ahead": ("true", rule("stop", "look_ahead"), "phases.0.stop.recovered_above_nats=9"),
+    "phases[].learning_rate_control.entropy_gain_nats_per_step": ("0.02", phase("rate_controller"), RATE),
+    "phases[].learning_rate_control.min_learning_rate": ("5e-4", phase("rate_controller"), RATE),
+    "phases[].learning_rate_control.max_learning_rate": ("5e-2", phase("rate_controller"), RATE),
     "phases[].prompts_per_step": ("8", phase("prompts_per_step")),
     "phases[].responses_per_prompt": ("8", phase("responses_per_prompt")),
     "phases[].updates_per_rollout": ("2", phase("updates_per_rollout")),
@@ -266,6 +274,10 @@ EFFECTS: dict[str, tuple] = {
     "phases[].guard.runaway_entropy_nats": ("3", rule("guard", "runaway_entropy_nats")),
     "phases[].guard.max_skipped_in_row": ("5", rule("guard", "max_skipped_in_row")),
     "phases[].guard.max_reward_failed_fraction": ("0.1", rule("guard", "max_reward_failed_fraction")),
+    "phases[].guard.max_truncated_fraction": ("0.5", rule("guard", "max_truncated_fraction")),
+    "baseline_steps": ("3", lambda run: run.baseline_steps),
+    "cycle.phases": ("[none]", refused, "cycle={phases: [rl], times: 2}"),
+    "cycle.times": ("3", lambda run: run.cycle, "cycle={phases: [rl], times: 2}"),
     "checkpoint_every_steps": ("7", lambda run: run.checkpoint_every_steps),
     "keep_checkpoints": ("7", lambda run: run.keep_checkpoints),
     "samples.every_steps": ("7", lambda run: run.samples),
