@@ -83,7 +83,8 @@ def objective(request, own_file):
 
 
 def test_the_cases_cover_every_entry():
-    assert {name for name, _ in CASES.values()} - {"own"} == set(OBJECTIVES)
+    turned = {"tampo"}  # its statistics are given a temperature: tests/test_temperature.py
+    assert {name for name, _ in CASES.values()} - {"own"} == set(OBJECTIVES) - turned
 
 
 def fields():
