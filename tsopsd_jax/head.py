@@ -96,7 +96,7 @@ def _reference_logits(reference: Reference | None, at: Array) -> Array | None:
 
 def call_stats(
     stats: Stats, z: Array, tokens: Array, reference_z: Array | None, sampling_temperature: Array | None
-) -> dict[str, Array]:
+) -> Any:
     """Call `stats` with what there is: a reference's logits, a sampling temperature that is a knob."""
     arguments = (z, tokens) if reference_z is None else (z, tokens, reference_z)
     if sampling_temperature is None:

@@ -152,9 +152,9 @@ def _check_turning(control: Control, names: set[str]) -> None:
         for knobs in (control.init, turned):
             odd = {k: v for k, v in knobs.items() if not isinstance(v, int | float) or not math.isfinite(v)}
             if odd or set(knobs) != set(control.init) or knobs.get(SAMPLING_TEMPERATURE, 1.0) <= 0:
+                above = " (a temperature above 0)" if SAMPLING_TEMPERATURE in control.init else ""
                 raise ValueError(
-                    f"{_place(control.update)}: expected finite numbers under {sorted(control.init)}, a temperature above 0, "
-                    f"got {dict(knobs)!r}"
+                    f"{_place(control.update)}: expected finite numbers under {sorted(control.init)}{above}, got {dict(knobs)!r}"
                 )
 
 
