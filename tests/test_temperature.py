@@ -216,7 +216,7 @@ def turning(turn) -> Objective:
 def test_the_contract_of_a_turned_temperature():
     assert check_objective(turning(lambda t: t + 0.1)) is None
     assert check_objective(with_start_kl(dapo(final_temperature=1.5))) is None
-    with pytest.raises(ValueError, match="a temperature above 0, got"):
+    with pytest.raises(ValueError, match=r"a temperature above 0\), got"):
         check_objective(turning(lambda t: t - 0.5))
     forgot = turning(lambda t: t)._replace(stats=dapo().stats)
     with pytest.raises(ValueError, match="unexpected keyword argument 'sampling_temperature'"):

@@ -35,7 +35,7 @@ class Toy(NamedTuple):
         return Toy(function(self.z), mapped(function, self.batch), z)
 
 
-def flat_stats(objective: Objective, z: Any, batch: Batch, reference_z: Any) -> dict[str, Any]:
+def flat_stats(objective: Objective, z: Any, batch: Batch, reference_z: Any) -> Any:
     """The statistics of all tokens, [B x L], asked for as the head asks."""
     flat = None if reference_z is None else reference_z.reshape(-1, z.shape[-1])
     tokens = batch.tokens.reshape(-1)
