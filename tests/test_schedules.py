@@ -107,13 +107,13 @@ def test_rules_that_contradict_themselves(rule, message):
 def test_the_baseline_is_the_mean_of_the_runs_first_steps_and_stays():
     run = RunProgress()
     for entropy in (0.5, math.nan, 0.3, 0.1, 0.1, 0.1):  # an objective that reports none adds none
-        run = run.after_step(entropy_nats=entropy, skipped=False, window_steps=2, baseline_steps=2)
+        run = run.after_step(entropy_nats=entropy, skipped=[False], window_steps=2, baseline_steps=2)
     assert run.baseline_nats == pytest.approx(0.4)  # (0.5 + 0.3) / 2
     assert run.next_phase(phase=1, round=1, stage="x").baseline_nats == run.baseline_nats
-    begun = RunProgress().after_step(entropy_nats=0.5, skipped=False, window_steps=2, baseline_steps=2)
+    begun = RunProgress().after_step(entropy_nats=0.5, skipped=[False], window_steps=2, baseline_steps=2)
     begun = begun.next_phase(phase=1, round=1, stage="x")
     assert begun.baseline_nats is None
-    assert begun.after_step(entropy_nats=0.3, skipped=False, window_steps=2, baseline_steps=2).baseline_nats == 0.4
+    assert begun.after_step(entropy_nats=0.3, skipped=[False], window_steps=2, baseline_steps=2).baseline_nats == 0.4
 
 
 # ------------------------------------------------------------------------ cycle

@@ -23,7 +23,7 @@ from tsopsd_jax.distributed.sharding import make_mesh
 from tsopsd_jax.judge.groups import RewardRule
 from tsopsd_jax.learn.mini_batches import Reported, mini_batch_rows, together
 from tsopsd_jax.learn.update import make_optimizer, make_update, warm_up
-from tsopsd_jax.objectives import adaptive_entropy_bonus, clip_cov, dapo, kl_cov, top_entropy
+from tsopsd_jax.objectives import adaptive_entropy_bonus, clip_cov, dapo, kl_cov, top_entropy, ts_opsd, with_start_kl
 from tsopsd_jax.rollout import Sampling
 from tsopsd_jax.rundir.log import read_metrics
 from tsopsd_jax.rundir.run_state import RunProgress
@@ -131,7 +131,8 @@ def test_skipped_updates_are_counted_and_left_out_of_means():
 )
 def test_skipped_updates_in_a_row_go_on_over_steps(before, skipped, row):
     progress = RunProgress(skipped_in_row=before)
-    assert progress.after_step(entropy_nats=1.0, skipped=skipped, window_steps=1).skipped_in_row == row
+    after = progress.after_step(entropy_nats=1.0, skipped=skipped, window_steps=1, baseline_steps=1)
+    assert after.skipped_in_row == row
 
 
 # ------------------------------------------------------------- taking updates
@@ -180,6 +181,7 @@ def taken(tiny, batch, update, *, control=None, limit=np.inf, passes=1, knobs=No
         hold_above_nats=limit,
         knobs=knobs or {},
         control=control,
+        beside={},
         mesh=make_mesh(devices=jax.devices()[:1]),
     )
     return state, learnt, share, seen
@@ -334,7 +336,7 @@ def test_warm_up_counts_updates_and_everything_else_steps(trainer_in, tmp_path):
 
 PHASES = (
     rl_phase(updates_per_rollout=2, passes_per_rollout=2),
-    reheat_phase(updates_per_rollout=2, measure_start_kl=True),
+    reheat_phase(updates_per_rollout=2, objective=with_start_kl(ts_opsd()), reference="start"),
 )
 
 
@@ -351,10 +353,10 @@ def at_update(trainer, number, act):
         step = original(at)
         update = step.update
 
-        def one(*args):
+        def one(*args, reference):
             if next(calls) == number:
                 act()
-            return update(*args)
+            return update(*args, reference=reference)
 
         step.update = one
         return step
