@@ -106,7 +106,7 @@ MUTANTS = [
         "train/rollout_updates.py",
         "np.asarray(length)[rows])",
         "np.asarray(length)[: len(rows)])",
-        "test_several_updates.py -k packing_change_nothing",
+        "test_several_updates.py -k of_its_mini_batches",
     ),
     Mutant(
         "several updates in the one-program step",

@@ -170,6 +170,7 @@ def taken(tiny, batch, update, *, control=None, limit=np.inf, passes=1, knobs=No
     def one(state, part, length, hold_above_nats, turned):
         seen.append((float(hold_above_nats), {k: float(v) for k, v in turned.items()}))
         assert part.tokens.shape[0] == len(length) == 4
+        np.testing.assert_array_equal(length, 7 - np.argmax(np.asarray(part.mask)[:, ::-1], axis=1), "these rows' own")
         return *update(state, jax.device_put(part), hold_above_nats, turned), 0.5
 
     rows = mini_batch_rows(groups=8, responses=2, updates=4, passes=passes, seed=3, step=4)
