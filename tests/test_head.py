@@ -1,5 +1,6 @@
 """The head: tiles change nothing, gradients pass, no [tokens, V] exists, and the one shift by one is right."""
 
+import dataclasses
 import re
 from typing import Any
 
@@ -150,6 +151,9 @@ def test_one_pass_equals_two_and_the_formula_on_full_logits(mesh, block, monkeyp
     hidden = jnp.asarray(rng.normal(size=(b, length, D)), jnp.float32)
     unembed = jnp.asarray(rng.normal(size=(D, v)), jnp.float32)
     batch = some_batch(rng, b, length, v)
+    logp = jnp.pad(generic(hidden[:, :-1] @ unembed, batch.tokens[:, 1:])["logp"], ((0, 0), (1, 0)))
+    near = jnp.arange(length) % 2 == 0  # a ratio of 1.01 at every other position, the others far from 1
+    batch = dataclasses.replace(batch, old_logp=jnp.where(near, logp - 0.01, batch.old_logp))
 
     def on_full(hidden, unembed):
         stats = generic(hidden[:, :-1] @ unembed, batch.tokens[:, 1:])
@@ -165,13 +169,16 @@ def test_one_pass_equals_two_and_the_formula_on_full_logits(mesh, block, monkeyp
         return jax.jit(jax.value_and_grad(f, argnums=(0, 1), has_aux=True))(hidden, unembed)
 
     (total, (out, logp)), grads = jax.value_and_grad(on_full, argnums=(0, 1), has_aux=True)(hidden, unembed)
-    gap = np.abs(np.asarray(logp) - batch.old_logp)[np.asarray(batch.mask)]
+    moved = (np.asarray(logp) - batch.old_logp)[np.asarray(batch.mask)]
+    gap, outside = np.abs(moved), np.abs(np.exp(moved) - 1) > 0.1
+    assert 0 < outside.sum() < outside.size
     for stats, tokenwise in ((ALL, True), (ALL, False), (generic, True), (generic, False)):
         (value, found), pulled = through(stats, tokenwise)
         np.testing.assert_allclose(value, total, rtol=1e-5)
         np.testing.assert_allclose(found.gap, gap.max(), rtol=1e-5)
         metrics = dict(found.out.metrics)
         np.testing.assert_allclose(metrics.pop("rollout/logp_gap_mean_nats").value, gap.mean(), rtol=1e-5)
+        np.testing.assert_allclose(metrics.pop("rollout/ratio_outside_fraction").value, outside.mean(), rtol=1e-6)
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5), metrics, out.metrics)
         for got, want in zip(pulled, grads, strict=True):
             np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)

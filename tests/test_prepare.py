@@ -375,7 +375,7 @@ def configuration(folder: Path, cache: Path, **data) -> list[str]:
 def test_check_tells_what_is_left_out(cache, tmp_path, capsys):
     asked = {"exclude": ["math_500", "amc_2023"], "drop_longer": True, "sample": 5, "chat": "thinking"}
     assert main(["check", *configuration(tmp_path, cache, **asked)]) == 0
-    lines = [line.split("c.yaml: ")[1] for line in capsys.readouterr().out.splitlines()]
+    lines = [line.split("c.yaml: ")[1] for line in capsys.readouterr().out.splitlines() if "c.yaml: " in line]
     assert lines[:3] == [
         "left out of 13 problems: 2 of math_500, amc_2023",
         "left out of 11 problems: 1 over 320 tokens",
