@@ -2,8 +2,9 @@
 
     JAX_PLATFORMS=cpu python benchmarks/reference.py --out benchmarks/results/reference_cpu.json [--rounds 7]
 
-The demo's model with random weights, 128 rows of 7 + 19 tokens in pieces of 2,048 tokens, float32, one CPU device. A forward pass
-is a third of an update without recomputation (forward, and twice that backward); beside it come the reference's statistics.
+The demo's model with random weights, 128 rows of 7 + 19 tokens in pieces of 2,048 tokens, float32, one CPU device. A
+forward pass is a third of an update without recomputation (forward, and twice that backward); beside it come the
+reference's statistics.
 """
 
 import argparse

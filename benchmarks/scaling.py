@@ -1,12 +1,13 @@
-"""What a device pays for one step as the slice grows and each device's work stays the same: 8 to 512 TPU chips, compiled
-ahead of time; nothing is run.
+"""What a device pays for one step as the slice grows and each device's work stays the same: 8 to 512 TPU chips,
+compiled ahead of time; nothing is run.
 
     python benchmarks/scaling.py --out benchmarks/results/scaling_v5e.json [--chips 8 16 ...]
 
-The RL phase of configs/paper/qwen3_4b.yaml with work in proportion to the chips: `tensor` 4, `fsdp` the rest of a slice,
-four micro-batches of one row of 10,240 positions for each group of 4 chips, as many slots as rows; 512 chips are two
-slices joined by `data`. Memory and traffic are the compiler's; operations and bytes of memory are counted from shapes;
-seconds are least times at the maker's peaks. A figure is written beside the JSON. Sizes that the JSON holds are kept.
+The RL phase of configs/paper/qwen3_4b.yaml with work in proportion to the chips: `tensor` 4, `fsdp` the rest of a
+slice, four micro-batches of one row of 10,240 positions for each group of 4 chips, as many slots as rows; 512 chips are
+two slices joined by `data`. Memory and traffic are the compiler's; operations and bytes of memory are counted from
+shapes; seconds are least times at the maker's peaks. A figure is written beside the JSON. Sizes that the JSON holds are
+kept.
 """
 
 import argparse
@@ -125,8 +126,8 @@ def main() -> None:
         for name, part in size["parts"].items():
             times = part["seconds"]
             print(
-                f"{size['chips']:>6} {name:<8} {times['compute']:>10.2f} {times['memory']:>8.2f} {times['links']:>8.2f} "
-                f"{part['peak_gib']:>6.2f}"
+                f"{size['chips']:>6} {name:<8} {times['compute']:>10.2f} {times['memory']:>8.2f} "
+                f"{times['links']:>8.2f} {part['peak_gib']:>6.2f}"
             )
     draw(known, options.out.with_suffix(".png"))
 

@@ -1,10 +1,12 @@
-"""What several updates of one rollout cost, and what `select` costs by the sampler's log-probabilities or by a forward pass.
+"""What several updates of one rollout cost, and what `select` costs by the sampler's log-probabilities or by a forward
+pass.
 
     python benchmarks/updates.py --out benchmarks/results/updates_cpu.json [--rounds 3] [--steps 8]
 
 64 prompts x 8 responses of at most 19 tokens, the packaged model with random weights, float32, no dynamic sampling:
-`tsopsd train` itself, a process for each run, its log read; runs take turns, after one round that fills the compilation cache.
-The time of a step and of its updates is the median over the steps from the third on; the ratios are to DAPO with one update.
+`tsopsd train` itself, a process for each run, its log read; runs take turns, after one round that fills the compilation
+cache. The time of a step and of its updates is the median over the steps from the third on; the ratios are to DAPO with
+one update.
 """
 
 import argparse

@@ -3,8 +3,8 @@
     python examples/one_page.py [--steps N]
 
 What `tsopsd demo` does, from public functions alone and with nothing around it: no checkpoints, no log, no evaluation.
-A small Qwen3 plays countdown: four numbers and a target; the response is three steps `a op b = c` that end at the target.
-One train state goes through all phases, and each step is three verbs:
+A small Qwen3 plays countdown: four numbers and a target; the response is three steps `a op b = c` that end at the
+target. One train state goes through all phases, and each step is three verbs:
 
     sample : params, prompts -> Rollout      judge : Rollout -> Batch      update : TrainState, Batch -> TrainState
 """

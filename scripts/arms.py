@@ -1,8 +1,10 @@
-"""All arms of the comparison on the demo's task: `python scripts/arms.py [ARM ...] [--minutes 2] [--steps N] [--out runs/arms]`.
+"""All arms of the comparison on the demo's task: `python scripts/arms.py [ARM ...] [--minutes 2] [--steps N] [--out
+runs/arms]`.
 
-Each `configs/arms/ARM.yaml` is run as `tsopsd train` would run it, for so many minutes, or so many steps of each phase, and
-stopped as a signal stops it. Then a table: steps, last phase, entropy and accuracy on the rollouts (means of the last steps),
-avg@8 and pass@8 of the last evaluation. The same command again goes on where it stopped. `table.md` holds the table.
+Each `configs/arms/ARM.yaml` is run as `tsopsd train` would run it, for so many minutes, or so many steps of each phase,
+and stopped as a signal stops it. Then a table: steps, last phase, entropy and accuracy on the rollouts (means of the
+last steps), avg@8 and pass@8 of the last evaluation. The same command again goes on where it stopped. `table.md` holds
+the table.
 """
 
 import argparse
@@ -28,7 +30,8 @@ LAST_STEPS = 5
 
 
 def overrides(config_file: Path, steps: int | None) -> list[str]:
-    """Let every phase of a file take `steps` steps and no more, whatever the entropy that it starts with; None: no change."""
+    """Let every phase of a file take `steps` steps and no more, whatever the entropy that it starts with; None: no
+    change."""
     if steps is None:
         return []
     settings = (f"stop={{steps: {steps}}}", "guard.max_start_entropy_nats=null")

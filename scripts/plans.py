@@ -1,7 +1,7 @@
 """Plans of the paper's configurations on three kinds of TPU: `python scripts/plans.py [--only WORD ...]`.
 
-For each configuration and kind the smallest slice that fits: slices are tried from the smallest on, each on the mesh that
-the formulas rank first; where these say that it is far from fitting, nothing is compiled. docs/plans/ gets what
+For each configuration and kind the smallest slice that fits: slices are tried from the smallest on, each on the mesh
+that the formulas rank first; where these say that it is far from fitting, nothing is compiled. docs/plans/ gets what
 `tsopsd plan --json` prints for every slice that was compiled for, and a README with a table. What is there already is
 kept: delete a file to make it anew.
 """
@@ -87,7 +87,8 @@ def line(row: dict[str, Any]) -> str:
     slow = f"{slowest['phases'][0]}: {slowest['name']} ({slowest['seconds']['limit']})"
     times = f"{seconds['rl']:,.0f} / {seconds['reheat']:,.0f}"
     fits = "**yes**" if plan["fits"] else "no"
-    return f"| {row['config']} | {row['topology']} | {mesh} | {fits} | {need} | {limits(plan)} | {pieces} | {times} | {slow} |"
+    cells = [row["config"], row["topology"], mesh, fits, need, limits(plan), pieces, times, slow]
+    return f"| {' | '.join(cells)} |"
 
 
 def decoding(plan: dict[str, Any]) -> list[str]:
@@ -113,7 +114,7 @@ the one that the formulas rank first. Memory, GiB a device: needed / usable (3 %
 
 | configuration | slice | mesh | fits | GiB | what takes most | micro-batches, RL / reheat | step >= s, RL / reheat | slowest |
 |---|---|---|---|---|---|---|---|---|
-"""
+"""  # noqa: E501  # noqa: E501
 
 
 TAIL = """
@@ -125,7 +126,7 @@ nothing of a weight's size moves.
 
 | plan | collective | axis | times | MB sent by a chip | largest array |
 |---|---|---|---|---|---|
-"""
+"""  # noqa: E501
 
 
 def main() -> None:

@@ -1,4 +1,5 @@
-"""One-line bugs that the suite must notice: `python tests/mutants.py [--jobs N] [--only WORD ...] [--recent] [--minutes M]`.
+"""One-line bugs that the suite must notice: `python tests/mutants.py [--jobs N] [--only WORD ...] [--recent] [--minutes
+M]`.
 
 Each mutant is applied in a temporary copy of the tree and the tests named with it must fail there. Exit code 1 if one
 survives, or if its text no longer occurs exactly once (then update the list below).
@@ -678,8 +679,10 @@ MUTANTS = [
     Mutant(
         "reversal: what is left is the cooling",
         "analysis/reversal.py",
-        "x[start : start + PIECE].astype(np.float64) for x in flat)\n        heated, cooled, left = b - a, c - b, c - a",
-        "x[start : start + PIECE].astype(np.float64) for x in flat)\n        heated, cooled, left = b - a, c - b, c - b",
+        "x[start : start + PIECE].astype(np.float64) for x in flat)\n        heated, cooled, left = b - a, c - b, c - "
+        "a",
+        "x[start : start + PIECE].astype(np.float64) for x in flat)\n        heated, cooled, left = b - a, c - b, c - "
+        "b",
         "test_analysis.py -k reversal_by_hand",
     ),
     Mutant(

@@ -52,7 +52,8 @@ def analyse(name, out, *more):
 
 def test_every_analysis_of_the_contract_is_there():
     assert set(ANALYSES) == {
-        "curves", "representations", "distributions", "reasoning", "forks", "jump", "temperatures", "reversal", "cost", "table"
+        "curves", "representations", "distributions", "reasoning", "forks", "jump", "temperatures", "reversal", "cost",
+        "table",
     }  # fmt: skip
 
 
@@ -149,7 +150,8 @@ def test_a_policy_that_is_not_there(responses, tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory):
-    """A run of the demo's phases as its log tells it: 10 steps of RL, 20 of reheating with a jump at the 12th, 5 of RL."""
+    """A run of the demo's phases as its log tells it: 10 steps of RL, 20 of reheating with a jump at the 12th, 5 of
+    RL."""
     folder = tmp_path_factory.mktemp("runs") / "seed-0"
     folder.mkdir()
     shutil.copyfile(DEMO_CONFIG, folder / "config.yaml")

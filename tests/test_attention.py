@@ -138,8 +138,8 @@ def test_segments_as_cudnn_reads_them(monkeypatch):
 
 
 def test_places_of_no_sequence_give_and_take_nothing(monkeypatch):
-    """Whatever cuDNN leaves there, NaN too: output and gradients are zero, elsewhere they are untouched. (A stand-in for
-    cuDNN; its numbers can be seen on a GPU alone.)"""
+    """Whatever cuDNN leaves there, NaN too: output and gradients are zero, elsewhere they are untouched. (A stand-in
+    for cuDNN; its numbers can be seen on a GPU alone.)"""
     monkeypatch.setattr(attention_module, "_within_ranges", junk_at_padding)
     q = normal(0, 1, 4, 2, 8)
     segment = jnp.asarray([[1, 1, 2, 0]], jnp.int32)
@@ -280,7 +280,8 @@ def test_a_tpu_divides_centred_logits_by_the_temperature_once(tpu, settings):
 
 
 def test_a_decoding_segment_compiles_for_a_tpu(tpu):
-    """The whole program with pages and kernel, for four chips: what moves between chips is activations, never weights."""
+    """The whole program with pages and kernel, for four chips: what moves between chips is activations, never
+    weights."""
     model = Qwen3(
         Qwen3Config(
             vocab_size=4096,

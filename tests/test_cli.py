@@ -1,4 +1,5 @@
-"""The command line: every kind of bad input is one line and exit code 2, and nothing is overwritten; export round trip."""
+"""The command line: every kind of bad input is one line and exit code 2, and nothing is overwritten; export round
+trip."""
 
 import argparse
 import errno
@@ -154,7 +155,8 @@ def test_convert_exports_the_policy(finished, tmp_path, capsys):
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # coroutines that Orbax leaves
 def test_every_reader_of_a_damaged_checkpoint_names_it(finished, tmp_path, capsys):
-    """Flipped bytes in the newest of two: exports and the run itself take the one before it, an evaluation is refused."""
+    """Flipped bytes in the newest of two: exports and the run itself take the one before it, an evaluation is
+    refused."""
     run = Path(shutil.copytree(finished, tmp_path / "run"))
     data = max((run / "checkpoints" / "3" / "state").rglob("*"), key=lambda f: f.stat().st_size)
     content = bytearray(data.read_bytes())
@@ -487,7 +489,8 @@ def test_values_out_of_range_are_found_before_the_run(assignment, says, tmp_path
 
 
 def test_a_run_is_evaluated_as_it_evaluates_itself(finished, tmp_path, capsys):
-    """The command and training share code, key and settings: a checkpoint's numbers are those that the run has recorded."""
+    """The command and training share code, key and settings: a checkpoint's numbers are those that the run has
+    recorded."""
     recorded = read_evaluations(finished)[-1]
     options = ["--samples", "2", "--first", "2", "--max-tokens", "19", "--slots", "8", "--out", str(tmp_path)]
     assert main(["eval", "--run", str(finished), "--benchmarks", "countdown", *options]) == 0

@@ -158,7 +158,8 @@ def refused(run) -> str | None:
 
 # ------------------------------------------------------------------ setting -> a value, what it changes
 
-RATE = "phases.0.learning_rate_control={entropy_gain_nats_per_step: 0.01, min_learning_rate: 1e-4, max_learning_rate: 1e-2}"
+LIMITS = "min_learning_rate: 1e-4, max_learning_rate: 1e-2"
+RATE = f"phases.0.learning_rate_control={{entropy_gain_nats_per_step: 0.01, {LIMITS}}}"
 PULLED = "phases.0.objective.hyperparameters={kl_coefficient: 0.1}"
 
 EFFECTS: dict[str, tuple] = {

@@ -282,8 +282,8 @@ def test_a_collapsed_policy_is_not_a_recovered_one():
     with pytest.raises(ValueError) as error:
         two_phases(0.13)
     assert str(error.value) == (
-        "phase 'reheat': stop.recovered_above_nats 0.12 must not be under stop.collapsed_below_nats 0.13 of phase 'rl': a "
-        "collapsed policy would count as recovered"
+        "phase 'reheat': stop.recovered_above_nats 0.12 must not be under stop.collapsed_below_nats 0.13 of phase "
+        "'rl': a collapsed policy would count as recovered"
     )
 
 
@@ -624,8 +624,10 @@ def test_errors_of_the_evaluation_say_so(settings, says, tmp_path, capsys):
 
 
 def in_a_process(*arguments: str, devices: str = "") -> tuple[int, int, str]:
-    """(exit code, number of devices afterwards, standard error) of a command with one device unless it asks for more."""
-    code = "import sys; from tsopsd_jax.cli import main; code = main(sys.argv[1:]); import jax; print(jax.device_count(), code)"
+    """(exit code, number of devices afterwards, standard error) of a command with one device unless it asks for
+    more."""
+    code = "import sys; from tsopsd_jax.cli import main; code = main(sys.argv[1:]); "
+    code += "import jax; print(jax.device_count(), code)"
     env = os.environ | {"XLA_FLAGS": "", "JAX_NUM_CPU_DEVICES": devices, "PYTHONPATH": str(ROOT)}
     if not devices:
         del env["JAX_NUM_CPU_DEVICES"]
@@ -789,7 +791,8 @@ def test_the_policy_in_the_ratio_is_the_one_that_sampled(own, declared, sampling
         make_phase(config.phases[0])
         return
     t = f"{declared.get('policy_temperature', 1.0):g}"
-    words = rf"^phase 'rl': sampling: objective '.*mine.py:mine' .* at temperature {t} .*; expected sampling_temperature {t}, "
+    words = rf"^phase 'rl': sampling: objective '.*mine.py:mine' .* at temperature {t} .*; expected "
+    words += rf"sampling_temperature {t}, "
     with pytest.raises(ValueError, match=words):
         make_phase(config.phases[0])
 
@@ -830,7 +833,8 @@ def test_every_different_objective_is_checked_once(monkeypatch):
 
 def test_what_is_broken_is_named_before_anything_is_sampled(own):
     config = own(objective__hyperparameters={"broken": True, "uses_advantage": False})
-    words = r"^phase 'rl': objective '.*mine.py:mine': .*mine.py:12, loss: raised KeyError: 'nothing' \(stats returns entropy\)$"
+    words = r"^phase 'rl': objective '.*mine.py:mine': .*mine.py:12, loss: raised KeyError: 'nothing' "
+    words += r"\(stats returns entropy\)$"
     with pytest.raises(ValueError, match=words):
         check_objectives(config, make_phases(config))
 
@@ -899,7 +903,8 @@ def test_a_phase_has_the_reference_that_its_objective_needs():
     [
         (
             PULLED,
-            r"phase 'rl': reference: objective 'dapo' compares .*; expected reference: start, or a model directory, got none",
+            r"phase 'rl': reference: objective 'dapo' compares .*; expected reference: start, or a model directory, "
+            r"got none",
         ),
         (
             {"reference": "start"},
@@ -928,7 +933,8 @@ def test_a_reference_that_is_missing_or_that_nothing_uses_is_refused(settings, w
 
 
 def test_a_reference_has_the_policys_vocabulary(tmp_path):
-    """Its other sizes are its own; directory, weights, vocabulary and tokens are looked at before anything is written."""
+    """Its other sizes are its own; directory, weights, vocabulary and tokens are looked at before anything is
+    written."""
     data = strict.read_yaml(DEMO_CONFIG)
     folder = tmp_path / "teacher"
     data["phases"] = [data["phases"][1] | {"objective": {"name": "opd"}, "reference": str(folder)}]

@@ -1,7 +1,8 @@
 """Programs for GPUs, compiled by XLA's GPU compiler on a machine without a GPU and read as text.
 
-What is read here is structure: what moves, what is written, in which type, how many kernels. Numbers, speed and the choice
-of kernels by timing need a device. Skipped without the extra `cuda`: `make gpu-programs` has an environment of its own.
+What is read here is structure: what moves, what is written, in which type, how many kernels. Numbers, speed and the
+choice of kernels by timing need a device. Skipped without the extra `cuda`: `make gpu-programs` has an environment of
+its own.
 """
 
 import functools
@@ -114,7 +115,8 @@ def elements(shape: str) -> list[int]:
 
 
 def test_the_loop_over_tokens_writes_no_weight(on_one, on_four):
-    """No copy, slice or transpose of a matrix: nothing in the loop gives a buffer of a weight's size, whole or a device's."""
+    """No copy, slice or transpose of a matrix: nothing in the loop gives a buffer of a weight's size, whole or a
+    device's."""
     for (_, body), shards in ((on_one[0], 1), (on_four, 4)):
         sizes = {size // shards for size in WEIGHTS.values()} | set(WEIGHTS.values())
         written = [(i.name, i.shape) for i in body if i.op not in FREE and sizes & set(elements(i.shape))]

@@ -62,15 +62,15 @@ C = Qwen3Config(
 
 
 def test_operations_that_an_update_needs():
-    # Rows of 1 + 2 and 1 + 3 tokens. Layers: 2 x 7 tokens x 240; attention 2 x 2 layers x 4 x (3 x 4 + 4 x 5) / 2 pairs x 2
-    # = 2 layers x 2 x 4 x 32 = 512; head 2 x 5 x 40; forward and twice backward.
+    # Rows of 1 + 2 and 1 + 3 tokens. Layers: 2 x 7 tokens x 240; attention 2 x 2 layers x 4 x (3 x 4 + 4 x 5) / 2 pairs
+    # x 2 = 2 layers x 2 x 4 x 32 = 512; head 2 x 5 x 40; forward and twice backward.
     found = update_model_flops(C, np.array([1, 1]), np.array([2, 3]))
     assert found == 3 * (2 * 7 * 240 + 512 + 2 * 5 * 40)
 
 
 def test_the_floor_of_decoding():
-    # Responses of 2 and 6 after prompts of 1 and 3, two slots: 6 steps read 280 weights; contexts 2 (1 + 1) + 6 (3 + 3) = 40
-    # tokens of 8 numbers; two bytes each, at 10 bytes a second.
+    # Responses of 2 and 6 after prompts of 1 and 3, two slots: 6 steps read 280 weights; contexts 2 (1 + 1) + 6 (3 + 3)
+    # = 40 tokens of 8 numbers; two bytes each, at 10 bytes a second.
     chip = dataclasses.replace(GPUS["h100"], hbm_rate=10.0)
     args = (chip, np.array([1, 3]), np.array([2, 6]))
     assert decode_floor_s(C, Split(1, 1, 1), *args, slots=2, itemsize=2) == (6 * 280 * 2 + 40 * 8 * 2) / 10

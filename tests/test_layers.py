@@ -53,7 +53,8 @@ WALLS = {
     "commands": {"commands", "cli"},
     "cli": {"__main__"},
 }
-"""Room -> the only rooms that may import it. (Other walls are the order: a run directory does not know how it is shown.)"""
+"""Room -> the only rooms that may import it. (Other walls are the order: a run directory does not know how it is
+shown.)"""
 
 MAX_LINES = 400
 METRIC = r"(policy|reward|rollout|loss|optim|learner|judge|time|perf|control|evaluation)/[a-z_]+"
@@ -73,7 +74,8 @@ def room_of(module: str) -> str:
 
 
 def imported(file: Path) -> set[str]:
-    """Dotted names of all that a file imports, at whatever depth; `from a import b` counts as a.b where b is a module."""
+    """Dotted names of all that a file imports, at whatever depth; `from a import b` counts as a.b where b is a
+    module."""
     names = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
@@ -136,7 +138,8 @@ def test_the_architecture_page_shows_the_rooms_and_their_modules():
 
 
 def docstrings(file: Path):
-    """(line, text) of every docstring in a file: of modules, classes, functions, and strings that follow a constant or field."""
+    """(line, text) of every docstring in a file: of modules, classes, functions, and strings that follow a constant or
+    field."""
     for node in ast.walk(ast.parse(file.read_text())):
         for child in ast.iter_child_nodes(node):
             if (
@@ -148,7 +151,8 @@ def docstrings(file: Path):
 
 
 def mentioned(text: str) -> set[str]:
-    """The back-ticked dotted names of a text that begin with a room: `learn.update.make_update`. (Files have slashes.)"""
+    """The back-ticked dotted names of a text that begin with a room: `learn.update.make_update`. (Files have
+    slashes.)"""
     names = re.findall(r"`([a-z_]+(?:\.\w+)+)(?:\(\))?`", text)
     return {name for name in names if room_of(name) in ORDER and not name.endswith(".py")}
 

@@ -33,7 +33,8 @@ def renyi(*, weight: float = 0.5) -> Objective:
 
     def loss(stats, batch):
         per_token = -batch.advantage * stats["logp"] - weight * stats["collision"]
-        return LossOutput(Mean.of(per_token, batch.mask), {"own/collision_nats": Mean.of(stats["collision"], batch.mask)})
+        metrics = {"own/collision_nats": Mean.of(stats["collision"], batch.mask)}
+        return LossOutput(Mean.of(per_token, batch.mask), metrics)
 
     return Objective(stats, loss)
 '''
@@ -387,7 +388,8 @@ def test_adaptive_entropy_bonus_turns_its_coefficient():
 
 
 COVARIANCE = {
-    # logp -1, -3, -5, -3 (mean -3), A 2, 2, -2, -2 (mean 0): centred products 2 x 2 = 4, 0, -2 x -2 = 4, 0; the last is masked.
+    # logp -1, -3, -5, -3 (mean -3), A 2, 2, -2, -2 (mean 0): centred products 2 x 2 = 4, 0, -2 x -2 = 4, 0; the last is
+    # masked.
     "logp": jnp.asarray([[-1.0, -3.0, -5.0, -3.0, -99.0]]),
     "entropy": jnp.asarray([[0.1, 0.9, 0.2, 0.8, 9.0]]),
 }

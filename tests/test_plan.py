@@ -113,16 +113,16 @@ metadata={op_name="jit(update)/micro_batches/while"}
   ROOT %while.3 = (s32[], s32[], bf16[1,64]{1,0}) while(%p.7), condition=%pieces_left, body=%other, \
 metadata={op_name="jit(update)/elsewhere/while"}
 }
-"""
+"""  # noqa: E501
 
 
 def test_collectives_are_counted_by_kind_axis_and_loop():
     """Loops: 5 micro-batches, in each 6 / 2 = 3 rounds of layers; the last loop's count is not known, and it runs once.
 
-    all-gather over fsdp (4 devices): [4, 64] bfloat16 = 512 bytes, 3/4 of them sent, 5 x 3 + 1 times: 16 x 384; and
-    the asynchronous one of [8, 8], 128 bytes, that starts in the micro-batch and is carried by its layers: 5 x 96.
-    reduce-scatter over fsdp: of 80 bytes, 3/4, 5 times. all-reduce over tensor: 2 x 12 x 1/2; over both axes: two scalars,
-    8 bytes, 2 x 7/8. A permute: 12 bytes.
+    all-gather over fsdp (4 devices): [4, 64] bfloat16 = 512 bytes, 3/4 of them sent, 5 x 3 + 1 times: 16 x 384; and the
+    asynchronous one of [8, 8], 128 bytes, that starts in the micro-batch and is carried by its layers: 5 x 96.
+    reduce-scatter over fsdp: of 80 bytes, 3/4, 5 times. all-reduce over tensor: 2 x 12 x 1/2; over both axes: two
+    scalars, 8 bytes, 2 x 7/8. A permute: 12 bytes.
     """
     program = Program(TEXT, MESH, {"micro_batches": 5})
     assert program.moved == [
@@ -186,15 +186,18 @@ def test_flops_of_an_update(remat, products, attention):
 
 
 def test_flops_of_a_reference():
-    """One forward pass of `test_flops_of_an_update`'s: 2,880 for the layers, 2 x 192 for attention, 160 for the head."""
+    """One forward pass of `test_flops_of_an_update`'s: 2,880 for the layers, 2 x 192 for attention, 160 for the
+    head."""
     u = UpdateShape(2, 3, 1, 3, 1, 2, 8, "none", tokenwise=True)
     assert reference_work(C, ONE, u).flops == 2880 + 2 * 192 + 160
-    # Bytes: 240 weights x 4; activations of 6 positions x 2 layers x (16 + 2 x 8 + 18) x 2; logits 2 x 10 x 8; a tile's 40 x 2.
+    # Bytes: 240 weights x 4; activations of 6 positions x 2 layers x (16 + 2 x 8 + 18) x 2; logits 2 x 10 x 8; a tile's
+    # 40 x 2.
     assert reference_work(C, ONE, u).hbm_bytes == 960 + 6 * 2 * 50 * 2 + 160 + 80
 
 
 def test_work_of_sampling():
-    # 5 responses of 4 tokens, prompts of 3: context 3 + 4 / 2 = 5. Weights 2 x 120 + 40; attention 4 x 2 layers x 4 x 5.
+    # 5 responses of 4 tokens, prompts of 3: context 3 + 4 / 2 = 5. Weights 2 x 120 + 40; attention 4 x 2 layers x 4 x
+    # 5.
     lengths = Lengths(prompt=3, response=4)
     found = decode_work(C, Split(1, 2, 1), rows=5, slots=2, steps=10, lengths=lengths, itemsize=2)
     assert found.flops == 20 * (2 * 280 + 160)
@@ -392,7 +395,8 @@ def test_gpus_are_planned_by_formula(capsys, config_file):
     whole = sum(x.size for x in jax.tree.leaves(model.param_shapes()))
     norms = sum(x.size for x in jax.tree.leaves(model.param_shapes()) if x.ndim <= 2 and x.shape[-1] == 128) - 512 * 128
     update = parts["update", "rl", "rl-again"]
-    # Four bytes a parameter, a quarter of the matrices and all norms on each device; two moments and their step counters.
+    # Four bytes a parameter, a quarter of the matrices and all norms on each device; two moments and their step
+    # counters.
     assert update["bytes"]["parameters"] == whole - norms + 4 * norms
     assert update["bytes"]["optimizer"] - 2 * update["bytes"]["parameters"] in range(4, 17)
     # 4 slots of a device have each 64 places of the prompt's rest, 64 of a segment, and 139 // 64 pages of 64; keys and
@@ -502,8 +506,8 @@ def test_a_plan_of_real_programs(compiled):
     assert update.micro_batches == 2
     moved = {(m.kind, m.axis): m for m in update.moved}
     assert {axis for _, axis in moved} <= {"fsdp", "tensor", "fsdp+tensor"}
-    # At least: each layer's weights gathered over fsdp for the forward pass, for the one again and for the backward one of
-    # two micro-batches, or their gradients scattered, by whatever means.
+    # At least: each layer's weights gathered over fsdp for the forward pass, for the one again and for the backward one
+    # of two micro-batches, or their gradients scattered, by whatever means.
     layer = layer_weights(found_config()) / 2 * 2 / 2  # over tensor; bfloat16; half of it comes from the other device
     over_fsdp = sum(m.bytes for (kind, axis), m in moved.items() if axis == "fsdp")
     assert 2 * 3 * layer < over_fsdp < 2 * 12 * layer
@@ -519,8 +523,8 @@ def found_config() -> Qwen3Config:
 
 
 def test_a_decoding_step_gathers_no_weights(compiled):
-    """What crosses chips while a token is decoded: activations and what the draw compares, each far smaller than the smallest
-    matrix of a layer; the weights were gathered once, in the view."""
+    """What crosses chips while a token is decoded: activations and what the draw compares, each far smaller than the
+    smallest matrix of a layer; the weights were gathered once, in the view."""
     found, texts = compiled
     segment = Program(texts["rl: decode"], dict(found.split._asdict()), {"decoding_steps": 1})
     smallest = 128 * 4 * 128 // 2
@@ -531,8 +535,8 @@ def test_a_decoding_step_gathers_no_weights(compiled):
 
 
 def test_the_formula_is_near_the_compiler(compiled, config_file):
-    """Where nothing is compiled, parameters, optimizer, view and cache are exact, and the traffic of sampling of the right
-    size."""
+    """Where nothing is compiled, parameters, optimizer, view and cache are exact, and the traffic of sampling of the
+    right size."""
     found, _ = compiled
     config = load_config(config_file, [])
     rough = make_plan(config, found_config(), found.topology, means=Means(), programs=None)

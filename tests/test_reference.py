@@ -1,4 +1,5 @@
-"""A frozen reference: its logits go through the head's tiles, no gradient reaches it, and what objectives make of it, by hand."""
+"""A frozen reference: its logits go through the head's tiles, no gradient reaches it, and what objectives make of it,
+by hand."""
 
 import dataclasses
 import re
@@ -50,7 +51,8 @@ def some_batch(rng, rows, length):
 @pytest.mark.parametrize("block", [1, 2, None])
 @pytest.mark.parametrize("mesh", [None, {"data": 2, "fsdp": 2, "tensor": 2}])
 def test_its_logits_in_tiles_are_those_of_the_formula_and_no_gradient_reaches_it(mesh, block, monkeypatch):
-    """Both ways through the tiles, in blocks, on one device and on eight: loss, metrics and gradients as on full logits."""
+    """Both ways through the tiles, in blocks, on one device and on eight: loss, metrics and gradients as on full
+    logits."""
     rng, rows, length = np.random.default_rng(2), 8, 6
     if block:
         monkeypatch.setattr(head_tiles, "BLOCK_BYTES", block * 4 * V)
@@ -145,7 +147,8 @@ def evaluated(objective, z, reference_z, batch=None):
 @pytest.mark.parametrize("name", ["ts_opsd", "opd"])
 @pytest.mark.parametrize("direction", ["forward", "reverse"])
 def test_a_frozen_teacher_by_hand(name, direction):
-    """The reference's logits are doubled and divided by T = 2. Gradients: q || p gives p - q; p || q gives p (log p/q - KL)."""
+    """The reference's logits are doubled and divided by T = 2. Gradients: q || p gives p - q; p || q gives p (log p/q -
+    KL)."""
     more = {"teacher": "frozen"} if name == "ts_opsd" else {}
     objective = OBJECTIVES[name](direction=direction, teacher_temperature=2.0, **more)
     assert objective.reference
@@ -276,7 +279,8 @@ def test_dapo_without_a_coefficient_has_no_reference():
 
 
 def test_the_kl_to_the_start_is_a_metric_and_teaches_nothing():
-    """On an objective without a reference and on one with: KL(policy || start) at temperature 1, loss and gradient as before."""
+    """On an objective without a reference and on one with: KL(policy || start) at temperature 1, loss and gradient as
+    before."""
     for objective in (OBJECTIVES["dapo"](), OBJECTIVES["ts_opsd"](teacher="frozen", teacher_temperature=2.0)):
         batch = one_row((1.0, -3.0, 9.0))
         before, measured = (evaluated(o, P, Q, batch) for o in (objective, with_start_kl(objective)))

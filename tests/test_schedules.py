@@ -1,4 +1,5 @@
-"""Schedules: rounds of a cycle, rules relative to the run's early entropy, looking ahead, the learning rate's controller."""
+"""Schedules: rounds of a cycle, rules relative to the run's early entropy, looking ahead, the learning rate's
+controller."""
 
 import dataclasses
 import math
@@ -64,7 +65,8 @@ def test_looking_ahead_ends_within_half_a_step_of_the_limit(gain, start):
 
 
 def test_what_is_held_is_what_ends_the_phase():
-    """Step t is held at the entropy from which `reason` says that the phase is over: the policy kept is the one measured."""
+    """Step t is held at the entropy from which `reason` says that the phase is over: the policy kept is the one
+    measured."""
     ahead = StopRule(recovered_above_nats=0.12, look_ahead=True)
     held = ahead.hold_above_nats(phase_step=5, before_nats=0.09, baseline_nats=None)
     assert held == pytest.approx(0.11)  # (2 x 0.12 + 0.09) / 3
@@ -161,7 +163,8 @@ def test_the_rate_is_turned_by_the_fourth_root_of_wanted_by_seen():
 
 
 def test_the_controller_finds_the_rate_without_swinging():
-    """The gain is 0.004 nats at factor 1, proportional to it, and seen a step late; 0.001 is wanted: a factor of 1/4."""
+    """The gain is 0.004 nats at factor 1, proportional to it, and seen a step late; 0.001 is wanted: a factor of
+    1/4."""
     controller = RateController(gain_nats=0.001, min_factor=1e-3, max_factor=1e3)
     factors = [1.0, 1.0]
     for _ in range(12):

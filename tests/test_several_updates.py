@@ -1,4 +1,5 @@
-"""Several updates of one rollout: mini-batches, what a step reports, what a step is, knobs, holding, select by the sampler."""
+"""Several updates of one rollout: mini-batches, what a step reports, what a step is, knobs, holding, select by the
+sampler."""
 
 import dataclasses
 import os
@@ -59,7 +60,8 @@ def test_a_pass_takes_each_group_once_and_whole():
 
 
 def test_seed_step_and_pass_decide_the_order():
-    """Pinned, since another order would be another run: numpy permutes six groups to 1 4, 5 3, 2 0 under the seed [0, 0, 1]."""
+    """Pinned, since another order would be another run: numpy permutes six groups to 1 4, 5 3, 2 0 under the seed [0,
+    0, 1]."""
     pinned = [[2, 3, 8, 9], [10, 11, 6, 7], [4, 5, 0, 1]]
     assert rows_of() == pinned
     assert rows_of() == rows_of(passes=2)[:3]
@@ -238,7 +240,8 @@ def test_knobs_turn_between_updates(tiny, batch):
 
 
 def test_the_samplers_logp_is_selected_by_where_that_is_asked(tiny, batch):
-    """The statistics that `select` is shown: the sampler's own, or those of a forward pass (these old ones are made up)."""
+    """The statistics that `select` is shown: the sampler's own, or those of a forward pass (these old ones are made
+    up)."""
     shown = []
 
     def select(stats, part):
@@ -275,7 +278,8 @@ def test_when_the_samplers_logp_is_the_policys(changes, asked):
 
 
 def test_a_run_selects_by_the_sampler(trainer_in, tmp_path):  # noqa: F811
-    """The same tokens as by a forward pass (the gap is rounding), and no forward pass: `select` is traced on `old_logp`."""
+    """The same tokens as by a forward pass (the gap is rounding), and no forward pass: `select` is traced on
+    `old_logp`."""
     dropped, own = {}, []
     covariance = clip_cov(fraction=0.2, cov_low=-9.0, cov_high=9.0)
 

@@ -1,4 +1,5 @@
-"""Sampling temperatures that change: from rollout to rollout as a knob, from token to token as EDT; TAMPO and the schedule."""
+"""Sampling temperatures that change: from rollout to rollout as a knob, from token to token as EDT; TAMPO and the
+schedule."""
 
 import dataclasses
 import functools
@@ -118,8 +119,8 @@ def batch():
 
 @pytest.mark.parametrize("tokenwise", [True, False])
 def test_the_ratio_is_at_the_knob(tiny, batch, tokenwise):
-    """Gradient, loss and statistics at the knob 1.3 are those of `dapo(policy_temperature=1.3)`, through both ways of the
-    head; one program serves every temperature."""
+    """Gradient, loss and statistics at the knob 1.3 are those of `dapo(policy_temperature=1.3)`, through both ways of
+    the head; one program serves every temperature."""
     model, params = tiny
     turned = dapo(final_temperature=2.0)._replace(tokenwise=tokenwise)
     made = jax.jit(make_gradient(model, turned, micro_batches=2, tile_tokens=4))
@@ -159,8 +160,8 @@ def test_all_updates_of_a_rollout_are_at_its_temperature(batch):
 
 
 def test_statistics_at_a_knob_by_hand():
-    # z = (2 log 3, 0), T = 2: z / T = (log 3, 0), p = (3/4, 1/4): logp = log 3/4, H = -(3/4 log 3/4 + 1/4 log 1/4) = 0.562335.
-    # At temperature 1: p = (9/10, 1/10), H = 0.325083. d logp / dz = (1 - 3/4, -1/4) / 2.
+    # z = (2 log 3, 0), T = 2: z / T = (log 3, 0), p = (3/4, 1/4): logp = log 3/4, H = -(3/4 log 3/4 + 1/4 log 1/4) =
+    # 0.562335. At temperature 1: p = (9/10, 1/10), H = 0.325083. d logp / dz = (1 - 3/4, -1/4) / 2.
     z, token = jnp.asarray([[2 * np.log(3.0), 0.0]], jnp.float32), jnp.zeros((1,), jnp.int32)
 
     def logp(z):
@@ -233,10 +234,10 @@ def test_sparsemax_by_hand():
 
 
 def test_tampo_credits_temperatures_by_hand():
-    # Row 0, two tokens: mean logp (-0.4, -0.2) at the two temperatures: tau = (-0.6 - 1) / 2 = -0.8: shares (0.4, 0.6); A 2.
-    # Row 1, one token: (-0.1, -0.7): tau = (-0.8 - 1) / 2 = -0.9: (0.8, 0.2); A -1. Row 2 has no response and counts nowhere.
-    # Means over two responses: (0.8 - 0.8) / 2 = 0 and (1.2 - 0.2) / 2 = 0.5.
-    # The surrogate at ratio 1: -(2 + 2 - 1) over three tokens.
+    # Row 0, two tokens: mean logp (-0.4, -0.2) at the two temperatures: tau = (-0.6 - 1) / 2 = -0.8: shares (0.4, 0.6);
+    # A 2. Row 1, one token: (-0.1, -0.7): tau = (-0.8 - 1) / 2 = -0.9: (0.8, 0.2); A -1. Row 2 has no response and
+    # counts nowhere. Means over two responses: (0.8 - 0.8) / 2 = 0 and (1.2 - 0.2) / 2 = 0.5. The surrogate at ratio 1:
+    # -(2 + 2 - 1) over three tokens.
     mask = np.array([[True, True], [True, False], [False, False]])
     advantage = np.array([[2.0, 2.0], [-1.0, 9.0], [9.0, 9.0]])
     batch = Batch.of(tokens=np.zeros((3, 2), np.int32), mask=mask, advantage=advantage, old_logp=-1.0 + 0 * advantage)

@@ -1,4 +1,5 @@
-"""tpu/resume.sh and watch.sh: what they do after preemption, crashes and errors of the cloud, and where they give up."""
+"""tpu/resume.sh and watch.sh: what they do after preemption, crashes and errors of the cloud, and where they give
+up."""
 
 import json
 import os

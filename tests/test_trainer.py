@@ -242,8 +242,9 @@ def heedless(logits, tokens, *, sampling_temperature):
 
 
 def test_a_turned_temperature_reaches_sampler_and_ratio_and_compiles_nothing(trainer_in, tmp_path):
-    """... nor does it change what a run makes of an interruption. The sampler's log-probabilities are the learner's only where
-    both are at the temperature of the step; the reheater's one program, which is at none, sees the sampler's move away."""
+    """... nor does it change what a run makes of an interruption. The sampler's log-probabilities are the learner's
+    only where both are at the temperature of the step; the reheater's one program, which is at none, sees the sampler's
+    move away."""
     heated, reheated = cooling(dapo(), stats=tempered_stats), cooling(ts_opsd(), stats=heedless)
     phases = (rl_phase(objective=heated, reward=RewardRule(overlong_buffer_tokens=2)), reheat_phase(objective=reheated))
     whole = trainer_in(tmp_path / "whole", phases=phases)
@@ -267,7 +268,8 @@ def test_a_turned_temperature_reaches_sampler_and_ratio_and_compiles_nothing(tra
 
 @pytest.mark.parametrize("at", [0, 2, 4])
 def test_a_signal_leaves_the_rollout_and_no_step_is_lost(at, trainer_in, tmp_path):
-    """In the first step nothing is saved; in the third groups are left over; in the fifth the reheater samples in stages."""
+    """In the first step nothing is saved; in the third groups are left over; in the fifth the reheater samples in
+    stages."""
     phases = (rl_phase(), reheat_phase(rows_at_once=4))
     whole = finish(trainer_in(tmp_path / "whole", phases=phases))
     run = tmp_path / "left"
@@ -358,7 +360,8 @@ def test_evaluation_within_phases_changes_nothing_and_is_not_repeated(trainer_in
 
 
 def test_a_control_goes_on_where_the_run_does(trainer_in, tmp_path):
-    """The coefficient rises by 0.01 a step below the target; a phase that begins starts it anew; a resumed run goes on with it."""
+    """The coefficient rises by 0.01 a step below the target; a phase that begins starts it anew; a resumed run goes on
+    with it."""
     bonus = adaptive_entropy_bonus(target_nats=9.0, step=0.01, initial=0.02)
     schedule = (rl_phase(objective=bonus), rl_phase("again", objective=bonus, stop=StopRule(steps=2)))
     whole = finish(trainer_in(tmp_path / "whole", phases=schedule, every=1))
@@ -404,8 +407,8 @@ def test_killed_run_takes_the_lost_steps_again(trainer_in, tmp_path):
     assert facts(tmp_path / "whole") == facts(run)
     samples = read_samples(run)
     assert read_samples(tmp_path / "whole") == samples, "those of steps that are taken again stand there once"
-    # Of step 1, four groups of two: 5 tokens at most, the penalty's ramp the last two. Where both are right and as long, both
-    # are equal, and the first is the best.
+    # Of step 1, four groups of two: 5 tokens at most, the penalty's ramp the last two. Where both are right and as
+    # long, both are equal, and the first is the best.
     assert [(each["step"], each["phase"], each["which"]) for each in samples] == [
         (1, "rl", "best"),
         (1, "rl", "worst"),
@@ -571,7 +574,8 @@ RENEWED = (
 
 
 def test_a_reference_is_renewed_and_resumes_bit_for_bit(trainer_in, tmp_path):
-    """Copies before steps 1, 3 and 5: there the policy is its own reference. Left in the rollout after step 2 and after step 3."""
+    """Copies before steps 1, 3 and 5: there the policy is its own reference. Left in the rollout after step 2 and after
+    step 3."""
     whole = finish(trainer_in(tmp_path / "whole", phases=RENEWED))
     lines = read_metrics(tmp_path / "whole")
     apart = [line["policy/reference_kl_nats"] for line in lines[:5]]
@@ -719,7 +723,8 @@ LOWERED = "/jaxpr_to_mlir_module_duration"  # also where the compiled program is
 
 @pytest.mark.parametrize("data", [1, 2])
 def test_later_phases_are_compiled_while_the_first_runs(data, trainer_in, tmp_path):
-    """When such a phase begins, none of its large programs is lowered or compiled: in stages, as one program, and RL."""
+    """When such a phase begins, none of its large programs is lowered or compiled: in stages, as one program, and
+    RL."""
     later = (reheat_phase(rows_at_once=4), reheat_phase(), rl_phase("again", max_response_tokens=4, micro_batches=2))
     trainer = trainer_in(tmp_path, phases=(rl_phase(), *later), data=data)
     original, begun, compiled = trainer.steps.of, [], []
@@ -760,8 +765,8 @@ def test_a_phase_that_could_not_be_compiled_ahead_is_compiled_when_it_begins(tra
 
 
 def test_an_objective_that_sees_the_batch_trains_the_same_in_micro_batches(trainer_in, tmp_path):
-    """`select` before the gradient, in one piece and in four, packed. One step: behind it the policies differ by rounding, and
-    other tokens are drawn."""
+    """`select` before the gradient, in one piece and in four, packed. One step: behind it the policies differ by
+    rounding, and other tokens are drawn."""
     found = {}
     for pieces in (1, 4):
         objective = clip_cov(fraction=0.2, cov_low=-9.0, cov_high=9.0)

@@ -45,9 +45,9 @@ TILES = "head_tiles"
 """Name of the loops over tiles in profiles and compiled programs."""
 
 Stats = Callable[..., dict[str, Array]]
-"""(logits [..., V] float32, tokens [...]) -> {name: [...]}: the only code that sees the vocabulary. Where the objective has a
-reference, its logits [..., V] are a third argument; where its control has the knob `sampling_temperature`, that scalar is a
-keyword argument."""
+"""(logits [..., V] float32, tokens [...]) -> {name: [...]}: the only code that sees the vocabulary. Where the objective
+has a reference, its logits [..., V] are a third argument; where its control has the knob `sampling_temperature`, that
+scalar is a keyword argument."""
 
 Loss = Callable[[dict[str, Array], Batch], LossOutput]
 """({name: [B, L]}, Batch) -> LossOutput."""
@@ -105,7 +105,8 @@ def call_stats(
 
 
 class Measured(NamedTuple):
-    """What an objective says of a batch, and the largest |sampler's - learner's log-probability| of its tokens, nats."""
+    """What an objective says of a batch, and the largest |sampler's - learner's log-probability| of its tokens,
+    nats."""
 
     out: LossOutput
     gap: Float[Array, ""]
@@ -123,8 +124,8 @@ RATIO_MARGIN = 0.1
 
 
 def measure(loss: Loss, stats: dict[str, Array], batch: Batch) -> Measured:
-    """Evaluate the loss, and where there is a statistic `logp`, how far the sampler's log-probabilities are from it: with
-    one code base that is a test, not a correction."""
+    """Evaluate the loss, and where there is a statistic `logp`, how far the sampler's log-probabilities are from it:
+    with one code base that is a test, not a correction."""
     out, gap = loss(stats, batch), jnp.zeros((), jnp.float32)
     if "logp" in stats:
         apart = jnp.abs(stats["logp"] - batch.old_logp)
@@ -265,8 +266,8 @@ def token_loss(
     batch: Batch,
     reference: Reference | None = None,
 ) -> Measured:
-    """Evaluate a loss that treats every token by itself, on a batch of one row of N tokens and the N states that predict
-    them. `loss.total` can be differentiated, in `hidden` and `unembed`; the rest is given no gradient."""
+    """Evaluate a loss that treats every token by itself, on a batch of one row of N tokens and the N states that
+    predict them. `loss.total` can be differentiated, in `hidden` and `unembed`; the rest is given no gradient."""
     tokens, wanted = batch.tokens[0], batch.mask[0]
     found: Any = token_stats(stats, tiling, hidden, unembed, tokens, wanted, reference, batch.sampling_temperature)
     return measure(loss, {name: x[None] for name, x in found.items()}, batch)
@@ -297,8 +298,8 @@ token_loss.defvjp(_token_loss_forward, _token_loss_backward)
 
 
 def _next_token(hidden_BLD: Array, batch: Batch, reference: Reference | None) -> tuple[Array, Batch, Reference | None]:
-    """Pair N = B (L - 1) hidden states, the policy's and the reference's, with what they predict, as a batch of one row: the
-    state at position t - 1 predicts `tokens[:, t]`. The only place where anything is shifted."""
+    """Pair N = B (L - 1) hidden states, the policy's and the reference's, with what they predict, as a batch of one
+    row: the state at position t - 1 predicts `tokens[:, t]`. The only place where anything is shifted."""
 
     def states(hidden_BLD: Array) -> Array:
         return hidden_BLD[:, :-1].reshape(-1, hidden_BLD.shape[-1])

@@ -89,10 +89,11 @@ def log_ratio(logp: Float[Array, "*N"], old_logp: Float[Array, "*N"]) -> Float[A
 
 
 def k3(logp: Float[Array, "*N"], reference_logp: Float[Array, "*N"]) -> Float[Array, "*N"]:
-    """Estimate KL(policy || reference) from one token drawn from the policy: exp(d) - d - 1 >= 0, d = reference_logp - logp.
+    """Estimate KL(policy || reference) from one token drawn from the policy: exp(d) - d - 1 >= 0, d = reference_logp -
+    logp.
 
-    d is clamped to +-20 nats; no gradient into the reference. Unbiased as a value; its gradient, (1 - exp(d)) d(logp), is not
-    that of the KL. Source: Schulman 2020, "Approximating KL divergence"; GRPO (arXiv 2402.03300), equation 4.
+    d is clamped to +-20 nats; no gradient into the reference. Unbiased as a value; its gradient, (1 - exp(d)) d(logp),
+    is not that of the KL. Source: Schulman 2020, "Approximating KL divergence"; GRPO (arXiv 2402.03300), equation 4.
     """
     d = -log_ratio(logp, reference_logp)
     return jnp.expm1(d) - d

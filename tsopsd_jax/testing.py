@@ -37,7 +37,6 @@ TOLERANCE = 1e-3
 """Relative difference that is taken for rounding: sums run in another order; a mistake makes more."""
 
 ORDER = np.array([3, 1, 5, 0, 4, 2])  # another order of the toy's rows
-
 LIVE_GRADIENT = 1e-7  # into a logit; what is below may be the rounding of a probability
 
 
@@ -58,9 +57,9 @@ def objective_notes(objective: Objective) -> list[str]:
 
     Shapes and keys, by abstract evaluation. Then on a toy batch: values are finite, a gradient reaches the logits, and
     the result is the same for rows in another order and for two micro-batches with more padding. If it is `tokenwise`,
-    the same for tokens in any arrangement, as tiles and packed rows have them. If not `uses_advantage`, for other advantages.
-    What `select` makes of the batch is the same for rows in another order and for packed rows, and keeps the mask; `control`
-    turns numbers into numbers.
+    the same for tokens in any arrangement, as tiles and packed rows have them. If not `uses_advantage`, for other
+    advantages. What `select` makes of the batch is the same for rows in another order and for packed rows, and keeps
+    the mask; `control` turns numbers into numbers.
 
     Raises:
         ValueError: one line that says what is broken: file, function, expected, got.
@@ -83,8 +82,8 @@ def objective_notes(objective: Objective) -> list[str]:
         other = toy._replace(batch=dataclasses.replace(toy.batch, advantage=-2 * toy.batch.advantage))
         for what, want, got in _unequal(found, program(other)):
             raise ValueError(
-                f"{_place(objective.loss)}: declares uses_advantage=False, but {what} changes with batch.advantage from "
-                f"{want} to {got}; leave uses_advantage out, and give its phase a reward"
+                f"{_place(objective.loss)}: declares uses_advantage=False, but {what} changes with batch.advantage "
+                f"from {want} to {got}; leave uses_advantage out, and give its phase a reward"
             )
     return _gradient_notes(objective, program, toy, found)
 
@@ -92,7 +91,7 @@ def objective_notes(objective: Objective) -> list[str]:
 class _Program:
     """An objective as the head calls it: statistics of flat tokens, then the loss; compiled once for each shape.
 
-    On the CPU, where there is one beside the accelerator, and without optimization: toys are compiled longer than they run.
+    On the CPU, where there is one beside the accelerator, and without optimization: compiling toys takes longest.
     """
 
     def __init__(self, objective: Objective):
@@ -154,7 +153,8 @@ def _check_turning(control: Control, names: set[str]) -> None:
             if odd or set(knobs) != set(control.init) or knobs.get(SAMPLING_TEMPERATURE, 1.0) <= 0:
                 above = " (a temperature above 0)" if SAMPLING_TEMPERATURE in control.init else ""
                 raise ValueError(
-                    f"{_place(control.update)}: expected finite numbers under {sorted(control.init)}{above}, got {dict(knobs)!r}"
+                    f"{_place(control.update)}: expected finite numbers under {sorted(control.init)}{above}, got "
+                    f"{dict(knobs)!r}"
                 )
 
 
@@ -169,8 +169,8 @@ def _check_stats(objective: Objective, toy: Toy) -> dict[str, Any]:
     for name, x in stats.items():
         if not _is_float(x, (n,)):
             raise ValueError(
-                f"{place}: expected the statistic {name!r} of logits {[n, VOCABULARY]} to be floats of shape {[n]}, one a "
-                f"token, got {_short(x)}"
+                f"{place}: expected the statistic {name!r} of logits {[n, VOCABULARY]} to be floats of shape {[n]}, "
+                f"one a token, got {_short(x)}"
             )
     return {name: jax.ShapeDtypeStruct(toy.batch.tokens.shape, x.dtype) for name, x in stats.items()}
 
@@ -190,13 +190,13 @@ def _check_loss(objective: Objective, toy: Toy, stats: dict[str, Any]) -> set[st
         for part, x in vars(mean).items():
             if not _is_float(x, ()):
                 raise ValueError(
-                    f"{place}: expected the {part} of {name} to be a float of shape [], got {_short(x)}; Mean.of adds up"
+                    f"{place}: expected the {part} of {name} to be a float of shape [], got {_short(x)}; use Mean.of"
                 )
     return set(out.metrics)
 
 
 def _check_select(objective: Objective, toy: Toy) -> Toy:
-    """The toy as `select` leaves it, which is the same for rows in another order, and for several sequences in a row."""
+    """The toy as `select` leaves it, the same for rows in another order, and for several sequences in a row."""
     if objective.select is None:
         return toy
     select: Any = objective.select
@@ -217,7 +217,7 @@ def _check_select(objective: Objective, toy: Toy) -> Toy:
     made = jax.device_get(made)
     if not np.array_equal(made.mask, toy.batch.mask) or not np.array_equal(made.tokens, toy.batch.tokens):
         raise ValueError(
-            f"{place}: expected select to keep mask and tokens, got others; a token without gradient still counts: set weight"
+            f"{place}: expected select to keep mask and tokens, got others; set weight to leave tokens out"
         )
     for name, x in made.knobs.items():
         if np.shape(x) != ():

@@ -64,7 +64,8 @@ class Mean:
         """
         if jnp.shape(values) != jnp.shape(mask):
             raise ValueError(
-                f"Mean.of expects values and mask of one shape, got values {jnp.shape(values)} and mask {jnp.shape(mask)}"
+                f"Mean.of expects values and mask of one shape, got values {jnp.shape(values)} and mask "
+                f"{jnp.shape(mask)}"
             )
         total = jnp.sum(jnp.where(mask, values, 0.0), dtype=jnp.float32)
         return cls(total, jnp.sum(mask, dtype=jnp.float32))
@@ -127,8 +128,8 @@ class Batch:
 
     A row holds one sequence, or several one after the other: `segment` then numbers them 1, 2, ... with 0 for padding.
     `weight` is what an objective's `select` says of each token, for its `loss` to read: a token without weight still
-    counts in the mean, since the count follows from `mask` alone. `knobs` are the numbers that its `control` turns between
-    updates: scalars, by name.
+    counts in the mean, since the count follows from `mask` alone. `knobs` are the numbers that its `control` turns
+    between updates: scalars, by name.
     """
 
     tokens: Int[Array, "B L"]

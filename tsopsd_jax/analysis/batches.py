@@ -42,8 +42,8 @@ def batches_of(
     for at, s in enumerate(sequences):
         if not s.prompt or not s.response or lengths[at] > limit:
             raise ValueError(
-                f"response {at + 1}: expected a prompt and a response of at least a token each and {limit} together, got "
-                f"{len(s.prompt)} and {len(s.response)}"
+                f"response {at + 1}: expected a prompt and a response of at least a token each and {limit} together, "
+                f"got {len(s.prompt)} and {len(s.response)}"
             )
     widths = np.minimum(SHORTEST << np.maximum(0, np.ceil(np.log2(lengths / SHORTEST))).astype(int), limit)
     for width in sorted(set(widths.tolist())):

@@ -1,7 +1,8 @@
 """What reheating does to the distribution of the next token, at the positions of given responses (TS-OPSD, figure 5).
 
-Two policies, `before` p and `after` q, see the same text. Of each response token: KL(p || q) and KL(q || p), the change of
-the exact entropy, the share of the k likeliest tokens that both have in common, and the probability of those under each.
+Two policies, `before` p and `after` q, see the same text. Of each response token: KL(p || q) and KL(q || p), the change
+of the exact entropy, the share of the k likeliest tokens that both have in common, and the probability of those under
+each.
 """
 
 from collections.abc import Iterable, Iterator
@@ -35,9 +36,9 @@ class OnMesh(NamedTuple):
 def pair_stats(after: Float[Array, "*N V"], before: Float[Array, "*N V"], *, k: int) -> dict[str, Float[Array, "*N"]]:
     """Compare two distributions by their logits, position by position.  [..., V] x2 -> {name: [...]}
 
-    Returns:
-        forward_kl_nats, KL(before || after); reverse_kl_nats, KL(after || before); entropy_before_nats, entropy_after_nats;
-        top_k_overlap, |the k likeliest of both| / k; top_k_mass_before and top_k_mass_after, the probability of these.
+    Returns: forward_kl_nats, KL(before || after); reverse_kl_nats, KL(after || before); entropy_before_nats,
+        entropy_after_nats; top_k_overlap, |the k likeliest of both| / k; top_k_mass_before and top_k_mass_after, the
+        probability of these.
     """
     logp, logq = losses.log_softmax(before), losses.log_softmax(after)
     (top_p, at_p), (top_q, at_q) = jax.lax.top_k(logp, k), jax.lax.top_k(logq, k)

@@ -38,7 +38,8 @@ def edit_distance(a: Sequence[int], b: Sequence[int]) -> float:
 
 
 class Stochastic(NamedTuple):
-    """A stochastic rollout, the log-probability (nats) of each of its tokens, and the greedy rollout of the same prompt."""
+    """A stochastic rollout, the log-probability (nats) of each of its tokens, and the greedy rollout of the same
+    prompt."""
 
     tokens: Sequence[int]
     logp: Sequence[float]

@@ -1,15 +1,17 @@
-"""The entropy jump in a trajectory: one step at which a curve leaves what is smooth (TS-OPSD, section 4.4 and appendix D).
+"""The entropy jump in a trajectory: one step at which a curve leaves what is smooth (TS-OPSD, section 4.4 and appendix
+D).
 
-Two curves are fitted to n values: a cubic, and a cubic with a step of height h at one place, the place that fits best. The jump is
-found where three things hold:
+Two curves are fitted to n values: a cubic, and a cubic with a step of height h at one place, the place that fits best.
+The jump is found where three things hold:
 
-- the step is worth its two parameters: n log(RSS_smooth / RSS_jump) - 2 log n, the gain in Bayes' information criterion, is
-  at least 10;
-- the single increment there is at least three times the larger of the two beside it, in absolute value, so that a ramp of several
-  steps is none;
+- the step is worth its two parameters: n log(RSS_smooth / RSS_jump) - 2 log n, the gain in Bayes' information
+  criterion, is at least 10;
+- the single increment there is at least three times the larger of the two beside it, in absolute value, so that a ramp
+  of several steps is none;
 - the step is at least three times the noise that is left.
 
-Its sharpness is the share of what the smooth curve leaves unexplained that the one step explains, 1 - RSS_jump / RSS_smooth.
+Its sharpness is the share of what the smooth curve leaves unexplained that the one step explains, 1 - RSS_jump /
+RSS_smooth.
 """
 
 from typing import NamedTuple

@@ -1,13 +1,14 @@
 """How similar the layers of two policies are: linear CKA between every pair of layers (TS-OPSD, figure 3).
 
-With X [n, D] and Y [n, D'] the states of two layers at the same n tokens, centred over the tokens (arXiv 1905.00414, equation 3):
+With X [n, D] and Y [n, D'] the states of two layers at the same n tokens, centred over the tokens (arXiv 1905.00414,
+equation 3):
 
     CKA = |X^T Y|^2 / (|X^T X| |Y^T Y|)        Frobenius norms; 1: equal up to a rotation and a scale
 
 The products are summed over tokens in float64, so memory does not grow with them. States are shifted by the mean of the
 first batch before they are multiplied, and what is left of the mean is taken off the sums at the end: a dimension whose
-mean is a thousand times its spread keeps its digits. All pairs of layers take 8 L^2 D^2 bytes; what exceeds `memory_bytes`
-is done in more than one pass.
+mean is a thousand times its spread keeps its digits. All pairs of layers take 8 L^2 D^2 bytes; what exceeds
+`memory_bytes` is done in more than one pass.
 """
 
 from collections.abc import Callable, Iterable, Iterator

@@ -63,7 +63,8 @@ def reversal_of(sums: np.ndarray) -> Reversal:
 
 
 def part_of(name: str) -> str:
-    """The part of the model that a stored tensor belongs to: its layer's number, or `embed_tokens`, `norm`, `lm_head`."""
+    """The part of the model that a stored tensor belongs to: its layer's number, or `embed_tokens`, `norm`,
+    `lm_head`."""
     layer = re.search(r"\.layers\.(\d+)\.", name)
     return layer[1] if layer else name.removesuffix(".weight").split(".")[-1]
 

@@ -1,8 +1,9 @@
 """Where teachers of several temperatures pull one policy: gradients of both KLs, and of the entropy.
 
-At the point where the self-teacher is built the reverse KL's gradient into the logits is -(1 - 1/T) dH/dz (TS-OPSD, equation
-5), so its cosine with entropy ascent is 1 at every T and its norm is in proportion to 1 - 1/T. The forward KL's is p - q,
-whose direction depends on T; the paper's claim (section 4.5, figure 8) is that it hardly does where the policy has collapsed.
+At the point where the self-teacher is built the reverse KL's gradient into the logits is -(1 - 1/T) dH/dz (TS-OPSD,
+equation 5), so its cosine with entropy ascent is 1 at every T and its norm is in proportion to 1 - 1/T. The forward
+KL's is p - q, whose direction depends on T; the paper's claim (section 4.5, figure 8) is that it hardly does where the
+policy has collapsed.
 """
 
 import dataclasses

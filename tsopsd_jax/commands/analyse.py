@@ -12,11 +12,13 @@ from tsopsd_jax.rundir import files
 from tsopsd_jax.rundir.log import strict_json
 
 ANALYSES = {
-    "curves": "reward, entropy, gradient norm, length and accuracy over steps, runs side by side or averaged (figures 1, 2, "
+    "curves": "reward, entropy, gradient norm, length and accuracy over steps, runs side by side or averaged (figures "
+    "1, 2, "
     "7, 9 to 11, 13)",
     "representations": "linear CKA between the layers of two policies (figure 3)",
     "reasoning": "accuracy and entropy over the checkpoints of a reheating phase (figure 4)",
-    "distributions": "two policies on the same responses: KL, entropy change, overlap of the likeliest tokens (figure 5)",
+    "distributions": "two policies on the same responses: KL, entropy change, overlap of the likeliest tokens (figure "
+    "5)",
     "forks": "stochastic rollouts against greedy ones, checkpoint by checkpoint (figure 6, table 2)",
     "jump": "the entropy jump of a reheating phase and how sharp it is (section 4.4)",
     "temperatures": "where teachers of several temperatures and both directions pull one policy (figure 8)",

@@ -69,7 +69,8 @@ def same_turn(folder: Path) -> bool:
 
 
 def takes(parts: Parts) -> list[str]:
-    """Say what a run will take: memory of its state, rows and tokens of each phase's steps. (`tsopsd plan` says more.)"""
+    """Say what a run will take: memory of its state, rows and tokens of each phase's steps. (`tsopsd plan` says
+    more.)"""
     model, mesh = parts.model, parts.mesh
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(model.param_shapes()))
     moments = jax.tree.leaves(jax.eval_shape(parts.phases[0].optimizer.init, model.param_shapes()))

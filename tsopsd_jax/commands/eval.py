@@ -60,13 +60,14 @@ def load_benchmark(
         asked: without a split: `test` where the source has one, else its first.
         directory: where prepared data sets lie.
         first: the first N problems only; None: all.
-        template: see `load_problems`; None: `dapo_answer` for the verifier of mathematics, which looks for an answer marked so;
-            else `plain`.
-        verifier: of the library, or `path/to/file.py:function`; None: countdown's for countdown, else that of mathematics.
+        template: see `load_problems`; None: `dapo_answer` for the verifier of mathematics, which looks for an answer
+            marked so; else `plain`.
+        verifier: of the library, or `path/to/file.py:function`; None: countdown's for countdown, else that of
+            mathematics.
         fields: problem_field and answer_field of the file's objects.
 
-    Raises:
-        ValueError: see `load_problems`; a name that cannot name a file; a function of one's own that breaks its contract.
+    Raises: ValueError: see `load_problems`; a name that cannot name a file; a function of one's own that breaks its
+        contract.
     """
     source, path, split = asked, None, None
     name = asked.replace(":", "-")
@@ -118,9 +119,9 @@ def evaluate_policy(
     again: bool,
     table: LiveTable,
 ) -> None:
-    """Write a line {benchmark, id, sample, response, tokens, stopped, correct, entropy_nats, prompt_ids, response_ids} for
-    each response that `out` lacks, to OUT/BENCHMARK/NAME.jsonl, as it is scored; with a function of one's own also {rewards}
-    and, where it failed, {failed}.
+    """Write a line {benchmark, id, sample, response, tokens, stopped, correct, entropy_nats, prompt_ids, response_ids}
+    for each response that `out` lacks, to OUT/BENCHMARK/NAME.jsonl, as it is scored; with a function of one's own also
+    {rewards} and, where it failed, {failed}.
 
     All benchmarks go through one rollout. A response depends on the seed, its problem's place in its benchmark and its
     sample, so what was interrupted ends up as what was not, in another order.
@@ -310,8 +311,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="B less A of the tables, by paired bootstrap")
     parser.add_argument(
         "--template",
-        help="text around the problem: a name, a text with {problem}, or FILE.py:FUNCTION; default: dapo_answer for the verifier "
-        "math, else plain",
+        help="text around the problem: a name, a text with {problem}, or FILE.py:FUNCTION; default: dapo_answer for "
+        "the verifier math, else plain",
     )
     parser.add_argument("--chat", help="the model's chat turn: none, direct, thinking; default: the run's, else none")
     parser.add_argument(

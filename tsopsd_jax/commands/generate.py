@@ -83,28 +83,25 @@ def generate(
     again: bool = False,
     table: LiveTable,
 ) -> tuple[int, int]:
-    """Write a line {id, sample, prompt, response, tokens, stopped, prompt_ids, response_ids} for every prompt and sample, as
-    responses end; the ids are those that the model saw and drew, the stop token included. Where responses are scored, also
-    {answer, correct, rewards} and, where a function of one's own failed, {failed}.
+    """Write a line {id, sample, prompt, response, tokens, stopped, prompt_ids, response_ids} for every prompt and
+    sample, as responses end; the ids are those that the model saw and drew, the stop token included. Where responses
+    are scored, also {answer, correct, rewards} and, where a function of one's own failed, {failed}.
 
     What `out` holds already is kept and not sampled again; a response depends on the seed, its prompt's place in the
     file and its sample alone, so an interrupted file ends up as an uninterrupted one, in another order.
 
-    Args:
-        settings: model, sampling, seed.
-        prompts: JSON lines with `prompt` and perhaps `id` (default: the line's number); with `answer` where they are scored.
-        out: JSON lines; `out`.settings.json beside it remembers the settings.
-        slots: responses decoded side by side.
-        tensor: devices over which heads and vocabulary are divided; the others take rows.
-        again: replace what `out` holds instead of adding what it lacks.
-        table: where progress is shown.
+    Args: settings: model, sampling, seed. prompts: JSON lines with `prompt` and perhaps `id` (default: the line's
+        number); with `answer` where they are scored. out: JSON lines; `out`.settings.json beside it remembers the
+        settings. slots: responses decoded side by side. tensor: devices over which heads and vocabulary are divided;
+        the others take rows. again: replace what `out` holds instead of adding what it lacks. table: where progress is
+        shown.
 
     Returns:
         (responses written now, responses in the file).
 
     Raises:
-        ValueError: a malformed line, a file of other settings or of another model, a prompt that does not fit the model,
-            another process that writes `out`.
+        ValueError: a malformed line, a file of other settings or of another model, a prompt that does not fit the
+            model, another process that writes `out`.
     """
     requests = _read_requests(prompts, scored=settings.score is not None)
     facts = settings.facts() | {"prompts_sha256": digest([part for r in requests for part in (r.id, r.prompt)])}
@@ -219,7 +216,8 @@ def _add_missing(
 
 
 def own_digest(verifier: str) -> str:
-    """What tells a function of one's own from another of its name: the digest of its file; nothing for the library's."""
+    """What tells a function of one's own from another of its name: the digest of its file; nothing for the
+    library's."""
     if not is_own(verifier):
         return ""
     file = Path(verifier.rpartition(":")[0])

@@ -40,7 +40,8 @@ def add(parser: argparse.ArgumentParser) -> None:
         type=_shares,
         default=LIKELY,
         metavar="C,M,L",
-        help=f"shares of the peaks of compute, memory, links that estimates assume; default {','.join(map(str, LIKELY))}",
+        help="shares of the peaks of compute, memory, links that estimates assume; default "
+        f"{','.join(map(str, LIKELY))}",
     )
 
 

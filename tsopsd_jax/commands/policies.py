@@ -115,7 +115,8 @@ def policy_of(text: str, *, dtype: str | None, chat: str | None) -> PolicySource
 
 @contextlib.contextmanager
 def weights_of(policy: PolicySource, mesh: jax.sharding.Mesh) -> Iterator[Weights]:
-    """The policy's weights tensor by tensor: a directory's are read as they are asked for, a checkpoint's lie on the mesh."""
+    """The policy's weights tensor by tensor: a directory's are read as they are asked for, a checkpoint's lie on the
+    mesh."""
     if policy.source["step"] is None:
         with stored_weights(policy.folder) as weights:
             yield weights

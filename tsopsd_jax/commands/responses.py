@@ -1,4 +1,5 @@
-"""Files of responses that commands read: what `tsopsd generate` and `tsopsd eval` write, or anybody's prompts and responses."""
+"""Files of responses that commands read: what `tsopsd generate` and `tsopsd eval` write, or anybody's prompts and
+responses."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,7 +10,8 @@ from tsopsd_jax.rundir import files
 
 
 class Responses(NamedTuple):
-    """The responses of a file, and how many of them were encoded anew: their tokens may not be those that were sampled."""
+    """The responses of a file, and how many of them were encoded anew: their tokens may not be those that were
+    sampled."""
 
     answered: list[Answered]
     encoded_again: int
@@ -27,8 +29,8 @@ class Responses(NamedTuple):
 def read_responses(path: Path, tokenizer: Tokenizer, *, first: int | None = None) -> Responses:
     """Read the lines of a file of responses.
 
-    A line has `prompt_ids` and `response_ids`; or `prompt` and `response` as text, which are encoded, with a stop token unless the
-    line says `"stopped": false`.
+    A line has `prompt_ids` and `response_ids`; or `prompt` and `response` as text, which are encoded, with a stop token
+    unless the line says `"stopped": false`.
 
     Args:
         first: the first N lines only; None: all.

@@ -46,7 +46,8 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--stall-s",
         type=float,
         default=1800,
-        help="time in one step, one compilation or one read after which a process is taken to hang; default 1800, 0: never",
+        help="time in one step, one compilation or one read after which a process is taken to hang; default 1800, 0: "
+        "never",
     )
 
 
@@ -187,8 +188,8 @@ def _claimed(config: Config, run_dir: Path, inputs: dict[str, str], accept_chang
         changed = processes.from_first(changed)
         if object_store.address(run_dir) is None and not (run_dir / claim.CONFIG_FILE).is_file():
             raise ValueError(
-                f"process {jax.process_index()} expected the {claim.CONFIG_FILE} that process 0 wrote to {run_dir}, got no "
-                "such file; choose a --run-dir that all hosts share (a network file system, gs://...)"
+                f"process {jax.process_index()} expected the {claim.CONFIG_FILE} that process 0 wrote to {run_dir}, "
+                "got no such file; choose a --run-dir that all hosts share (a network file system, gs://...)"
             )
         yield changed
 

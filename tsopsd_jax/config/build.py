@@ -167,8 +167,8 @@ def check_batches(config: Config, mesh: AnyMesh) -> None:
         for what, count in parts.items():
             if count % multiple:
                 raise ValueError(
-                    f"phase {phase.name!r}: {count} rows of {what} do not split over {multiple} devices (mesh data x fsdp); "
-                    f"choose a multiple of {multiple}"
+                    f"phase {phase.name!r}: {count} rows of {what} do not split over {multiple} devices (mesh data x "
+                    f"fsdp); choose a multiple of {multiple}"
                 )
 
 
@@ -214,7 +214,8 @@ def _problems(data: DataSettings, config: Config, tokenizer: Tokenizer, notes: l
 
 
 def check_weights(folder: Path, *, key: str = "model.path") -> None:
-    """Check that the model directory named by a setting has its weight files (their content is read when the run starts).
+    """Check that the model directory named by a setting has its weight files (their content is read when the run
+    starts).
 
     Raises:
         ValueError: naming what is missing.
@@ -290,7 +291,8 @@ def _check_lengths(config: Config, positions: int) -> None:
     for where, (prompt, response) in lengths.items():
         if prompt + response > positions:
             raise ValueError(
-                f"{where}: prompt and response may take {prompt} + {response} tokens, more than the model's {positions} "
+                f"{where}: prompt and response may take {prompt} + {response} tokens, more than the model's "
+                f"{positions} "
                 "positions; lower data.max_prompt_tokens or max_response_tokens"
             )
 

@@ -15,20 +15,20 @@ def check_needs(phase: PhaseSettings, objective: Objective) -> None:
     name, t = phase.objective.name, objective.policy_temperature
     if objective.uses_advantage and phase.reward is None:
         raise ValueError(
-            f"reward: objective {name!r} uses advantages and so needs rewards; add a reward section ({{}} for the defaults), or "
-            "let an objective that uses none declare uses_advantage=False"
+            f"reward: objective {name!r} uses advantages and so needs rewards; add a reward section ({{}} for the "
+            "defaults), or let an objective that uses none declare uses_advantage=False"
         )
     _check_turned_temperature(phase, objective)
     if t is not None and phase.sampling != Sampling(sampling_temperature=t):
         raise ValueError(
-            f"sampling: objective {name!r} compares the policy at temperature {t:g} with the policy that sampled; expected "
-            f"sampling_temperature {t:g}, top_p 1, top_k 0, got {phase.sampling}; an objective that is right at any declares "
-            "policy_temperature=None"
+            f"sampling: objective {name!r} compares the policy at temperature {t:g} with the policy that sampled; "
+            f"expected sampling_temperature {t:g}, top_p 1, top_k 0, got {phase.sampling}; an objective that is right "
+            "at any declares policy_temperature=None"
         )
     if objective.reference and phase.reference == "none":
         raise ValueError(
-            f"reference: objective {name!r} compares the policy with a frozen reference; expected reference: start, or a model "
-            "directory, got none"
+            f"reference: objective {name!r} compares the policy with a frozen reference; expected reference: start, or "
+            "a model directory, got none"
         )
     if phase.reference != "none" and not (objective.reference or phase.measure_start_kl):
         raise ValueError(
@@ -48,6 +48,6 @@ def _check_turned_temperature(phase: PhaseSettings, objective: Objective) -> Non
         )
     if SAMPLING_TEMPERATURE in first and phase.reward is not None and phase.reward.surplus == "keep":
         raise ValueError(
-            f"reward.surplus: objective {name!r} turns the sampling temperature, and groups that are kept were drawn at the one "
-            "before; expected drop, got keep"
+            f"reward.surplus: objective {name!r} turns the sampling temperature, and groups that are kept were drawn "
+            "at the one before; expected drop, got keep"
         )

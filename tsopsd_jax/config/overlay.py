@@ -1,5 +1,5 @@
-"""Configurations that say only how they differ from another: `extends: base.yaml`, merged as JSON Merge Patch (RFC 7396) does,
-with lists of named items changed by name."""
+"""Configurations that say only how they differ from another: `extends: base.yaml`, merged as JSON Merge Patch (RFC
+7396) does, with lists of named items changed by name."""
 
 import re
 from pathlib import Path
@@ -75,8 +75,9 @@ def _base(path: Path, data: Any) -> Path | None:
 def merge(base: Any, changes: Any, where: str = "") -> Any:
     """Apply `changes` to plain data, which stays as it is.
 
-    Mappings are merged key by key. null removes what is there, so that its default holds. A list whose items have a `name` may
-    be given as a mapping from names to their changes; null leaves that item out. Everything else replaces what was there.
+    Mappings are merged key by key. null removes what is there, so that its default holds. A list whose items have a
+    `name` may be given as a mapping from names to their changes; null leaves that item out. Everything else replaces
+    what was there.
 
     Raises:
         ValueError: a key or an item to be removed or changed is not there; the message begins with the place.

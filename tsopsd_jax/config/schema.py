@@ -236,16 +236,18 @@ class PhaseSettings:
     """Pieces of each update; changes memory, not the result. null: what the devices' memory asks for, none with more
     than 16,384 tokens a device (2,048 on a CPU)."""
     chunk_tokens: int | None = None
-    """Tokens whose logits exist at once, on each device. null: what suits the device (`hardware.tiles`), 1,024 on a CPU."""
+    """Tokens whose logits exist at once, on each device. null: what suits the device (`hardware.tiles`), 1,024 on a
+    CPU."""
     pack: bool = True
     """Several responses in one row of an update of several pieces, where the objective is tokenwise."""
     learning_rate_control: RateControlSettings | None = None
-    """Turn the learning rate towards a wanted gain of entropy, beginning with the optimizer's; None: it is the optimizer's."""
+    """Turn the learning rate towards a wanted gain of entropy, beginning with the optimizer's; None: it is the
+    optimizer's."""
     measure_start_kl: bool = False
     """Measure the exact KL to the phase's start policy at every step; its reference is then `start`."""
     reference: str = "none"
-    """The frozen policy that the objective compares with: none; start, a copy in the compute dtype of the policy that the phase
-    begins with; or a Hugging Face directory of the same vocabulary."""
+    """The frozen policy that the objective compares with: none; start, a copy in the compute dtype of the policy that
+    the phase begins with; or a Hugging Face directory of the same vocabulary."""
     reference_every_steps: int | None = None
     """The copy is taken anew after so many steps; null: never."""
     guard: Guard = field(default_factory=Guard)
@@ -299,8 +301,8 @@ class PhaseSettings:
             )
         if self.measure_start_kl and (every is not None or self.reference not in ("none", START)):
             raise ValueError(
-                "measure_start_kl: the phase's one reference must be its start policy; expected reference: start (or none) and "
-                f"reference_every_steps: null, got {self.reference} and {every}; leave measure_start_kl out"
+                "measure_start_kl: the phase's one reference must be its start policy; expected reference: start (or "
+                f"none) and reference_every_steps: null, got {self.reference} and {every}; leave measure_start_kl out"
             )
 
 
@@ -333,7 +335,8 @@ class Config:
         asked = self.evaluation.data
         if asked is not None and asked.chat != self.data.chat:
             raise ValueError(
-                f"evaluation.data: expected the chat of data, {self.data.chat}, in which the policy is trained, got {asked.chat}"
+                f"evaluation.data: expected the chat of data, {self.data.chat}, in which the policy is trained, got "
+                f"{asked.chat}"
             )
         if asked is not None and (asked.exclude or asked.drop_longer):
             raise ValueError("evaluation.data: exclude and drop_longer choose training problems; leave them out")
@@ -348,8 +351,8 @@ class Config:
                 if low is not None and high is not None and low > high:
                     raise ValueError(
                         f"phase {after.name!r}: stop.recovered_above_{unit} {high} must not be under "
-                        f"stop.collapsed_below_{unit} {low} of phase {before.name!r}: a collapsed policy would count as "
-                        "recovered"
+                        f"stop.collapsed_below_{unit} {low} of phase {before.name!r}: a collapsed policy would count "
+                        "as recovered"
                     )
         dtypes = [p.optimizer.momentum_dtype for p in self.phases]
         if len(set(dtypes)) != 1:

@@ -216,8 +216,8 @@ def _number_if_text(value: Any) -> Any:
 
 
 def override(data: Any, assignment: str) -> None:
-    """Apply one `a.b.0.c=value` (value in YAML) to nested plain data, in place; an item may be called by its `name`, and null
-    leaves it out.
+    """Apply one `a.b.0.c=value` (value in YAML) to nested plain data, in place; an item may be called by its `name`,
+    and null leaves it out.
 
     Raises:
         ValueError: no `=`, or a path that does not lead anywhere. (Unknown last keys are found by `build`.)

@@ -34,8 +34,8 @@ class Tokenizer:
         """Read a directory's tokenizer, its stop ids and, unless `chat` (one of `chat.CHATS`) is none, its chat turn.
 
         Stop ids are `eos_token_id` of generation_config.json, else of config.json, else the id of the tokenizer's
-        `eos_token`: the order in which a model's own generation settles it. In a chat the token that ends an assistant's
-        turn is one of them, the first: a base model's files do not name it.
+        `eos_token`: the order in which a model's own generation settles it. In a chat the token that ends an
+        assistant's turn is one of them, the first: a base model's files do not name it.
 
         tokenizer.json is read as it stands, with the tokens that other files add to it, whatever class the directory
         names: some classes replace its splitting of text by their own. Truncation and padding in it are a past call's,

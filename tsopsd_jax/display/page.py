@@ -239,7 +239,8 @@ def _updates(metrics: Metrics) -> int:
 
 
 def _change(evaluations: Sequence[Mapping[str, Any]], key: str, first_step: float, last_step: float) -> str:
-    """`before → after` in % of a phase's stretch, by the evaluations between phases; a dash where one of them was not made."""
+    """`before → after` in % of a phase's stretch, by the evaluations between phases; a dash where one of them was not
+    made."""
     between = {each.get("step"): finite(each.get(key)) for each in evaluations if not each.get("phase_step")}
     before, after = between.get(int(first_step) - 1), between.get(int(last_step))
     if before is None or after is None:

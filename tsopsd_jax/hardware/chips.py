@@ -55,8 +55,8 @@ _CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8"
 
 # docs.cloud.google.com/tpu/docs/ v4, v5e, v5p, v6e, tpu7x: peak compute, HBM bandwidth, bidirectional interconnect of a
 # chip (v5e 400 GB/s, v6e 800, v5p and tpu7x 1200), here divided by 2 directions and by the 2 (v5e, v6e) or 3 dimensions
-# of the torus; network of a chip (v5p 50 Gb/s, v6e and tpu7x 100, v5e 2 x 100 a host of 8). v4: 2,400 Gb/s of links, and
-# v5p's network, since its own is not told. A tpu7x chip is two devices with half of everything.
+# of the torus; network of a chip (v5p 50 Gb/s, v6e and tpu7x 100, v5e 2 x 100 a host of 8). v4: 2,400 Gb/s of links,
+# and v5p's network, since its own is not told. A tpu7x chip is two devices with half of everything.
 TPUS = {
     "v4": Chip(
         flops=275e12,
@@ -180,8 +180,8 @@ GPUS = {
 }
 GPUS_PER_HOST = 8
 GPU_MEMORY_SHARE = 0.92
-"""Share of a GPU's memory that JAX takes for arrays and programs, where XLA_PYTHON_CLIENT_MEM_FRACTION names no other (JAX's
-own default is 0.75); NCCL's buffers, cuDNN and the CUDA context need the rest."""
+"""Share of a GPU's memory that JAX takes for arrays and programs, where XLA_PYTHON_CLIENT_MEM_FRACTION names no other
+(JAX's own default is 0.75); NCCL's buffers, cuDNN and the CUDA context need the rest."""
 
 
 def chip_of(device_kind: str) -> Chip | None:

@@ -9,8 +9,8 @@ from tsopsd_jax.types import AnyArray
 
 
 def update_model_flops(c: Qwen3Config, prompt_tokens: AnyArray, response_tokens: AnyArray) -> float:
-    """Count the operations that an update's rows need: forward, and backward twice as much. Padding, forward passes that are
-    repeated to save memory, and a fourth product of the head are not counted.
+    """Count the operations that an update's rows need: forward, and backward twice as much. Padding, forward passes
+    that are repeated to save memory, and a fourth product of the head are not counted.
 
     Args:
         prompt_tokens, response_tokens: [N] of each row.

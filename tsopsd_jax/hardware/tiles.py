@@ -13,7 +13,8 @@ LOGITS_SHARE = 1 / 8
 
 
 def head_tile_tokens(chip: Chip | None, *, vocab_size: int) -> int:
-    """Choose the least power of two of tokens whose gradient traffic is small beside the products, halved until their logits fit.
+    """Choose the least power of two of tokens whose gradient traffic is small beside the products, halved until their
+    logits fit.
 
     A tile of T tokens takes three products, 6 T D V operations at F a second, and reads and writes the float32 gradient
     [D, V], 8 D V bytes at R a second: the share is 4/3 F / (R T), whatever D and V.

@@ -40,7 +40,8 @@ class Work(NamedTuple):
 
 
 class UpdateShape(NamedTuple):
-    """An update as it is computed: sequences of a mean length in rows, cut into micro-batches of the same number of rows."""
+    """An update as it is computed: sequences of a mean length in rows, cut into micro-batches of the same number of
+    rows."""
 
     sequences: int
     length: int
@@ -74,7 +75,8 @@ def model_weights(c: Qwen3Config) -> int:
 
 
 def attention_flops(c: Qwen3Config, length: float) -> float:
-    """Scores and values of a causal sequence: 2 products x 2 N H operations for each of length (length + 1) / 2 pairs."""
+    """Scores and values of a causal sequence: 2 products x 2 N H operations for each of length (length + 1) / 2
+    pairs."""
     return c.num_hidden_layers * 2 * c.num_attention_heads * c.head_dim * length * (length + 1)
 
 
@@ -100,8 +102,8 @@ def _update_bytes(c: Qwen3Config, split: Split, u: UpdateShape, positions: float
     passes = 2 + (u.remat == "full")
     weights = layers * layer_weights(c) / t
     shard = model_weights(c) / (split.fsdp * t)
-    # Of each micro-batch: gathered bfloat16 weights written and read in each pass; float32 gradients written, then added
-    # to the sum (two reads, a write).
+    # Of each micro-batch: gathered bfloat16 weights written and read in each pass; float32 gradients written, then
+    # added to the sum (two reads, a write).
     per_piece = passes * 2 * 2 * weights + 4 * 4 * shard
     # AdamW: reads parameters, both moments and gradients, writes three of them.
     optimizer = 7 * 4 * shard
@@ -122,8 +124,8 @@ def reference_work(c: Qwen3Config, split: Split, u: UpdateShape) -> Work:
     positions, tokens = u.sequences * u.length, u.sequences * u.response
     products = 2 * positions * layers * layer_weights(c)
     flops = products + u.sequences * attention_flops(c, u.length) + 2 * tokens * d * c.vocab_size
-    # As in `_update_bytes`: gathered weights written and read for each micro-batch, one pass of activations, logits written
-    # and read, the unembedding read for each tile.
+    # As in `_update_bytes`: gathered weights written and read for each micro-batch, one pass of activations, logits
+    # written and read, the unembedding read for each tile.
     wide = (
         4 * d + 2 * (c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim / t + 3 * c.intermediate_size / t
     )

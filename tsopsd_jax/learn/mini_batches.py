@@ -63,8 +63,8 @@ class Reported(NamedTuple):
 def together(updates: Sequence[Reported]) -> dict[str, float]:
     """Sum up the metrics of a rollout's updates as those of one step.
 
-    A metric is the mean over the updates, sum of value x weight / sum of weights: a mean over tokens is then one over the
-    tokens of all updates; what is no mean (the gradient's norm, the learning rate) has the weight 1. Updates that
+    A metric is the mean over the updates, sum of value x weight / sum of weights: a mean over tokens is then one over
+    the tokens of all updates; what is no mean (the gradient's norm, the learning rate) has the weight 1. Updates that
     were not finite are left out of the means, unless all were. Exceptions: `OF_THE_SAMPLER` is the first update's,
     `optim/skipped` a count. Added are the number of updates, and each `policy/NAME` of the last update as
     `last_update/NAME`: there the ratio is furthest from 1. A single update's metrics stay as they are.

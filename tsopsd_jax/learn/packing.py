@@ -28,7 +28,8 @@ def fill_rows(length: np.ndarray, width: int) -> np.ndarray:
 
 
 def pack(batch: Batch, length: np.ndarray, *, micro_batches: int) -> Batch:
-    """Put a batch's sequences into as few rows as they fit in, on the host; the others are empty, the shape stays [B, L].
+    """Put a batch's sequences into as few rows as they fit in, on the host; the others are empty, the shape stays [B,
+    L].
 
     Rows are filled micro-batch by micro-batch (micro-batch i has the rows i, i + micro_batches, ...), so that the last
     ones are empty and need not be computed.

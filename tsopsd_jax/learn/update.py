@@ -44,7 +44,8 @@ Update = Callable[..., tuple[TrainState, UpdateOut]]
 
 
 def warm_up(*, learning_rate: float, warmup_steps: int = 0) -> optax.Schedule:
-    """The rate of an update by how many went before it: a linear rise to `learning_rate` over `warmup_steps`, then constant."""
+    """The rate of an update by how many went before it: a linear rise to `learning_rate` over `warmup_steps`, then
+    constant."""
 
     def rate(count):
         return learning_rate * jnp.minimum(1.0, (count.astype(jnp.float32) + 1.0) / max(warmup_steps, 1))
@@ -65,9 +66,9 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """Make AdamW behind a global-norm clip, at the rate of `warm_up`.
 
-    Weight decay spares the norms' scales and the biases: decaying a scale towards 0 is not decay towards a simpler function.
-    `momentum_dtype` is that of the stored first moment. The second stays float32: at beta2 = 0.999 bfloat16 would round
-    its changes away.
+    Weight decay spares the norms' scales and the biases: decaying a scale towards 0 is not decay towards a simpler
+    function. `momentum_dtype` is that of the stored first moment. The second stays float32: at beta2 = 0.999 bfloat16
+    would round its changes away.
     """
     rate = warm_up(learning_rate=learning_rate, warmup_steps=warmup_steps)
     return optax.chain(
@@ -89,7 +90,8 @@ def decay_mask(params: PyTree) -> PyTree:
 
 
 def abstract_state(model: Qwen3, optimizer: optax.GradientTransformation, mesh: AnyMesh) -> TrainState:
-    """Describe the train state by ShapeDtypeStructs with shardings; the optimizer's moments lie where their parameters do."""
+    """Describe the train state by ShapeDtypeStructs with shardings; the optimizer's moments lie where their parameters
+    do."""
     shapes = model.param_shapes()
     shardings = tree_shardings(model.param_axes(), shapes, mesh)
     by_path = {jax.tree_util.keystr(path): s for path, s in jax.tree_util.tree_leaves_with_path(shardings)}
@@ -118,7 +120,8 @@ def fresh_optimizer_state(optimizer: optax.GradientTransformation, like: TrainSt
 
 
 class ReferencePolicy(NamedTuple):
-    """A frozen policy that `stats` is shown beside the one that learns: its functions and its parameters (any dtype)."""
+    """A frozen policy that `stats` is shown beside the one that learns: its functions and its parameters (any
+    dtype)."""
 
     model: Qwen3
     params: PyTree
@@ -139,7 +142,8 @@ def per_token_stats(
     reference: ReferencePolicy | None = None,
     tile_tokens: int = TILE_TOKENS,
 ) -> dict[str, Array]:
-    """Compute the objective's statistics of every response token under the learner's own forward pass, {name: [B, L]}."""
+    """Compute the objective's statistics of every response token under the learner's own forward pass, {name: [B,
+    L]}."""
     return batch_stats(
         objective.stats,
         model.hidden(params, batch.tokens, batch.segment),
@@ -182,7 +186,8 @@ def whole_stats(
     micro_batches: int,
     tile_tokens: int,
 ) -> dict[str, Array]:
-    """`per_token_stats` of a whole batch, micro-batch by micro-batch: what `select` sees. No gradient passes through."""
+    """`per_token_stats` of a whole batch, micro-batch by micro-batch: what `select` sees. No gradient passes
+    through."""
 
     def one(part: Batch):
         return per_token_stats(model, params, part, objective, reference=reference, tile_tokens=tile_tokens)
@@ -204,12 +209,12 @@ def whole_stats(
 
 
 def make_gradient(model: Qwen3, objective: Objective, *, micro_batches: int = 1, tile_tokens: int = TILE_TOKENS):
-    """Make the function (params, batch, reference=None) -> (gradient, LossOutput, largest |sampler's - learner's log-prob|),
-    averaged once.
+    """Make the function (params, batch, reference=None) -> (gradient, LossOutput, largest |sampler's - learner's
+    log-prob|), averaged once.
 
     gradient = sum over micro-batches of d(total) / sum of count, so that splitting changes nothing but memory.
-    Micro-batches are strided rows (number i: rows i, i + micro_batches, ...), each on all devices; those after the last one
-    that holds a response token are not computed.
+    Micro-batches are strided rows (number i: rows i, i + micro_batches, ...), each on all devices; those after the last
+    one that holds a response token are not computed.
     """
 
     def total(params, part: Batch, reference: ReferencePolicy | None):
@@ -260,11 +265,11 @@ def make_update(
     reference_model: Qwen3 | None = None,
     sampler_selects: bool = False,
 ) -> Update:
-    """Make update(state, batch, hold_above_nats=inf, knobs={}, reference=None) -> (state, UpdateOut): pure, to be jitted with a
-    donated state.
+    """Make update(state, batch, hold_above_nats=inf, knobs={}, reference=None) -> (state, UpdateOut): pure, to be
+    jitted with a donated state.
 
-    The objective's `select` sees the whole batch first. `knobs` are the numbers that its `control` turned. `reference` are
-    the parameters of `reference_model`.
+    The objective's `select` sees the whole batch first. `knobs` are the numbers that its `control` turned. `reference`
+    are the parameters of `reference_model`.
 
     A knob `learning_rate_factor` multiplies AdamW's step, decay included, which is proportional to its rate.
 
@@ -351,12 +356,11 @@ def distillation_batch(rollout: Rollout) -> Batch:
 def make_reheat_step(
     sample: Callable[..., Rollout], update: Update
 ) -> Callable[..., tuple[TrainState, UpdateOut, Rollout]]:
-    """Make the reheater's whole step one function of (state, prompts, run key, hold_above_nats, knobs, reference), to be jitted
-    with a donated state: sample on-policy, self-teacher, full-vocabulary KL, update. No host round trip.
+    """Make the reheater's whole step one function of (state, prompts, run key, hold_above_nats, knobs, reference), to
+    be jitted with a donated state: sample on-policy, self-teacher, full-vocabulary KL, update. No host round trip.
 
-    Args:
-        sample: (params, prompts, key) -> Rollout; where there is the knob `sampling_temperature`, it is a fourth argument.
-        update: from `make_update`.
+    Args: sample: (params, prompts, key) -> Rollout; where there is the knob `sampling_temperature`, it is a fourth
+        argument. update: from `make_update`.
     """
 
     def reheat_step(

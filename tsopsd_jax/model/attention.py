@@ -72,8 +72,9 @@ def causal_attention(
     """Causal attention of T positions, each over itself and those before it, by the named implementation.
 
     Args:
-        segment_BT: positions attend within their segment only; None: a row is one. For `cudnn` they are numbered from 1 in
-            order, at most MOST_SEGMENTS in a row, and 0 follows the last: what attends there is no sequence and gives 0.
+        segment_BT: positions attend within their segment only; None: a row is one. For `cudnn` they are numbered from 1
+            in order, at most MOST_SEGMENTS in a row, and 0 follows the last: what attends there is no sequence and
+            gives 0.
         implementation: one of IMPLEMENTATIONS, or `auto`: the best for the mesh's devices.
         mesh: over which a Pallas kernel is run, rows over data x fsdp and heads over tensor; None: one device.
         interpret: run a Pallas kernel without its device (tests).
@@ -116,8 +117,8 @@ def _by_device(kernel: Callable[..., Array], mesh: Mesh | None) -> Callable[...,
 
 
 def best_causal(platform: str, *, positions: int, dtype, packed: bool = False) -> str:
-    """Name the best implementation for a backend, where its conditions hold; else `xla`. `packed`: rows hold segments that
-    cuDNN does not take."""
+    """Name the best implementation for a backend, where its conditions hold; else `xla`. `packed`: rows hold segments
+    that cuDNN does not take."""
     if platform == "gpu" and jnp.dtype(dtype).itemsize == 2 and not packed:
         return "cudnn"
     if platform == "tpu" and positions % SPLASH_MULTIPLE == 0:
@@ -139,8 +140,8 @@ def cudnn_refuses_segments(device: Any) -> str | None:
 
 
 def _cudnn() -> tuple[Callable[..., Any], Callable[..., Any], dict[str, Any]]:
-    """Find JAX's private functions of cuDNN's attention: (forward, backward, options of both). Its public function knows
-    neither segments nor devices that are not there.
+    """Find JAX's private functions of cuDNN's attention: (forward, backward, options of both). Its public function
+    knows neither segments nor devices that are not there.
 
     Raises:
         ImportError, AttributeError: this version of JAX has them no longer.

@@ -1,10 +1,10 @@
 """Qwen3 and its neighbours in Flax NNX, behind plain functions of a parameter tree.
 
-The NNX module declares the parameters (shapes, initialisation, logical axes) and one block's mathematics; the
-`Qwen3` dataclass is what the rest of the package sees: `hidden` and `logits` on a nested dict of arrays. Layers are
-stacked on a leading axis and run under `scan`. Llama and Qwen2 are the same model without the norms of queries and keys, Qwen2
-with biases in their place. Sampling has the same model over again in `decoding`: other weights'
-layout, a cache, no gradient.
+The NNX module declares the parameters (shapes, initialisation, logical axes) and one block's mathematics; the `Qwen3`
+dataclass is what the rest of the package sees: `hidden` and `logits` on a nested dict of arrays. Layers are stacked on
+a leading axis and run under `scan`. Llama and Qwen2 are the same model without the norms of queries and keys, Qwen2
+with biases in their place. Sampling has the same model over again in `decoding`: other weights' layout, a cache, no
+gradient.
 """
 
 import dataclasses
@@ -81,7 +81,8 @@ class Yarn:
         return 0.1 * math.log(self.factor) + 1 if self.attention_factor is None else self.attention_factor
 
     def kept(self, head_dim: int, theta: float) -> np.ndarray:
-        """The share of each component's frequency that is not divided by `factor`, [head_dim / 2] from 1 to 0 (section 3.2)."""
+        """The share of each component's frequency that is not divided by `factor`, [head_dim / 2] from 1 to 0 (section
+        3.2)."""
 
         def component(turns: float) -> float:
             """The component that turns so often within the positions of pretraining."""
@@ -149,7 +150,8 @@ def rope_frequency(head_dim: int, theta: float, yarn: Yarn | None = None) -> Arr
 
 
 def rotation(positions: Array, head_dim: int, theta: float, yarn: Yarn | None = None) -> tuple[Array, Array]:
-    """Cosine and sine of the rotary angles, [..., head_dim / 2] in float32, times what YaRN scales queries and keys by."""
+    """Cosine and sine of the rotary angles, [..., head_dim / 2] in float32, times what YaRN scales queries and keys
+    by."""
     frequency_H = rope_frequency(head_dim, theta, yarn)
     angle = positions.astype(jnp.float32)[..., None] * frequency_H[(None,) * positions.ndim]
     cos, sin = jnp.cos(angle), jnp.sin(angle)
@@ -286,8 +288,8 @@ class Qwen3:
     """A model of one of FAMILIES as functions of its parameters (a nested dict of arrays).
 
     `compute_dtype` is the dtype of activations and matrix products (logits are float32 always); `remat` one of REMAT,
-    for each layer. `mesh` is the one that rows and parameters lie on (None: one device): the best attention for it is taken, and
-    kernels and the head's tiles are divided over it.
+    for each layer. `mesh` is the one that rows and parameters lie on (None: one device): the best attention for it is
+    taken, and kernels and the head's tiles are divided over it.
     """
 
     config: Qwen3Config
@@ -332,14 +334,15 @@ class Qwen3:
         """Final hidden states (after the last norm) of whole rows, every position attending causally.
 
         Args:
-            segment: [B, L], where rows hold several sequences: equal numbers side by side are one, whose positions count
-                from 0 and attend among themselves.
+            segment: [B, L], where rows hold several sequences: equal numbers side by side are one, whose positions
+                count from 0 and attend among themselves.
         """
         x_BLD, _ = self._run(params, tokens, segment, every=False)
         return rms_norm(x_BLD, params["final_norm"], self.config.rms_norm_eps)
 
     def layer_states(self, params: PyTree, tokens: Int[Array, "B L"]) -> Float[Array, "layers B L D"]:
-        """The output of every layer (the residual stream after it, before the last norm) of whole rows. For analyses."""
+        """The output of every layer (the residual stream after it, before the last norm) of whole rows. For
+        analyses."""
         _, states = self._run(params, tokens, None, every=True)
         assert states is not None
         return states

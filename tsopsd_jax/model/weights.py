@@ -1,4 +1,5 @@
-"""The weights of a policy tensor by tensor, by their Hugging Face names: for what compares models too large to lie side by side."""
+"""The weights of a policy tensor by tensor, by their Hugging Face names: for what compares models too large to lie side
+by side."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping

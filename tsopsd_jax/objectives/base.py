@@ -23,8 +23,8 @@ Knobs = Mapping[str, float]
 class Control(NamedTuple):
     """Numbers that an objective turns between updates, on the host: changing one compiles nothing.
 
-    init: their values at the phase's start. They stand in `batch.knobs` as scalars, and in the log as `control/NAME`. The
-        knob `sampling_temperature` is an input of the sampler too: each rollout is drawn at its value.
+    init: their values at the phase's start. They stand in `batch.knobs` as scalars, and in the log as `control/NAME`.
+        The knob `sampling_temperature` is an input of the sampler too: each rollout is drawn at its value.
     update: (knobs, metrics of the update) -> knobs of the next one. Pure: a run that resumes goes the same way.
     """
 
@@ -35,25 +35,26 @@ class Control(NamedTuple):
 class Objective(NamedTuple):
     """A loss as two pure functions, and what it needs.
 
-    stats: (logits [..., V], tokens [...]) -> {name: [...]}, the only code that sees the vocabulary. With `reference` it takes
-        a third argument, the frozen reference's logits [..., V] at the same tokens. Where `control` has the
-        knob `sampling_temperature`, it is a keyword argument, that of the policy in the ratio.
+    stats: (logits [..., V], tokens [...]) -> {name: [...]}, the only code that sees the vocabulary. With `reference` it
+        takes a third argument, the frozen reference's logits [..., V] at the same tokens. Where `control` has the knob
+        `sampling_temperature`, it is a keyword argument, that of the policy in the ratio.
     loss: ({name: [B, L]}, Batch) -> LossOutput, sees whole sequences and no vocabulary.
 
     tokenwise: the loss of a token follows from the statistics and the batch at that token alone. Then it may be asked
-        about any tokens in any arrangement, [1, n] at a time: the head forms gradients in one pass, and rows are packed.
+        about any tokens in any arrangement, [1, n] at a time: the head forms gradients in one pass, and rows are
+        packed.
     uses_advantage: the loss reads `batch.advantage`, so its phase needs a reward.
-    policy_temperature: of the policy in its ratio, which must be the sampling temperature; None: right at any. Where that is
-        a knob: its first value.
+    policy_temperature: of the policy in its ratio, which must be the sampling temperature; None: right at any. Where
+        that is a knob: its first value.
     select: ({name: [B, L]}, Batch) -> Batch sees the whole update's batch once, before the gradient, whatever the
-        micro-batches: for weights or advantages that depend on a quantile, a covariance or a mean over all tokens. It sets
-        `weight` or `advantage`, or adds scalars to `knobs`; never the mask. It may not depend on how sequences lie in rows.
-        A random choice hashes the token, its position and `old_logp` (`objectives.base.token_hash`).
+        micro-batches: for weights or advantages that depend on a quantile, a covariance or a mean over all tokens. It
+        sets `weight` or `advantage`, or adds scalars to `knobs`; never the mask. It may not depend on how sequences lie
+        in rows. A random choice hashes the token, its position and `old_logp` (`objectives.base.token_hash`).
     select_reads: names of the statistics that `select` is given; None: all. Where it is `logp` alone, and one update
         follows a rollout, the sampler's takes the place of a forward pass (`train.phase.Phase.sampler_selects`).
     control: numbers that change between updates.
-    reference: `stats` compares the policy with a frozen reference, which its phase's setting `reference` names. No gradient
-        reaches the reference.
+    reference: `stats` compares the policy with a frozen reference, which its phase's setting `reference` names. No
+        gradient reaches the reference.
 
     A statistic called `logp` (log-probability of the token) lets the learner measure the sampler against itself.
     """
@@ -83,8 +84,8 @@ def positions(batch: Batch) -> Int[Array, "B L"]:
 
 
 def token_hash(batch: Batch) -> UInt[Array, "B L"]:
-    """A number of 32 random-looking bits for each token, from the token, its position and `old_logp`: the same whatever the
-    rows, the micro-batches or the devices."""
+    """A number of 32 random-looking bits for each token, from the token, its position and `old_logp`: the same whatever
+    the rows, the micro-batches or the devices."""
     bits = jax.lax.bitcast_convert_type(batch.old_logp, jnp.uint32)
     hashed = jnp.zeros_like(bits)
     for part in (batch.tokens.astype(jnp.uint32), positions(batch).astype(jnp.uint32), bits):
@@ -97,7 +98,8 @@ def token_hash(batch: Batch) -> UInt[Array, "B L"]:
 
 
 def first(order_by: tuple[Array, ...], count: Int[Array, ""]) -> Bool[Array, "B L"]:
-    """True at the `count` tokens that come first by the arrays of [B, L], the first array deciding first, ties by the next."""
+    """True at the `count` tokens that come first by the arrays of [B, L], the first array deciding first, ties by the
+    next."""
     flat = [x.reshape(-1) for x in order_by]
     order = jnp.lexsort(tuple(reversed(flat)))
     rank = jnp.zeros(order.shape, jnp.int32).at[order].set(jnp.arange(order.shape[0], dtype=jnp.int32))

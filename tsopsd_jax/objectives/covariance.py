@@ -1,6 +1,6 @@
 # pyright: strict, reportUnknownMemberType=false
-"""Clip-Cov and KL-Cov (arXiv 2505.22617): few tokens, those where log-probability and advantage go together, lower the entropy
-most; their gradient is left out, or a penalty keeps them where they are.
+"""Clip-Cov and KL-Cov (arXiv 2505.22617): few tokens, those where log-probability and advantage go together, lower the
+entropy most; their gradient is left out, or a penalty keeps them where they are.
 
     cov_t = (A_t - mean A) (logp_t - mean logp),  the means over all response tokens of the update
 """

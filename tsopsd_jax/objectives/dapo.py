@@ -143,17 +143,19 @@ def dapo(
     final_temperature: float | None = None,
     anneal_updates: int = 100,
 ) -> Objective:
-    """DAPO (arXiv 2503.14476): clip-higher, dual clip, token-mean. No entropy bonus; no KL term unless one is asked for.
+    """DAPO (arXiv 2503.14476): clip-higher, dual clip, token-mean. No entropy bonus; no KL term unless one is asked
+    for.
 
     Args:
         clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high].
         clip_ratio_c: dual clip: bound on the ratio where the advantage is negative.
         policy_temperature: T of the policy softmax(z / T) in ratio and gradient; must be the sampling temperature.
             Rollout reheating (TS-OPSD's RR) is both at 1.2, as verl computes it.
-        kl_coefficient: of a penalty on KL(policy || reference), added to the loss of each token; 0: none, and no reference.
+        kl_coefficient: of a penalty on KL(policy || reference), added to the loss of each token; 0: none, and no
+            reference.
         kl_estimator: `k1`, `k3` or `exact`, see `reference_kl_stats`.
-        final_temperature: rollouts are sampled at a temperature that moves in a line from `policy_temperature` to this one,
-            and so does T (a schedule that TAMPO, arXiv 2602.11779, compares itself with); None: it stays.
+        final_temperature: rollouts are sampled at a temperature that moves in a line from `policy_temperature` to this
+            one, and so does T (a schedule that TAMPO, arXiv 2602.11779, compares itself with); None: it stays.
         anneal_updates: updates after which it is there; a rollout and its updates are at the temperature as it began.
 
     Raises:
@@ -196,7 +198,8 @@ def dapo(
 
 
 def _line(first: float, last: float, steps: int) -> Callable[[Knobs, Mapping[str, float]], Knobs]:
-    """Make the update of a control that moves the sampling temperature from `first` to `last` in so many equal steps."""
+    """Make the update of a control that moves the sampling temperature from `first` to `last` in so many equal
+    steps."""
     low, high = sorted((first, last))
 
     def turn(knobs: Knobs, _: Mapping[str, float]) -> Knobs:

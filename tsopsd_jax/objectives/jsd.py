@@ -20,7 +20,8 @@ def jsd(*, beta: float = 0.5, teacher_temperature: float = 1.2, teacher: str = "
 
         m = (1 - beta) s + beta t;   beta KL(t || m) + (1 - beta) KL(s || m)
 
-    beta = 0 is KL(t || s), the forward KL; beta = 1 is KL(s || t), the reverse one. Source: GKD (arXiv 2306.13649), eq. 1.
+    beta = 0 is KL(t || s), the forward KL; beta = 1 is KL(s || t), the reverse one. Source: GKD (arXiv 2306.13649), eq.
+    1.
 
     Args:
         beta: in [0, 1].

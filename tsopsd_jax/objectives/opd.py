@@ -12,7 +12,8 @@ from tsopsd_jax.types import Batch, LossOutput, Mean
 
 
 def opd(*, direction: str = "reverse", teacher_temperature: float = 1.0) -> Objective:
-    """On-policy distillation: full-vocabulary KL between the policy and softmax(z_reference / T), on the policy's responses.
+    """On-policy distillation: full-vocabulary KL between the policy and softmax(z_reference / T), on the policy's
+    responses.
 
     The same as `ts_opsd` with a frozen teacher; the reference is another model (GKD, arXiv 2306.13649).
 
@@ -31,8 +32,8 @@ def eopd(*, threshold_nats: float = 0.8, coefficient: float = 1.0, teacher_tempe
 
         KL(p || q) + coefficient 1[H(q) > threshold] KL(q || p),   p the policy, q = softmax(z_reference / T)
 
-    The reverse KL alone makes the policy choose one of the teacher's ways; where the teacher itself is undecided the forward KL
-    keeps them all.
+    The reverse KL alone makes the policy choose one of the teacher's ways; where the teacher itself is undecided the
+    forward KL keeps them all.
 
     Args:
         threshold_nats: entropy of the teacher above which the forward KL is added.

@@ -1,5 +1,6 @@
 # pyright: strict, reportUnknownMemberType=false
-"""What objectives share that compare the policy with a frozen reference: its statistics, and the distance to a phase's start."""
+"""What objectives share that compare the policy with a frozen reference: its statistics, and the distance to a phase's
+start."""
 
 import functools
 
@@ -51,8 +52,8 @@ def top1_agreement(logits: Float[Array, "*N V"], reference_logits: Float[Array, 
 def teacher_stats(teacher_temperature: float, *kls: str) -> Stats:
     """Statistics of the policy p = softmax(z) against the teacher q = softmax(z_reference / T).
 
-    `logp`, `entropy` (of p), `teacher_entropy` (of q), `agreement`, and of `forward_kl` = KL(q || p), `reverse_kl` = KL(p || q)
-    those that are named. The KLs are sums of terms that are never negative: exact where both are collapsed.
+    `logp`, `entropy` (of p), `teacher_entropy` (of q), `agreement`, and of `forward_kl` = KL(q || p), `reverse_kl` =
+    KL(p || q) those that are named. The KLs are sums of terms that are never negative: exact where both are collapsed.
 
     Raises:
         ValueError: for a temperature that is not positive.
@@ -80,8 +81,9 @@ def teacher_metrics(stats: dict[str, Array], batch: Batch) -> dict[str, Mean]:
 
 
 def with_start_kl(objective: Objective) -> Objective:
-    """The objective with one more metric, `policy/start_kl_nats`: KL(policy || reference) over the whole vocabulary, exact, at
-    temperature 1. Its phase's reference is the policy that the phase began with. Nothing is learned from it."""
+    """The objective with one more metric, `policy/start_kl_nats`: KL(policy || reference) over the whole vocabulary,
+    exact, at temperature 1. Its phase's reference is the policy that the phase began with. Nothing is learned from
+    it."""
 
     @functools.wraps(objective.stats)  # errors name the place of the objective's own functions
     def stats(

@@ -30,14 +30,14 @@ def tampo(
 ) -> Objective:
     """DAPO's surrogate at a sampling temperature that is drawn anew for each rollout, from a grid.
 
-    With l_k the mean log-probability of a response's tokens at temperature T_k under the policy that is updated, and A its
-    advantage, the update credits T_k with the mean over responses of sparsemax(l)_k x A. A moving average of that, moved to
-    the least 0 and divided by the sum over the grid, is the probability of T_k; where all averages are equal, all are as
-    likely. The next temperature is drawn from the nucleus of these probabilities.
+    With l_k the mean log-probability of a response's tokens at temperature T_k under the policy that is updated, and A
+    its advantage, the update credits T_k with the mean over responses of sparsemax(l)_k x A. A moving average of that,
+    moved to the least 0 and divided by the sum over the grid, is the probability of T_k; where all averages are equal,
+    all are as likely. The next temperature is drawn from the nucleus of these probabilities.
 
-    Source: TAMPO (arXiv 2602.11779), of which summaries could be had, not the text: they give sparsemax, the average's 0.05,
-    min-max and the nucleus 0.7. The grid (the range 0.9 to 1.5 that the paper compares itself with) and the first temperature
-    were chosen here.
+    Source: TAMPO (arXiv 2602.11779), of which summaries could be had, not the text: they give sparsemax, the average's
+    0.05, min-max and the nucleus 0.7. The grid (the range 0.9 to 1.5 that the paper compares itself with) and the first
+    temperature were chosen here.
 
     Args:
         temperatures: the grid; each costs the update a pass over the logits.
@@ -48,8 +48,8 @@ def tampo(
         clip_low, clip_high, clip_ratio_c: see `dapo`.
 
     Raises:
-        ValueError: fewer than two temperatures, one that is not positive or occurs twice, `initial` not among them, `ema`
-            outside (0, 1] or `nucleus` outside [0, 1].
+        ValueError: fewer than two temperatures, one that is not positive or occurs twice, `initial` not among them,
+            `ema` outside (0, 1] or `nucleus` outside [0, 1].
     """
     grid = tuple(float(t) for t in temperatures)
     if len(grid) < 2 or len({f"{t:g}" for t in grid}) < len(grid) or min(grid) <= 0 or initial not in grid:
@@ -91,8 +91,8 @@ def tampo(
 
 
 def sparsemax(z: Float[Array, "B K"]) -> Float[Array, "B K"]:
-    """The point of the simplex that is nearest to each row of z (Martins and Astudillo, arXiv 1602.02068): max(z - tau, 0),
-    with tau such that a row adds up to 1."""
+    """The point of the simplex that is nearest to each row of z (Martins and Astudillo, arXiv 1602.02068): max(z - tau,
+    0), with tau such that a row adds up to 1."""
     falling = -jnp.sort(-z, axis=1)
     total = jnp.cumsum(falling, axis=1)
     rank = jnp.arange(1, z.shape[1] + 1, dtype=jnp.int32)[None, :]
@@ -109,8 +109,8 @@ def probabilities(averages: Sequence[float]) -> list[float]:
 
 
 def drawn_index(probability: Sequence[float], *, nucleus: float, uniform: float) -> int:
-    """Draw from the nucleus, the shortest prefix in order of falling probability (equal ones in order of index) whose mass
-    reaches `nucleus`; `uniform` in [0, 1) inverts its cumulative distribution in that order."""
+    """Draw from the nucleus, the shortest prefix in order of falling probability (equal ones in order of index) whose
+    mass reaches `nucleus`; `uniform` in [0, 1) inverts its cumulative distribution in that order."""
     order = sorted(range(len(probability)), key=lambda k: -probability[k])
     kept, mass = [order[0]], probability[order[0]]
     for k in order[1:]:

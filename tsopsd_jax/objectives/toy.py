@@ -99,7 +99,8 @@ class Found(NamedTuple):
 
 
 def join_found(parts: Sequence[Found], at: Any) -> Found:
-    """Join what was found of a batch's parts into that of the batch: sums added, what is per token (at `at`) side by side."""
+    """Join what was found of a batch's parts into that of the batch: sums added, what is per token (at `at`) side by
+    side."""
     return Found(
         {name: np.concatenate([part.stats[name][at] for part in parts]) for name in parts[0].stats},
         jax.tree.map(lambda *xs: np.sum(xs, axis=0), *(part.out for part in parts)),

@@ -15,10 +15,10 @@ def ts_opsd(*, direction: str = "forward", teacher_temperature: float = 1.2, tea
 
     Args:
         direction: `forward`: KL(teacher || student), gradient p - q; `reverse`: KL(student || teacher), entropy ascent.
-        teacher_temperature: T > 1 heats, T < 1 cools, T = 1 is exactly nothing (of a live teacher). The student stays at
-            temperature 1 and there is no T^2 factor.
-        teacher: `live`: softmax(stop_gradient(z) / T) of the policy's own logits, the paper's; `frozen`: softmax(z_reference / T)
-            of its phase's reference, whose ranking of tokens cannot drift.
+        teacher_temperature: T > 1 heats, T < 1 cools, T = 1 is exactly nothing (of a live teacher). The student stays
+            at temperature 1 and there is no T^2 factor.
+        teacher: `live`: softmax(stop_gradient(z) / T) of the policy's own logits, the paper's; `frozen`:
+            softmax(z_reference / T) of its phase's reference, whose ranking of tokens cannot drift.
 
     Raises:
         ValueError: for another direction or teacher, or a temperature that is not positive.

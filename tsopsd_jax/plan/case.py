@@ -44,7 +44,8 @@ class Part:
     work: Work
     moved: tuple[Moved, ...]
     source: str
-    """Where memory and traffic come from: `compiled`; `refused`, the compiler's figure of what it would need; `formula`."""
+    """Where memory and traffic come from: `compiled`; `refused`, the compiler's figure of what it would need;
+    `formula`."""
     micro_batches: int | None = None
     """Micro-batches of each update."""
     updates: int | None = None

@@ -1,4 +1,5 @@
-"""The parts of a step compiled ahead of time, by the functions that training jits; memory and traffic are the compiler's."""
+"""The parts of a step compiled ahead of time, by the functions that training jits; memory and traffic are the
+compiler's."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -18,7 +19,8 @@ from tsopsd_jax.train.phase_update import Updater
 from tsopsd_jax.types import SAMPLING_TEMPERATURE
 
 HOPELESS = 1.3
-"""An update that by formula needs this many times the memory is not compiled: smaller micro-batches are tried at once."""
+"""An update that by formula needs this many times the memory is not compiled: smaller micro-batches are tried at
+once."""
 
 STOP_IDS = (0, 1)
 """How many tokens end a response; which ones they are changes no program."""

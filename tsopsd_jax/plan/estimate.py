@@ -112,7 +112,8 @@ def update(case: Case, micro_batches: int) -> dict[str, int]:
     tile = min(case.tile_tokens, positions) * c.vocab_size / t * 4
     layer = layer_weights(c) / t * case.itemsize
     # The sum over micro-batches stands beside the last one's gradients; a layer's activations and their gradients; two
-    # layers' gathered weights; the unembedding gathered, and its gradient in float32; a tile's logits and their gradient.
+    # layers' gathered weights; the unembedding gathered, and its gradient in float32; a tile's logits and their
+    # gradient.
     temporaries = (micro_batches > 1) * gradients + saved + 2 * inside + 2 * layer
     temporaries += unembed * (case.itemsize + 4) + 2 * tile
     if phase.reference is not None:  # its logits of a tile, and its unembedding gathered

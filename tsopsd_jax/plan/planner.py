@@ -183,8 +183,8 @@ def _micro_batches(case: Case, limit: int) -> int:
 def by_formula(
     config: Config, shape: Qwen3Config, topology: Topology, *, means: Means, shares: Shares = LIKELY
 ) -> list[tuple[Config, Plan]]:
-    """Every mesh that the model and the batches allow, with the best `rows_at_once` of each phase and micro-batches chosen
-    anew: (the configuration with them, its plan by formula), best first.
+    """Every mesh that the model and the batches allow, with the best `rows_at_once` of each phase and micro-batches
+    chosen anew: (the configuration with them, its plan by formula), best first.
 
     Raises:
         ValueError: if no mesh divides model and batches.

@@ -165,16 +165,16 @@ def assumptions(plan: Plan) -> list[str]:
     chip, lengths = plan.topology.chip, plan.lengths
     mean = "; ".join(f"{name}: prompts {n.prompt}, responses {n.response}" for name, n in lengths.items())
     found = [
-        "memory: prompts and responses at their limits, all slots at once; parts run one after the other, parameters and "
-        "optimizer lie there throughout, the rollout view and the cache while sampling",
+        "memory: prompts and responses at their limits, all slots at once; parts run one after the other, parameters "
+        "and optimizer lie there throughout, the rollout view and the cache while sampling",
         f"mean tokens ({mean}); --mean-tokens and --mean-prompt-tokens for others",
         f"peaks of a device: {chip.flops / 1e12:,.0f} TFLOP/s bfloat16, {chip.hbm_rate / 1e9:,.0f} GB/s of memory, "
         f"{chip.link_rate / 1e9:,.0f} GB/s of links, {chip.network_rate / 1e9:,.1f} GB/s between slices or hosts",
-        "times are lower bounds: peaks are reached, all three overlap within a part, nothing waits for latency or the host; "
-        f"estimates: {plan.shares.compute:.0%} of the arithmetic, {plan.shares.memory:.0%} of the memory's rate, "
+        "times are lower bounds: peaks are reached, all three overlap within a part, nothing waits for latency or the "
+        f"host; estimates: {plan.shares.compute:.0%} of the arithmetic, {plan.shares.memory:.0%} of the memory's rate, "
         f"{plan.shares.links:.0%} of the links' are reached (--shares for others)",
-        "one generation batch a step (dynamic sampling may draw more), slots are full until the rows are out, packed rows "
-        "have no gaps; verification and evaluation are not counted",
+        "one generation batch a step (dynamic sampling may draw more), slots are full until the rows are out, packed "
+        "rows have no gaps; verification and evaluation are not counted",
     ]
     if any(part.source == "formula" for part in plan.parts):
         found.append(
@@ -182,8 +182,8 @@ def assumptions(plan: Plan) -> list[str]:
         )
     if plan.topology.platform == "gpu":
         found.append(
-            f"of a GPU's memory {GPU_MEMORY_SHARE:.0%} are JAX's (XLA_PYTHON_CLIENT_MEM_FRACTION); with no GPU here the compiler "
-            "cannot time kernels and takes those that it prefers by rule"
+            f"of a GPU's memory {GPU_MEMORY_SHARE:.0%} are JAX's (XLA_PYTHON_CLIENT_MEM_FRACTION); with no GPU here "
+            "the compiler cannot time kernels and takes those that it prefers by rule"
         )
     if any(part.source == "refused" for part in plan.parts):
         found.append("of a program that does not fit, the compiler tells the memory; its traffic is by formula")

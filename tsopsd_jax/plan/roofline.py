@@ -13,8 +13,9 @@ from tsopsd_jax.plan.topologies import Topology
 class Shares(NamedTuple):
     """Shares of the peaks that an estimate assumes.
 
-    The defaults are of the size that others published for such work: 36 to 45 % of the arithmetic in updates (prime-rl on
-    H200, MaxText on v6e), 55 to 71 % of the memory's rate in decoding (Qwen3-4B in JAX on an L40S). Links: an assumption.
+    The defaults are of the size that others published for such work: 36 to 45 % of the arithmetic in updates (prime-rl
+    on H200, MaxText on v6e), 55 to 71 % of the memory's rate in decoding (Qwen3-4B in JAX on an L40S). Links: an
+    assumption.
     """
 
     compute: float = 0.4
@@ -55,7 +56,8 @@ def seconds(part: Part, topology: Topology, mesh: Any) -> Seconds:
 
 def axis_rate(axis: str, topology: Topology, mesh: Any) -> float:
     """Bytes per second that a device can send along mesh axes (`fsdp`, `data+fsdp`): a TPU over the links of every
-    dimension of the torus that they span, a GPU over NVLink within a host; the network where they leave slice or host."""
+    dimension of the torus that they span, a GPU over NVLink within a host; the network where they leave slice or
+    host."""
     chip: Chip = topology.chip
     along = axis.split("+")
     sizes = [mesh.shape[name] for name in MESH_AXES]

@@ -159,7 +159,8 @@ def target_config(target: GpuTarget) -> str:
     capability = f"cuda_compute_capability {{ major: {target.capability}{accelerated} }}"
     return (
         f"gpu_device_info {{ {limits} {sizes} {figures} {capability} }} "
-        f'platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 patch: 0 }} device_description_str: "{target.name}"'
+        'platform_name: "CUDA" dnn_version_info { major: 9 minor: 10 patch: 0 } '
+        f'device_description_str: "{target.name}"'
     )
 
 

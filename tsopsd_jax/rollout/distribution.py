@@ -34,7 +34,8 @@ def checked_temperature(sampling_temperature: float) -> float:
     """
     if not SMALLEST_TEMPERATURE <= sampling_temperature < float("inf"):
         raise ValueError(
-            f"the knob sampling_temperature must be a number of at least {SMALLEST_TEMPERATURE:g}, got {sampling_temperature}; "
+            f"the knob sampling_temperature must be a number of at least {SMALLEST_TEMPERATURE:g}, got "
+            f"{sampling_temperature}; "
             "the objective's control turned it"
         )
     return sampling_temperature
@@ -45,13 +46,13 @@ class Sampling:
     """How responses are drawn.
 
     `sampling_temperature` 1, `top_p` 1, `top_k` 0 (off) is the policy itself; `sampling_temperature` 0 is greedy
-    decoding. `edt_theta` (None: off; nats) makes the temperature of each token follow the entropy H of the policy there:
-    sampling_temperature x 0.8^(edt_theta / H), so that confident tokens are sampled colder (EDT, arXiv 2403.14541; it is at
-    least `SMALLEST_TEMPERATURE` here, at which H = 0 stands).
+    decoding. `edt_theta` (None: off; nats) makes the temperature of each token follow the entropy H of the policy
+    there: sampling_temperature x 0.8^(edt_theta / H), so that confident tokens are sampled colder (EDT, arXiv
+    2403.14541; it is at least `SMALLEST_TEMPERATURE` here, at which H = 0 stands).
 
     Raises:
-        ValueError: for a temperature that is neither 0 nor at least `SMALLEST_TEMPERATURE`, for a top-p or top-k that cuts
-            off everything, and for an `edt_theta` that is not positive or meets greedy decoding.
+        ValueError: for a temperature that is neither 0 nor at least `SMALLEST_TEMPERATURE`, for a top-p or top-k that
+            cuts off everything, and for an `edt_theta` that is not positive or meets greedy decoding.
     """
 
     sampling_temperature: float = 1.0
@@ -74,7 +75,8 @@ class Sampling:
             raise ValueError(f"edt_theta must be null (off) or a positive number of nats, got {self.edt_theta}")
         if self.edt_theta is not None and temperature == 0:
             raise ValueError(
-                f"edt_theta {self.edt_theta:g} scales the sampling_temperature; expected a positive one, got 0 (greedy decoding)"
+                f"edt_theta {self.edt_theta:g} scales the sampling_temperature; expected a positive one, got 0 (greedy "
+                "decoding)"
             )
 
     def facts(self) -> dict[str, float]:

@@ -180,13 +180,13 @@ class Engine:
             group: rows with the same prompt stand side by side, in groups of this many, or [N] with a number for each
                 group; a group's prompt is prefilled once.
             key: the key of the step; a row's randomness depends on it and on the row's id alone.
-            sampling_temperature: in place of that of the engine's settings: an input of the programs, so that another one
-                compiles nothing.
+            sampling_temperature: in place of that of the engine's settings: an input of the programs, so that another
+                one compiles nothing.
             on_progress: called after every segment; what it raises ends the rollout.
 
         Raises:
-            ValueError: if `group` does not divide the rows, the prompts are not `max_prompt_tokens` wide, or the temperature
-                is below `SMALLEST_TEMPERATURE`.
+            ValueError: if `group` does not divide the rows, the prompts are not `max_prompt_tokens` wide, or the
+                temperature is below `SMALLEST_TEMPERATURE`.
         """
         if isinstance(group, int) and len(prompts.length) % group:
             raise ValueError(f"group {group} does not divide {len(prompts.length)} rows")

@@ -83,7 +83,8 @@ class RunState(NamedTuple):
     leftover: Groups | None = None
     """Groups that dynamic sampling left for the next step."""
     start: PyTree | None = None
-    """The copy of the policy that is the phase's reference: as it was at the phase's start, or when it was last renewed."""
+    """The copy of the policy that is the phase's reference: as it was at the phase's start, or when it was last
+    renewed."""
 
     @property
     def step(self) -> int:

@@ -85,7 +85,8 @@ def read_status(run_dir: Path) -> dict[str, Any]:
 
 @functools.cache
 def machine() -> dict[str, Any]:
-    """Describe what this process runs on: host, devices, versions, and the package's commit where it lies in a git repository."""
+    """Describe what this process runs on: host, devices, versions, and the package's commit where it lies in a git
+    repository."""
     device = jax.devices()[0]
     return {
         "host": socket.gethostname(),

@@ -27,8 +27,8 @@ class RateController:
     max_factor: float
 
     def turned(self, factor: float, seen_nats: float) -> float:
-        """The factor of the next update: factor * (wanted / seen)^(1/4), by at most `MOST`, within the limits. A gain in the wrong
-        direction, or none, is answered by `MOST`.
+        """The factor of the next update: factor * (wanted / seen)^(1/4), by at most `MOST`, within the limits. A gain
+        in the wrong direction, or none, is answered by `MOST`.
 
         Args:
             factor: of the last update.

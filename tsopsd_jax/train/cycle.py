@@ -1,4 +1,5 @@
-"""A cyclic schedule: some phases again and again, round by round, as long as the policy collapses and as often as allowed."""
+"""A cyclic schedule: some phases again and again, round by round, as long as the policy collapses and as often as
+allowed."""
 
 import dataclasses
 import re
@@ -6,7 +7,8 @@ from typing import NamedTuple
 
 
 class Place(NamedTuple):
-    """A place in a schedule: the index of a phase (their number: the end) and the round, from 1; outside of the cycle 1."""
+    """A place in a schedule: the index of a phase (their number: the end) and the round, from 1; outside of the cycle
+    1."""
 
     phase: int
     round: int
@@ -26,9 +28,8 @@ class Cycle:
     def after(self, place: Place, *, missed_collapse: bool) -> Place:
         """What follows a phase that is over.
 
-        Args:
-            place: of that phase.
-            missed_collapse: it waits for a collapse and ended without one: there is nothing to reheat, and the cycle is left.
+        Args: place: of that phase. missed_collapse: it waits for a collapse and ended without one: there is nothing to
+            reheat, and the cycle is left.
         """
         if place.phase in self:
             if missed_collapse:

@@ -34,7 +34,8 @@ class Drawn(NamedTuple):
     scored: Sequence[Scored]
     """Every generation batch, kept or not."""
     judged: Sequence[Groups]
-    """The generation batches with their rewards; empty where the phase has no reward: then no penalties are part of it."""
+    """The generation batches with their rewards; empty where the phase has no reward: then no penalties are part of
+    it."""
     collected: Collected | None
     """By dynamic sampling; None: every group is used."""
     engine: Engine | None

@@ -26,11 +26,11 @@ class Guard:
     """Limits that stop a run.
 
     `max_start_entropy_nats`: the phase refuses to start on a policy at or above it (the reheater diverges on a policy
-    that is not collapsed: paper, appendix C). `runaway_entropy_nats`: entropy at or above it stops the run (appendix D).
-    `max_skipped_in_row`: so many consecutive non-finite updates stop it (of a step's updates, those at its end).
+    that is not collapsed: paper, appendix C). `runaway_entropy_nats`: entropy at or above it stops the run (appendix
+    D). `max_skipped_in_row`: so many consecutive non-finite updates stop it (of a step's updates, those at its end).
     `max_reward_failed_fraction`: so does a batch of responses of which more have no reward, since a function of one's
-    own failed; nothing is learnt from that batch.
-    `max_truncated_fraction`: so does a step of which more responses were cut off at their limit.
+    own failed; nothing is learnt from that batch. `max_truncated_fraction`: so does a step of which more responses were
+    cut off at their limit.
     """
 
     max_start_entropy_nats: float | None = None
@@ -80,20 +80,21 @@ class Guard:
         if self.max_truncated_fraction is not None and truncated_fraction > self.max_truncated_fraction:
             return (
                 f"phase {phase!r} stopped: {100 * truncated_fraction:.1f} % of its responses were cut off at its step "
-                f"{phase_step}, expected at most {100 * self.max_truncated_fraction:g} %; lower the learning rate and go on "
-                "from the last checkpoint, or raise guard.max_truncated_fraction"
+                f"{phase_step}, expected at most {100 * self.max_truncated_fraction:g} %; lower the learning rate and "
+                "go on from the last checkpoint, or raise guard.max_truncated_fraction"
             )
         if skipped_in_row >= self.max_skipped_in_row:
             return (
-                f"phase {phase!r} stopped: {skipped_in_row} updates in a row were not finite and were skipped; lower the "
-                "learning rate, or look at the batch in float32"
+                f"phase {phase!r} stopped: {skipped_in_row} updates in a row were not finite and were skipped; lower "
+                "the learning rate, or look at the batch in float32"
             )
         return None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Phase:
-    """One stretch of the schedule. `reward` None: the objective needs no reward, and the step is one jitted function."""
+    """One stretch of the schedule. `reward` None: the objective needs no reward, and the step is one jitted
+    function."""
 
     name: str
     outcome: str
@@ -118,7 +119,8 @@ class Phase:
     """Updates of each pass over a rollout, each of a mini-batch of whole groups."""
     passes_per_rollout: int = 1
     reference: str | None = None
-    """The frozen reference that the objective is compared with: START, or the directory of another model; None: it has none."""
+    """The frozen reference that the objective is compared with: START, or the directory of another model; None: it has
+    none."""
     reference_every_steps: int | None = None
     """A copy of the policy is taken anew after so many steps; None: at the phase's start alone."""
 
@@ -147,9 +149,9 @@ class Phase:
 
     @property
     def sampler_selects(self) -> bool:
-        """Whether the sampler's log-probabilities are those that the objective's `select` reads, up to rounding: it reads
-        no other statistic, one update follows a rollout, all rows are that rollout's (no groups kept from the step
-        before), and they are drawn from the policy at its policy temperature (top_p 1, top_k 0)."""
+        """Whether the sampler's log-probabilities are those that the objective's `select` reads, up to rounding: it
+        reads no other statistic, one update follows a rollout, all rows are that rollout's (no groups kept from the
+        step before), and they are drawn from the policy at its policy temperature (top_p 1, top_k 0)."""
         objective, t, rule = self.objective, self.objective.policy_temperature, self.reward
         keeps = rule is not None and rule.max_generation_batches > 0 and rule.surplus == "keep"
         reads_logp = objective.select is not None and objective.select_reads == ("logp",)
@@ -168,7 +170,8 @@ class Phase:
         if asked and not entropy:
             raise GuardError(
                 f"phase {self.name!r} refuses to start: {asked[0]} expects its objective to report "
-                "policy/entropy_nats, got no such metric; report it, or set the limit to null and stop by steps or epochs"
+                "policy/entropy_nats, got no such metric; report it, or set the limit to null and stop by steps or "
+                "epochs"
             )
 
     def turned_rate(self, before: RunProgress, entropy_nats: float) -> float:

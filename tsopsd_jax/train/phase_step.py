@@ -1,7 +1,8 @@
-"""A step of a phase: from the run as it stands to the run one step on. It samples, judges and updates in stages, or, where the
-phase needs no reward, all its rows are decoded at once, and one update follows, in one program.
+"""A step of a phase: from the run as it stands to the run one step on. It samples, judges and updates in stages, or,
+where the phase needs no reward, all its rows are decoded at once, and one update follows, in one program.
 
-A step that is left in the midst of its rollout, by what `on_progress` raises, has changed nothing: it can be taken again.
+A step that is left in the midst of its rollout, by what `on_progress` raises, has changed nothing: it can be taken
+again.
 """
 
 import functools
@@ -150,8 +151,8 @@ class PhaseStep:
     # ---------------------------------------------------------------- compiling
 
     def compile(self) -> None:
-        """Compile the large programs that every step calls; a call with the same shapes then finds them. Nothing is computed.
-        (Prompts are prefilled in the shape of the longest allowed; batches of shorter ones have another.)"""
+        """Compile the large programs that every step calls; a call with the same shapes then finds them. Nothing is
+        computed. (Prompts are prefilled in the shape of the longest allowed; batches of shorter ones have another.)"""
         for lowered in self.lowered():
             lowered.compile()
 
@@ -217,8 +218,9 @@ class PhaseStep:
     def _sample_and_judge(
         self, run: RunState, on_progress: OnProgress
     ) -> tuple[RunState, list[Scored], list[Groups], Collected | None]:
-        """Draw a generation batch, and more of them where dynamic sampling asks for it: the run with its cursor behind them,
-        every batch as scored and as judged, and the full batch. The rollout view lives in here: the update needs its memory."""
+        """Draw a generation batch, and more of them where dynamic sampling asks for it: the run with its cursor behind
+        them, every batch as scored and as judged, and the full batch. The rollout view lives in here: the update needs
+        its memory."""
         phase, rule = self.phase, self.phase.reward
         group, leftover = phase.responses_per_prompt, run.leftover
         key, view = jax.random.fold_in(self.shared.key, run.state.step), self.engine.view(run.state.params)
@@ -268,8 +270,8 @@ class PhaseStep:
         return run, scored, judged, got
 
     def _next_prompts(self, run: RunState) -> tuple[Prompts, list[Problem], RunState]:
-        """The next prompts of the data order, each repeated for its group; their problems; and the run with its cursor behind
-        them."""
+        """The next prompts of the data order, each repeated for its group; their problems; and the run with its cursor
+        behind them."""
         phase, start = self.phase, run.progress.position
         count, group = phase.prompts_per_step, phase.responses_per_prompt
         tokens, lengths = self.task.encoded
@@ -280,7 +282,8 @@ class PhaseStep:
         return Prompts(tokens[rows], lengths[rows], row_id), asked, run.at(position=start + count)
 
     def _reference(self, run: RunState) -> PyTree | None:
-        """Parameters of the phase's reference: the run's copy, or another model's, loaded when it is first asked for."""
+        """Parameters of the phase's reference: the run's copy, or another model's, loaded when it is first asked
+        for."""
         if self.other is None:
             return run.start
         if self._loaded is None:

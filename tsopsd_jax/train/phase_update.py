@@ -1,4 +1,5 @@
-"""A phase's update as the loop calls it: cut into pieces that fit the devices, rows packed where the objective allows."""
+"""A phase's update as the loop calls it: cut into pieces that fit the devices, rows packed where the objective
+allows."""
 
 import functools
 from collections.abc import Mapping
@@ -153,7 +154,8 @@ class Updater:
         knobs: Mapping[str, jax.Array],
         reference: PyTree | None = None,
     ) -> tuple[TrainState, UpdateOut, float]:
-        """(state after, what the update reports, share of the computed positions that hold a token). `state` is consumed.
+        """(state after, what the update reports, share of the computed positions that hold a token). `state` is
+        consumed.
 
         Args:
             batch: one sequence a row; its tokens, prompt and response, are `length` [B].

@@ -10,9 +10,10 @@ class StopRule:
     """A phase ends when any of these holds; None: never for that reason.
 
     `collapsed_below_nats` / `recovered_above_nats` look at the mean of the last `window_steps` token entropies.
-    `collapsed_below_fraction` / `recovered_above_fraction` are the same in units of the run's own early entropy, the mean of its
-    first `baseline_steps` steps. No rule on entropy holds before `min_steps` steps of the phase. `look_ahead`: the phase has
-    recovered where one more step would end further from the limit than this one; see `recovery_nats`.
+    `collapsed_below_fraction` / `recovered_above_fraction` are the same in units of the run's own early entropy, the
+    mean of its first `baseline_steps` steps. No rule on entropy holds before `min_steps` steps of the phase.
+    `look_ahead`: the phase has recovered where one more step would end further from the limit than this one; see
+    `recovery_nats`.
     """
 
     steps: int | None = None
@@ -42,8 +43,8 @@ class StopRule:
         for unit, low, high in zip(("nats", "fraction"), collapsed, recovered, strict=True):
             if low is not None and high is not None and low >= high:
                 raise ValueError(
-                    f"stop: collapsed_below_{unit} {low} must be under recovered_above_{unit} {high}: every entropy would "
-                    "end the phase"
+                    f"stop: collapsed_below_{unit} {low} must be under recovered_above_{unit} {high}: every entropy "
+                    "would end the phase"
                 )
         if self.look_ahead and (recovered == (None, None) or self.window_steps > 1):
             raise ValueError(
@@ -79,8 +80,9 @@ class StopRule:
     def recovery_nats(self, baseline_nats: float | None, before_nats: float | None = None) -> float:
         """The entropy from which the policy has recovered; infinity: none yet, or never.
 
-        With `look_ahead`, H(t-1) under the limit L, and the next gain taken to be the last, g = H(t) - H(t-1): one more step ends
-        nearer to L unless L - H(t) <= g / 2, which is H(t) >= (2 L + H(t-1)) / 3. So it ends within half a step of L.
+        With `look_ahead`, H(t-1) under the limit L, and the next gain taken to be the last, g = H(t) - H(t-1): one more
+        step ends nearer to L unless L - H(t) <= g / 2, which is H(t) >= (2 L + H(t-1)) / 3. So it ends within half a
+        step of L.
 
         Args:
             baseline_nats: the run's early entropy; None: not known yet.

@@ -15,7 +15,8 @@ from tsopsd_jax.rollout import Sampling
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluationPlan:
-    """What is evaluated before the first phase and after each, and within phases at steps that `every_steps` divides."""
+    """What is evaluated before the first phase and after each, and within phases at steps that `every_steps`
+    divides."""
 
     benchmark: str
     problems: Sequence[Problem]

@@ -214,8 +214,8 @@ class Trainer:
         self.run_state = run
 
     def _renew_reference(self, phase: Phase) -> None:
-        """Copy the policy before the steps that ask for it. (A step that was left and is taken again asks again, and gets the
-        same copy: a run that resumes goes on as one that did not stop.)"""
+        """Copy the policy before the steps that ask for it. (A step that was left and is taken again asks again, and
+        gets the same copy: a run that resumes goes on as one that did not stop.)"""
         if phase.renews_reference(self.progress.phase_step):
             self.run_state = self.run_state._replace(start=None)  # two copies might not fit
             self.run_state = self.run_state._replace(start=start_policy(self.shared.model, self.state.params))

@@ -1,1 +1,2 @@
-"""The analyses of `tsopsd analyse`: each module has `add(parser)`, and `run(args)` that returns (JSON object, figure)."""
+"""The analyses of `tsopsd analyse`: each module has `add(parser)`, and `run(args)` that returns (JSON object,
+figure)."""

@@ -45,8 +45,8 @@ def _figure(rows: dict[str, PhaseCost], report: dict[str, Any]) -> Figure:
     shares = [each["reheating_share_of_the_rest"] for each in report.values()]
     words = ", ".join("none" if share is None else f"{100 * share:.1f} %" for share in shares)
     caption = (
-        f"Phases by steps x responses of a batch. Reheating takes {words} of the time of the other phases (TS-OPSD, table 6, "
-        "which divides a step's time by 1024 sequences for reheating and by 64 prompts, 512 sequences, for RL; here both are by "
-        "sequences)."
+        f"Phases by steps x responses of a batch. Reheating takes {words} of the time of the other phases (TS-OPSD, "
+        "table 6, which divides a step's time by 1024 sequences for reheating and by 64 prompts, 512 sequences, for "
+        "RL; here both are by sequences)."
     )
     return Figure(panels, caption)

@@ -1,4 +1,5 @@
-"""`tsopsd analyse curves`: what runs logged, side by side or averaged over seeds (figures 1, 2, 7, 9, 10, 11 and 13)."""
+"""`tsopsd analyse curves`: what runs logged, side by side or averaged over seeds (figures 1, 2, 7, 9, 10, 11 and
+13)."""
 
 import argparse
 from collections.abc import Sequence

@@ -54,8 +54,8 @@ def _figure(report: dict[str, Any], k: int, note: str) -> Figure:
         panel("top_k_mass_after", "(f) Their probability after", "probability"),
     ]
     caption = (
-        f"{report['before']} (before) and {report['after']} (after) at the {report['tokens']:,} tokens of the same responses. "
-        f"Mean KL(before || after) {report['forward_kl_nats']['mean']:.3g} nats, mean entropy "
+        f"{report['before']} (before) and {report['after']} (after) at the {report['tokens']:,} tokens of the same "
+        f"responses. Mean KL(before || after) {report['forward_kl_nats']['mean']:.3g} nats, mean entropy "
         f"{report['entropy_before_nats']:.4f} -> {report['entropy_after_nats']:.4f} nats, top-{k} overlap "
         f"{report['top_k_overlap']['mean']:.4f} (TS-OPSD, figure 5). Counts on a logarithmic axis.{note}"
     )

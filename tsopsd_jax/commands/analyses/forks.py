@@ -165,8 +165,8 @@ def _figure(found: dict[str, Forks], note: str) -> Figure:
     names = ", ".join(f"{number} {name}" for number, name in enumerate(found, start=1))
     rollouts = next(iter(found.values())).rollouts
     caption = (
-        f"{rollouts} rollouts at temperature 1 of each checkpoint against the greedy rollout of the same checkpoint and prompt. "
-        f"(a) is a moving mean over positions. Checkpoints: {names} (TS-OPSD, figure 6 and table 2).{note}"
+        f"{rollouts} rollouts at temperature 1 of each checkpoint against the greedy rollout of the same checkpoint "
+        f"and prompt. (a) is a moving mean over positions. Checkpoints: {names} (TS-OPSD, figure 6 and table 2).{note}"
     )
     return Figure(panels, caption)
 

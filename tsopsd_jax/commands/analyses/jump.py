@@ -49,7 +49,8 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], Figure]:
 
 
 def _checkpoints(run_dir: Path, before: int, after: int) -> dict[str, int | None]:
-    """The checkpoints nearest to the jump on either side. The entropy of step s is that of the policy after step s - 1."""
+    """The checkpoints nearest to the jump on either side. The entropy of step s is that of the policy after step s -
+    1."""
     try:
         with checkpoints_of(run_dir) as checkpoints:
             steps = checkpoints.steps()
@@ -79,10 +80,10 @@ def _figure(part: Trajectory, step: np.ndarray, entropy: np.ndarray, jump: Jump,
     verdict = "A jump" if jump.found else "No jump; the likeliest place is"
     where = [report["checkpoint_before"], report["checkpoint_after"]]
     caption = (
-        f"{verdict} between steps {report['step_before']} and {report['step_after']} of phase {report['phase']}: height "
-        f"{jump.height:.4f} nats, {jump.increment_ratio:.1f} times the neighbouring increments; one step explains "
-        f"{100 * jump.sharpness:.0f} % of what a cubic leaves (information gain {jump.information_gain:.1f}, at least 10 wanted). "
-        f"Nearest checkpoints: "
+        f"{verdict} between steps {report['step_before']} and {report['step_after']} of phase {report['phase']}: "
+        f"height {jump.height:.4f} nats, {jump.increment_ratio:.1f} times the neighbouring increments; one step "
+        f"explains {100 * jump.sharpness:.0f} % of what a cubic leaves (information gain {jump.information_gain:.1f}, "
+        f"at least 10 wanted). Nearest checkpoints: "
         f"{' and '.join('none' if s is None else str(s) for s in where)} (TS-OPSD, section 4.4)."
     )
     return Figure(panels, caption)

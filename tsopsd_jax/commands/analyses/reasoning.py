@@ -46,8 +46,8 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], Figure]:
     points = {name: each for name, each in points.items() if each}
     if not points:
         raise ValueError(
-            f"{args.evaluations or run_dir}: expected evaluations of steps {span.first - 1} to {span.last}, got none; set "
-            "evaluation.every_steps, or run tsopsd eval on the checkpoints"
+            f"{args.evaluations or run_dir}: expected evaluations of steps {span.first - 1} to {span.last}, got none; "
+            "set evaluation.every_steps, or run tsopsd eval on the checkpoints"
         )
     part = log.within(span)
     # The entropy of step s is that of the policy after step s - 1.
@@ -91,7 +91,7 @@ def _figure(points: dict[str, list[Point]], entropy: Curve, run: str, phase: str
         Chart("(b) Mean token entropy", "step of the checkpoint", "nats", [entropy], marked=True, whole_x=True),
     ]
     caption = (
-        f"Checkpoints of phase {phase} of {run}, the first being the policy that it began with: accuracy, with a band of a "
-        "standard error over problems, and entropy (TS-OPSD, figure 4)."
+        f"Checkpoints of phase {phase} of {run}, the first being the policy that it began with: accuracy, with a band "
+        "of a standard error over problems, and entropy (TS-OPSD, figure 4)."
     )
     return Figure(panels, caption)

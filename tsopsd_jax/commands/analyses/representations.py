@@ -63,9 +63,9 @@ def _figure(values: np.ndarray, report: dict[str, Any], note: str) -> Figure:
         ),
     ]
     caption = (
-        f"Linear CKA of the residual stream after each layer of {report['before']} (before) and {report['after']} (after), at "
-        f"the tokens of {report['responses']} responses: least {report['diagonal_min']:.6f} (layer "
-        f"{report['diagonal_argmin_layer']}), mean {report['diagonal_mean']:.6f} on the diagonal (TS-OPSD, figure 3). Colours "
-        f"show -log10(1 - CKA).{note}"
+        f"Linear CKA of the residual stream after each layer of {report['before']} (before) and {report['after']} "
+        f"(after), at the tokens of {report['responses']} responses: least {report['diagonal_min']:.6f} (layer "
+        f"{report['diagonal_argmin_layer']}), mean {report['diagonal_mean']:.6f} on the diagonal (TS-OPSD, figure 3). "
+        f"Colours show -log10(1 - CKA).{note}"
     )
     return Figure(panels, caption)

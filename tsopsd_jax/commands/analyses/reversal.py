@@ -84,10 +84,12 @@ def _figure(found: Reversals, *, rounded: bool) -> Figure:
     w = found.whole
     caption = (
         f"Heating H = after - before, cooling L = recooled - after: cosine {_text(w.cosine)}, reverse projection "
-        f"{_text(w.reverse_projection)}, norm ratio {_text(w.norm_ratio)}, residual {_text(w.residual)} (TS-OPSD, figure 12)."
+        f"{_text(w.reverse_projection)}, norm ratio {_text(w.norm_ratio)}, residual {_text(w.residual)} (TS-OPSD, "
+        "figure 12)."
     )
     if rounded:
-        caption += " The weights are stored in 16 bits, which round small updates away: compare float32 exports or checkpoints."
+        caption += " The weights are stored in 16 bits, which round small updates away: "
+        caption += "compare float32 exports or checkpoints."
     return Figure(panels, caption)
 
 

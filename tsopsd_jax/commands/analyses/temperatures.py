@@ -1,4 +1,5 @@
-"""`tsopsd analyse temperatures`: where teachers of several temperatures and both directions pull one policy (figure 8)."""
+"""`tsopsd analyse temperatures`: where teachers of several temperatures and both directions pull one policy (figure
+8)."""
 
 import argparse
 import sys
@@ -75,7 +76,7 @@ def _figure(pulls: Pulls, names: list[str], temperatures: list[float], report: d
         Chart("(c) Gradient norm", "teacher temperature", "global norm", both(pulls.norm), marked=True),
     ]
     caption = (
-        f"Gradients of the KL to self-teachers of {report['policy']} (entropy {report['entropy_nats']:.4f} nats) on the tokens of "
-        f"{report['responses']} responses, and of the entropy (TS-OPSD, section 4.5 and figure 8).{note}"
+        f"Gradients of the KL to self-teachers of {report['policy']} (entropy {report['entropy_nats']:.4f} nats) on "
+        f"the tokens of {report['responses']} responses, and of the entropy (TS-OPSD, section 4.5 and figure 8).{note}"
     )
     return Figure(panels, caption, columns=3)
