@@ -43,8 +43,11 @@ import pytest  # noqa: E402
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+from tiny_run import trainers  # noqa: E402
 from tpu_cloud import Cloud  # noqa: E402
 
+from tsopsd_jax.data import Tokenizer  # noqa: E402
+from tsopsd_jax.data.countdown import write_tokenizer  # noqa: E402
 from tsopsd_jax.model import Qwen3, Qwen3Config  # noqa: E402
 
 TINY = Qwen3Config(
@@ -85,3 +88,17 @@ def shared_data():
 def cloud(tmp_path):
     """Stubs of gcloud, kubectl and a worker's tools, alone on PATH, for the scripts of tpu/."""
     return Cloud(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory):
+    """The tokenizer of the countdown task."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    write_tokenizer(folder)
+    return Tokenizer.load(folder)
+
+
+@pytest.fixture
+def trainer_in(tokenizer):
+    """trainer_in(run_dir, phases=..., verify=..., evaluate=...) -> Trainer of a tiny run; closed at the end."""
+    return trainers(tokenizer)

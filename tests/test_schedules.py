@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_trainer import MODEL, facts, finish, reheat_phase, rl_phase, same, tokenizer, trainer_in, trainers  # noqa: F401
+from tiny_run import MODEL, facts, finish, reheat_phase, rl_phase, same, trainers
 
 from tsopsd_jax.learn.update import make_optimizer, make_update, warm_up
 from tsopsd_jax.objectives import ts_opsd
@@ -229,7 +229,7 @@ NAMES = ["rl#1"] * 2 + ["reheat#1"] * 3 + ["rl#2"] * 2 + ["reheat#2"] * 3 + ["ag
 
 
 @pytest.fixture(scope="module")
-def whole(tokenizer, tmp_path_factory):  # noqa: F811
+def whole(tokenizer, tmp_path_factory):
     """A run through two rounds, not interrupted: (directory, state at its end, its notes, trainer)."""
     folder, said = tmp_path_factory.mktemp("whole"), []
     trainer = trainers(tokenizer)(folder, evaluate=True, every=1, **ROUNDS)
@@ -269,7 +269,7 @@ def test_a_cycles_steps_are_made_once(whole):
 
 
 @pytest.mark.parametrize("at", [4, 6, 9])
-def test_a_run_resumes_in_its_round_bit_for_bit(at, whole, trainer_in, tmp_path):  # noqa: F811
+def test_a_run_resumes_in_its_round_bit_for_bit(at, whole, trainer_in, tmp_path):
     first = trainer_in(tmp_path, evaluate=True, every=1, **ROUNDS)
     write = first.log.write
 
@@ -288,7 +288,7 @@ def test_a_run_resumes_in_its_round_bit_for_bit(at, whole, trainer_in, tmp_path)
     assert [r["stage"] for r in read_evaluations(tmp_path)] == [r["stage"] for r in read_evaluations(whole[0])]
 
 
-def test_a_cycle_without_a_collapse_goes_on_behind_it(trainer_in, tmp_path):  # noqa: F811
+def test_a_cycle_without_a_collapse_goes_on_behind_it(trainer_in, tmp_path):
     phases = (
         rl_phase(stop=StopRule(collapsed_below_nats=1e-6, steps=1)),
         reheat_phase(),
@@ -298,7 +298,7 @@ def test_a_cycle_without_a_collapse_goes_on_behind_it(trainer_in, tmp_path):  # 
     assert [line["phase"] for line in read_metrics(tmp_path)] == ["rl#1", "again"]
 
 
-def test_responses_that_are_cut_off_stop_the_reheater(trainer_in, tmp_path):  # noqa: F811
+def test_responses_that_are_cut_off_stop_the_reheater(trainer_in, tmp_path):
     phase = reheat_phase(guard=Guard(max_truncated_fraction=0.25))  # random responses of five tokens: nearly all
     with pytest.raises(
         GuardError, match=r"phase 'reheat' stopped: \d+\.\d % of its responses were cut off .* at most 25 %"
@@ -309,7 +309,7 @@ def test_responses_that_are_cut_off_stop_the_reheater(trainer_in, tmp_path):  # 
     assert line["rollout/truncated_fraction"] > 0.25
 
 
-def test_a_controlled_rate_compiles_nothing_again(trainer_in, tmp_path):  # noqa: F811
+def test_a_controlled_rate_compiles_nothing_again(trainer_in, tmp_path):
     phase = reheat_phase(
         stop=StopRule(steps=4),
         rate_controller=RateController(gain_nats=5.0, min_factor=0.5, max_factor=3.0),

@@ -9,16 +9,7 @@ import jax
 import numpy as np
 import optax
 import pytest
-from test_trainer import (  # noqa: F401 (two are fixtures)
-    MODEL,
-    facts,
-    finish,
-    reheat_phase,
-    rl_phase,
-    same,
-    tokenizer,
-    trainer_in,
-)
+from tiny_run import MODEL, facts, finish, reheat_phase, rl_phase, same
 
 from tsopsd_jax.distributed.sharding import make_mesh
 from tsopsd_jax.judge.groups import RewardRule
@@ -277,7 +268,7 @@ def test_when_the_samplers_logp_is_the_policys(changes, asked):
     assert rl_phase(**({"objective": clip_cov(), "reward": PLAIN} | changes)).sampler_selects is asked
 
 
-def test_a_run_selects_by_the_sampler(trainer_in, tmp_path):  # noqa: F811
+def test_a_run_selects_by_the_sampler(trainer_in, tmp_path):
     """The same tokens as by a forward pass (the gap is rounding), and no forward pass: `select` is traced on
     `old_logp`."""
     dropped, own = {}, []
@@ -310,7 +301,7 @@ def test_select_is_given_what_it_says_it_reads():
 SIXTEEN = {"prompts_per_step": 16, "rows_at_once": 32, "reward": PLAIN}
 
 
-def test_after_several_updates_the_ratio_has_left_one(trainer_in, tmp_path):  # noqa: F811
+def test_after_several_updates_the_ratio_has_left_one(trainer_in, tmp_path):
     trainer = trainer_in(tmp_path, phases=(rl_phase(updates_per_rollout=16, stop=StopRule(steps=2), **SIXTEEN),))
     state = finish(trainer)
     assert int(state.step) == 2
@@ -329,7 +320,7 @@ def test_after_several_updates_the_ratio_has_left_one(trainer_in, tmp_path):  # 
     assert not [name for name in line if name.startswith("last_update/") or name == "optim/updates"]
 
 
-def test_warm_up_counts_updates_and_everything_else_steps(trainer_in, tmp_path):  # noqa: F811
+def test_warm_up_counts_updates_and_everything_else_steps(trainer_in, tmp_path):
     # 4 updates a step, a warm-up of 8: rates of 1/8 .. 4/8, mean 2.5/8; then 5/8 .. 8/8, mean 6.5/8; then 1.
     settings = {"learning_rate": 1e-3, "warmup_steps": 8}
     phase = rl_phase(optimizer=make_optimizer(**settings), learning_rate=warm_up(**settings), updates_per_rollout=4)
@@ -372,7 +363,7 @@ def at_update(trainer, number, act):
 @pytest.mark.parametrize(
     "number", [5, 14]
 )  # the second update of step 2; of the reheater's step 4 (3 x 4 updates before)
-def test_a_step_killed_between_its_updates_is_taken_again(number, trainer_in, tmp_path):  # noqa: F811
+def test_a_step_killed_between_its_updates_is_taken_again(number, trainer_in, tmp_path):
     whole = finish(trainer_in(tmp_path / "whole", phases=PHASES))
     run = tmp_path / "killed"
     first = trainer_in(run, phases=PHASES, every=1)
@@ -389,7 +380,7 @@ def test_a_step_killed_between_its_updates_is_taken_again(number, trainer_in, tm
     assert facts(tmp_path / "whole") == facts(run)
 
 
-def test_a_signal_between_updates_lets_the_step_finish(trainer_in, tmp_path):  # noqa: F811
+def test_a_signal_between_updates_lets_the_step_finish(trainer_in, tmp_path):
     whole = finish(trainer_in(tmp_path / "whole", phases=PHASES))
     run = tmp_path / "asked"
     first = trainer_in(run, phases=PHASES)
@@ -400,7 +391,7 @@ def test_a_signal_between_updates_lets_the_step_finish(trainer_in, tmp_path):  #
     assert facts(tmp_path / "whole") == facts(run)
 
 
-def test_micro_batches_and_packing_change_nothing_of_several_updates(trainer_in, tmp_path):  # noqa: F811
+def test_micro_batches_and_packing_change_nothing_of_several_updates(trainer_in, tmp_path):
     found = {}
     smooth = make_optimizer(learning_rate=1e-2, epsilon=1e-2)
     for pieces, pack in ((1, False), (4, True), (4, False)):
@@ -418,7 +409,7 @@ def test_micro_batches_and_packing_change_nothing_of_several_updates(trainer_in,
     assert found[4, True][1]["learner/useful_fraction"] > found[4, False][1]["learner/useful_fraction"]
 
 
-def test_eight_devices_take_the_same_updates(trainer_in, tmp_path):  # noqa: F811
+def test_eight_devices_take_the_same_updates(trainer_in, tmp_path):
     smooth = make_optimizer(learning_rate=1e-2, epsilon=1e-2)
     phase = rl_phase(updates_per_rollout=4, optimizer=smooth, stop=StopRule(steps=2), **SIXTEEN)
     one = finish(trainer_in(tmp_path / "one", phases=(phase,)))
@@ -439,7 +430,7 @@ def test_micro_batches_are_chosen_for_an_update():
     assert batch.tokens.shape == (256, 11)
 
 
-def test_several_updates_are_one_program(trainer_in, tmp_path):  # noqa: F811
+def test_several_updates_are_one_program(trainer_in, tmp_path):
     trainer = trainer_in(tmp_path, phases=PHASES)
     steps = []
     original = trainer.steps.of
@@ -451,7 +442,7 @@ def test_several_updates_are_one_program(trainer_in, tmp_path):  # noqa: F811
     assert [line["optim/updates"] for line in lines] == [4, 4, 4, 2, 2]
 
 
-def test_a_reheater_of_several_updates_keeps_the_policy_that_it_measured(trainer_in, tmp_path):  # noqa: F811
+def test_a_reheater_of_several_updates_keeps_the_policy_that_it_measured(trainer_in, tmp_path):
     phase = reheat_phase(updates_per_rollout=2, stop=StopRule(recovered_above_nats=0.12))
     trainer = trainer_in(tmp_path, phases=(phase,))
     before = jax.device_get(trainer.state.params)

@@ -9,7 +9,7 @@ import subprocess
 import numpy as np
 import pytest
 from test_page import Page, steps_of_a_run, write_run
-from test_trainer import even, reheat_phase, rl_phase, tokenizer, trainer_in  # noqa: F401 (two are fixtures)
+from tiny_run import even, reheat_phase, rl_phase
 
 from tsopsd_jax.metric_names import HELD, SKIPPED
 from tsopsd_jax.objectives import dapo
@@ -82,7 +82,7 @@ def told(trainer):
         trainer.run()
 
 
-def test_a_run_tells_why_its_phases_ended(trainer_in, tmp_path):  # noqa: F811
+def test_a_run_tells_why_its_phases_ended(trainer_in, tmp_path):
     phases = (rl_phase(stop=StopRule(steps=1)), reheat_phase(stop=StopRule(recovered_above_nats=0.12)))
     told(trainer_in(tmp_path, phases=phases))
     found = read_status(tmp_path)
@@ -96,7 +96,7 @@ def test_a_run_tells_why_its_phases_ended(trainer_in, tmp_path):  # noqa: F811
     assert (again["state"], again["phases"], len(again["starts"])) == ("ended", found["phases"], 2)
 
 
-def test_a_refused_phase_is_not_called_reheated(trainer_in, tmp_path):  # noqa: F811
+def test_a_refused_phase_is_not_called_reheated(trainer_in, tmp_path):
     hot = reheat_phase(guard=Guard(max_start_entropy_nats=0.12), outcome="reheated")
     phases = (rl_phase(stop=StopRule(steps=1), outcome="collapsed"), hot)
     with pytest.raises(GuardError):
@@ -117,7 +117,7 @@ def test_a_refused_phase_is_not_called_reheated(trainer_in, tmp_path):  # noqa: 
     assert read_status(tmp_path)["state"] == "ended"
 
 
-def test_a_run_without_a_finite_update_does_not_look_healthy(trainer_in, tmp_path):  # noqa: F811
+def test_a_run_without_a_finite_update_does_not_look_healthy(trainer_in, tmp_path):
     objective = dapo()
 
     def loss(stats, batch):
@@ -137,7 +137,7 @@ def test_a_run_without_a_finite_update_does_not_look_healthy(trainer_in, tmp_pat
     assert "Updates skipped 4 of 4" in Page(tmp_path / "two").text
 
 
-def test_a_signal_and_a_failure_are_told(trainer_in, tmp_path):  # noqa: F811
+def test_a_signal_and_a_failure_are_told(trainer_in, tmp_path):
     def dies(response, gold):
         if len(read_metrics(tmp_path)) == 2:
             raise RuntimeError("the verifier\nis broken")

@@ -233,13 +233,13 @@ class PhaseSettings:
     rows_at_once: int | None = None
     """Slots: responses decoded side by side; one that ends makes room for the next. null: all of the step's."""
     micro_batches: int | None = None
-    """Pieces of each update; changes memory, not the result. null: what the devices' memory asks for, none with more
-    than 16,384 tokens a device (2,048 on a CPU)."""
+    """Micro-batches of each update; changes memory, not the result. null: what the devices' memory asks for, none with
+    more than 16,384 tokens a device (2,048 on a CPU)."""
     chunk_tokens: int | None = None
     """Tokens whose logits exist at once, on each device. null: what suits the device (`hardware.tiles`), 1,024 on a
     CPU."""
     pack: bool = True
-    """Several responses in one row of an update of several pieces, where the objective is tokenwise."""
+    """Several responses in one row of an update of several micro-batches, where the objective is tokenwise."""
     learning_rate_control: RateControlSettings | None = None
     """Turn the learning rate towards a wanted gain of entropy, beginning with the optimizer's; None: it is the
     optimizer's."""

@@ -1,4 +1,4 @@
-"""A phase's update as the loop calls it: cut into pieces that fit the devices, rows packed where the objective
+"""A phase's update as the loop calls it: cut into micro-batches that fit the devices, rows packed where the objective
 allows."""
 
 import functools
@@ -35,7 +35,7 @@ class Updater:
             compiled for again.
         update: the pure function, not jitted.
         tile_tokens: tokens that go through the head at once.
-        micro_batches: pieces of an update's batch; the phase's, or chosen by the devices' memory.
+        micro_batches: into how many an update's batch is cut: the phase's, or chosen by the devices' memory.
 
     Raises:
         ValueError: if the update fits the devices in no way.
@@ -61,7 +61,7 @@ class Updater:
         self._jitted: dict[int, Any] = {}
         on_cpu = mesh.devices.flat[0].platform == "cpu"
         self.micro_batches = phase.micro_batches or choose_micro_batches(
-            lambda pieces: compile_within(self.lowered(pieces))[1],
+            lambda count: compile_within(self.lowered(count))[1],
             rows=phase.update_rows,
             width=self.width,
             shards=row_multiple(mesh),
@@ -93,7 +93,7 @@ class Updater:
         )
 
     def _jit(self, micro_batches: int) -> Any:
-        """One function for each number of pieces: what was compiled when it was chosen is not compiled again."""
+        """One function for each number of micro-batches: what was compiled when it was chosen is not compiled again."""
         if micro_batches not in self._jitted:
             layout = (self._layout, replicated(self.mesh))
             self._jitted[micro_batches] = jax.jit(self._make(micro_batches), donate_argnums=0, out_shardings=layout)
@@ -117,11 +117,11 @@ class Updater:
 
     def lowered(self, micro_batches: int | None = None) -> Any:
         """The update of a batch cut into `micro_batches` (None: its own), ready to be compiled; nothing is computed."""
-        pieces = micro_batches or self.micro_batches
+        count = micro_batches or self.micro_batches
         fields = [self._of(dtype, self.width) for dtype in (np.int32, bool, np.float32, np.float32)]
-        segment = self._of(np.int32, self.width) if self._packs(pieces) else None
+        segment = self._of(np.int32, self.width) if self._packs(count) else None
         batch = Batch(*fields, segment=segment)
-        return self._jit(pieces).lower(
+        return self._jit(count).lower(
             self.state, batch, self._once(np.float32), self.abstract_knobs(), self._reference()
         )
 
