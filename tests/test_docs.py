@@ -100,7 +100,7 @@ def methods() -> dict[str, list[str]]:
 
 def test_every_objective_is_among_the_methods():
     rows = methods()
-    assert set(rows) == set(OBJECTIVES)
+    assert set(rows) == set(OBJECTIVES), 'the table "The library\'s" of docs/methods.md has a row for each'
     for name, (_, where, _, source, test) in rows.items():
         made, parts = OBJECTIVES[name](), set(re.findall(r"`(\w+)`", where))
         declared = {part for part in ("select", "control") if made._asdict()[part] is not None}
@@ -137,6 +137,7 @@ def at_ratio_one(name: str):
 
 @pytest.mark.parametrize("name", [name for name, factory in OBJECTIVES.items() if factory().uses_advantage])
 def test_what_a_method_does_at_ratio_one(name):
+    assert name in methods(), f"docs/methods.md has no row of {name}"
     said = {"as dapo": True, "acts": False}[methods()[name][2]]
     pairs = zip(jax.tree.leaves(at_ratio_one(name)), jax.tree.leaves(at_ratio_one("dapo")), strict=True)
     assert all(np.allclose(got, want, atol=1e-7) for got, want in pairs) is said
