@@ -24,9 +24,6 @@ from tsopsd_jax.types import AnyArray
 
 PAGED_ATTENTION = ("xla", "pallas")
 
-Paged = Callable[[Array, LayerCache, AnyArray], "Partial"]
-"""`pages_attention` with an implementation chosen."""
-
 
 class Partial(NamedTuple):
     """A softmax that can still be joined with another: exp(scores - top) summed, and the values weighted with it."""

@@ -18,9 +18,9 @@ from tsopsd_jax.model.decoding import LayerCache, prefill, rollout_view, view_ax
 from tsopsd_jax.model.qwen3 import Qwen3
 from tsopsd_jax.rollout.cache import commit, empty_pages, grow, place, shrink_pages, shrink_tails
 from tsopsd_jax.rollout.distribution import Sampling
-from tsopsd_jax.rollout.paged_attention import pages_attention
 from tsopsd_jax.rollout.schedule import Geometry
 from tsopsd_jax.rollout.segment import Pool, Slots, decode_segment, empty_tails
+from tsopsd_jax.rollout.slot_attention import SlotAttention
 from tsopsd_jax.types import AnyArray, PyTree
 
 
@@ -67,7 +67,7 @@ class Programs:
         self.view = jax.jit(functools.partial(rollout_view, model), out_shardings=self._view_layout)
         causal = functools.partial(causal_attention, implementation=attention, mesh=mesh)
         self.prefill = jax.jit(functools.partial(prefill, model, attention=causal), out_shardings=self._heads)
-        on_tpu = attention == "auto" and mesh.devices.flat[0].platform == "tpu"
+        best = {"tpu": "pallas", "gpu": "triton", "cuda": "triton"}.get(mesh.devices.flat[0].platform, "xla")
         self.decode_segment = jax.jit(
             functools.partial(
                 decode_segment,
@@ -75,7 +75,7 @@ class Programs:
                 sampling=sampling,
                 steps=geometry.segment_tokens,
                 stop_ids=stop_ids,
-                paged=functools.partial(pages_attention, implementation="pallas" if on_tpu else "xla", mesh=mesh),
+                attention=SlotAttention(best if attention == "auto" else "xla", mesh),
                 entropy=entropy,
             ),
             donate_argnums=1,

@@ -6,8 +6,6 @@ tokens, in the first C0 places) and the tokens of the segment, each written wher
 a block, in place. Between segments the R tokens become one page.
 """
 
-import functools
-from collections.abc import Callable
 from typing import NamedTuple
 
 import einops
@@ -19,7 +17,7 @@ from tsopsd_jax import losses
 from tsopsd_jax.model.decoding import LayerCache, decode, prefill, rollout_view
 from tsopsd_jax.model.qwen3 import Qwen3
 from tsopsd_jax.rollout.distribution import Sampling, draw
-from tsopsd_jax.rollout.paged_attention import Paged, Partial, pages_attention
+from tsopsd_jax.rollout.slot_attention import BY_XLA, Seen, SlotAttention
 from tsopsd_jax.types import AnyArray, Prompts, PyTree, Rollout
 
 STEPS = "decoding_steps"
@@ -81,7 +79,7 @@ def decode_segment(
     sampling: Sampling,
     steps: int,
     stop_ids: tuple[int, ...],
-    paged: Paged = pages_attention,
+    attention: SlotAttention = BY_XLA,
     entropy: bool = False,
 ) -> tuple[Segment, tuple[LayerCache, ...]]:
     """Draw up to `steps` tokens for every slot that is not idle; ends sooner when all rows have.
@@ -94,7 +92,7 @@ def decode_segment(
         key: the key of the step.
         sampling_temperature: in place of that of `sampling`, where it changes from rollout to rollout.
         sampling, steps, stop_ids: what is drawn, how many, what ends a row.
-        paged: attention over pages.
+        attention: over tails and pages.
         entropy: measure the exact entropy of softmax(logits) too, whatever the sampling settings.
     """
     stops = jnp.asarray(stop_ids, jnp.int32)
@@ -102,6 +100,7 @@ def decode_segment(
     b, places = slots.token.shape[0], tails[0][0].shape[-1]
     home = places - steps
     pages = (None,) * len(tails) if pool is None else pool.pages
+    prepared = None if pool is None else attention.prepare(pool.owner, b)
     place_C = jnp.arange(places, dtype=jnp.int32)
     in_home_BC = (place_C[None, :] < home) & (place_C[None, :] < slots.tail[:, None])
 
@@ -111,7 +110,8 @@ def decode_segment(
 
     def step(carry):
         t, token, count, stopped, tokens, logp, nats, tails = carry
-        seen_BC = in_home_BC | ((place_C >= home) & (place_C <= home + t))[None, :]
+        mask_BC = in_home_BC | ((place_C >= home) & (place_C <= home + t))[None, :]
+        seen = Seen(slots.tail, home + t, mask_BC)
 
         def attend(q_BTNH, k_BTKH, v_BTKH, cache):
             (keys, values), pages = cache
@@ -119,8 +119,8 @@ def decode_segment(
             keys = jax.lax.dynamic_update_slice(keys, k_BKHT, (0, 0, 0, home + t))
             v_BKTH = einops.rearrange(v_BTKH, "B T K H -> B K T H")
             values = jax.lax.dynamic_update_slice(values, v_BKTH, (0, 0, home + t, 0))
-            over = None if pool is None else functools.partial(_over_pages, paged, pages, pool.owner)
-            return _attention(q_BTNH[:, 0], (keys, values), seen_BC, over)[:, None], (keys, values)
+            out_BNH = attention.attend(q_BTNH[:, 0], (keys, values), seen, home, pages, prepared)
+            return out_BNH[:, None], (keys, values)
 
         caches = tuple(zip(tails, pages, strict=True))
         logits_BV, tails = decode(model, view, token, slots.position + t, attend, caches)
@@ -148,32 +148,6 @@ def decode_segment(
     with jax.named_scope(STEPS):
         _, _, count, stopped, tokens, logp, nats, tails = jax.lax.while_loop(running, step, start)
     return Segment(tokens, logp, count, stopped, nats), tails
-
-
-def _over_pages(paged: Paged, pages: LayerCache, owner: AnyArray, q_BKGH: Array) -> Partial:
-    return paged(q_BKGH, pages, owner)
-
-
-def _attention(q_BNH: Array, tail: LayerCache, seen_BC: Array, pages: Callable[[Array], Partial] | None) -> Array:
-    """Attend with one query per slot to its tail and its pages; softmax in float32."""
-    keys_BKHC, values_BKCH = tail
-    q_BKGH = einops.rearrange(q_BNH, "B (K G) H -> B K G H", K=keys_BKHC.shape[1])
-    scores = jnp.einsum("BKGH,BKHC->BKGC", q_BKGH, keys_BKHC, preferred_element_type=jnp.float32)
-    scores = jnp.where(seen_BC[:, None, None, :], scores * q_BNH.shape[-1] ** -0.5, -jnp.inf)
-    top, part = jnp.max(scores, axis=-1), None
-    if pages is not None:
-        part = pages(q_BKGH)
-        top = jnp.maximum(top, part.top)
-    weight = jnp.exp(scores - top[..., None])
-    total = jnp.sum(weight, axis=-1)
-    out = jnp.einsum(
-        "BKGC,BKCH->BKGH", weight.astype(values_BKCH.dtype), values_BKCH, preferred_element_type=jnp.float32
-    )
-    if part is not None:
-        scale = jnp.exp(part.top - top)
-        total, out = total + part.total * scale, out + part.out * scale[..., None]
-    out = (out / total[..., None]).astype(q_BNH.dtype)
-    return einops.rearrange(out, "B K G H -> B (K G) H")
 
 
 def sample(

@@ -1,0 +1,185 @@
+"""A decoding step's attention: every implementation against numpy, slot by slot; the kernel for GPUs interpreted."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from tsopsd_jax.distributed.sharding import make_mesh
+from tsopsd_jax.model import Qwen3, Qwen3Config
+from tsopsd_jax.rollout import Engine, Sampling, programs, triton_attention
+from tsopsd_jax.rollout.slot_attention import Seen, SlotAttention
+from tsopsd_jax.types import Prompts
+
+S, B, K, G, H, R, HOME = 2, 3, 2, 3, 16, 16, 32
+# Slot 2 of the first shard and slot 1 of the second have no page.
+OWNER = np.array([[1, -1, 0, 1, 1, -1, 1, 0, 1], [0, 0, -1, 0, 2, -1, 0, 0, 0]])
+REST = np.array([0, 5, 31, 16, 1, 0])
+NEWEST = HOME + 3
+
+
+def numbers(seed: int, *shape: int) -> jnp.ndarray:
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+@pytest.fixture(scope="module")
+def given():
+    """Queries, tails and pages of S x B slots."""
+    q = 2 * numbers(0, S * B, K * G, H)
+    tail = numbers(1, S * B, K, H, HOME + R), numbers(2, S * B, K, HOME + R, H)
+    pages = numbers(3, S, OWNER.shape[1], K, H, R), numbers(4, S, OWNER.shape[1], K, R, H)
+    return q, tail, pages
+
+
+def by_hand(q, tail, pages, shard_of, owner) -> np.ndarray:
+    """The softmax of each slot over the keys that are its own, in float64."""
+    out = []
+    for slot in range(len(q)):
+        shard, local = divmod(slot, shard_of)
+        mine = [] if pages is None else np.flatnonzero(owner[shard] == local)
+        places = [*range(REST[slot]), *range(HOME, NEWEST + 1)]
+        keys = [*(np.asarray(pages[0][shard, i]) for i in mine), np.asarray(tail[0][slot])[:, :, places]]
+        values = [*(np.asarray(pages[1][shard, i]) for i in mine), np.asarray(tail[1][slot])[:, places]]
+        keys, values = np.concatenate(keys, -1).astype(np.float64), np.concatenate(values, 1).astype(np.float64)
+        scores = np.einsum("kgh,khc->kgc", np.asarray(q[slot]).reshape(K, G, H), keys) / 4  # the root of H = 16
+        weight = np.exp(scores - scores.max(-1, keepdims=True))
+        out.append(np.einsum("kgc,kch->kgh", weight / weight.sum(-1, keepdims=True), values).reshape(K * G, H))
+    return np.stack(out)
+
+
+def seen() -> Seen:
+    place = np.arange(HOME + R)[None, :]
+    mask = ((place < REST[:, None]) & (place < HOME)) | ((place >= HOME) & (place <= NEWEST))
+    return Seen(jnp.asarray(REST), jnp.int32(NEWEST), jnp.asarray(mask))
+
+
+MESH = {"fsdp": 2, "tensor": 2}
+
+
+@pytest.mark.parametrize("paged", [True, False])
+@pytest.mark.parametrize("programs_wanted", [1, 16, 10_000])
+@pytest.mark.parametrize(("implementation", "mesh"), [("xla", None), ("pallas", MESH), ("triton", MESH)])
+def test_every_implementation_is_the_softmax_over_a_slots_own(
+    given, implementation, mesh, programs_wanted, paged, monkeypatch
+):
+    """Slots with five pages, two and none, whole or divided among two or eight programs (of which some get nothing)."""
+    monkeypatch.setattr(triton_attention, "PROGRAMS", programs_wanted)
+    q, tail, pages = given
+    pages = pages if paged else None
+    on = mesh and make_mesh(**mesh, devices=jax.devices()[:4])
+    attention = SlotAttention(implementation, on, interpret=True)
+
+    def run(q, tail, pages):
+        prepared = attention.prepare(OWNER, S * B) if paged else None
+        return attention.attend(q, tail, seen(), HOME, pages, prepared)
+
+    if on is not None:
+        put = NamedSharding(on, P(("data", "fsdp")))
+        q, tail, pages = jax.tree.map(lambda x: jax.device_put(x, put), (q, tail, pages))
+    np.testing.assert_allclose(jax.jit(run)(q, tail, pages), by_hand(*given[:2], pages, B, OWNER), rtol=2e-5, atol=2e-6)
+
+
+def test_the_kernel_in_bfloat16_on_one_device(given):
+    """Weights are rounded to the values' type, as the formula does; sums stay float32."""
+    q, tail, pages = jax.tree.map(lambda x: x.astype(jnp.bfloat16), given)
+    q, tail, pages = q[:B], jax.tree.map(lambda x: x[:B], tail), jax.tree.map(lambda x: x[:1], pages)
+    some = jax.tree.map(lambda x: x[:B] if x.ndim else x, seen())
+    made = {}
+    for name in ("xla", "triton"):
+        attention = SlotAttention(name, None, interpret=True)
+        prepared = attention.prepare(OWNER[:1], B)
+        made[name] = attention.attend(q, tail, some, HOME, pages, prepared)
+        assert made[name].dtype == jnp.bfloat16
+    apart = np.abs(np.asarray(made["xla"], np.float32) - np.asarray(made["triton"], np.float32))
+    assert apart.max() <= 2**-7 * 4  # a unit of the last place at the largest values
+    np.testing.assert_allclose(
+        np.asarray(made["triton"], np.float32), by_hand(q, tail, pages, B, OWNER[:1]), rtol=0.02, atol=0.02
+    )
+
+
+def test_a_walk_visits_each_page_of_a_slot_once():
+    """By hand: pages 2 and 7 are slot 0's, 0, 3, 4, 6, 8 slot 1's, slot 2 has none; 1 and 5 are free."""
+    found = triton_attention.walk(OWNER[0], 3)
+    assert found.page.tolist() == [2, 7, 0, 3, 4, 6, 8, 1, 5]
+    assert (found.first.tolist(), found.count.tolist()) == ([0, 2, 7], [2, 5, 0])
+
+
+@pytest.mark.parametrize(
+    ("slots", "heads", "pages", "splits"), [(256, 8, 2000, 1), (8, 8, 2000, 4), (1, 8, 2000, 16), (1, 8, 3, 2)]
+)
+def test_few_slots_fill_a_gpu_too(slots, heads, pages, splits):
+    assert triton_attention.splits_of(slots, heads, pages) == splits
+
+
+@pytest.mark.parametrize(
+    ("shape", "says"),
+    [
+        ((128, 128, (300, 8, 128, 64)), ""),
+        ((128, 128, None), ""),
+        ((96, 128, None), "head_dim 96"),
+        ((8, 128, None), "head_dim 8"),
+        ((128, 25, None), "a tail of 25 places"),
+        ((128, 128, (300, 8, 128, 24)), "a page of 24 tokens"),
+        ((128, 128, (40_000, 8, 128, 64)), "too large for 32-bit"),
+    ],
+)
+def test_what_the_kernel_does_not_take_is_named(shape, says):
+    assert says in triton_attention.refuses(*shape)
+    assert bool(says) == bool(triton_attention.refuses(*shape))
+
+
+def test_an_unknown_implementation_is_refused(given):
+    q, tail, _ = given
+    with pytest.raises(ValueError, match="expected one of xla, pallas, triton, got 'cuda'"):
+        SlotAttention("cuda").attend(q, tail, seen(), HOME, None, None)
+
+
+def test_the_sampler_draws_the_same_tokens_with_the_kernel(monkeypatch):
+    """Continuous batching over pages with prompts of more than one page: tokens equal, log-probabilities to
+    rounding."""
+    config = Qwen3Config(
+        vocab_size=37,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        rope_theta=1e4,
+    )
+    mesh = make_mesh(devices=jax.devices()[:1])
+    model = Qwen3(config, mesh=mesh)
+    params = jax.tree.map(lambda x: 4 * x, model.init(jax.random.key(5)))
+    rng = np.random.default_rng(0)
+    length = np.array([40, 40, 3, 3, 21, 21])
+    tokens = np.repeat(rng.integers(2, 37, size=(3, 40)).astype(np.int32), 2, axis=0)
+    prompts = Prompts(tokens, length, np.arange(6, dtype=np.uint32))
+    asked, drawn = [], {}
+    refuses = triton_attention.refuses
+
+    def noted(*shape):
+        asked.append(refuses(*shape))
+        return asked[-1]
+
+    monkeypatch.setattr(triton_attention, "refuses", noted)
+    for name in ("xla", "triton"):
+        attention = SlotAttention(name, None, interpret=True)
+        monkeypatch.setattr(programs, "SlotAttention", lambda *_, chosen=attention: chosen)
+        engine = Engine(
+            model,
+            mesh,
+            sampling=Sampling(),
+            max_prompt_tokens=40,
+            max_response_tokens=200,
+            stop_ids=(0,),
+            slots=4,
+            segment=16,
+        )
+        drawn[name] = engine.run(engine.view(params), prompts, jax.random.key(1), group=2)
+    assert asked
+    assert set(asked) == {""}
+    np.testing.assert_array_equal(drawn["xla"].tokens, drawn["triton"].tokens)
+    np.testing.assert_allclose(drawn["xla"].logp, drawn["triton"].logp, atol=2e-5)
+    assert np.max(np.asarray(drawn["xla"].length) - length) > 3 * 16  # pages of drawn tokens too

@@ -1,0 +1,131 @@
+"""Attention of a decoding step: one query a slot over the slot's tail and its pages.
+
+| name | where | what it is |
+|---|---|---|
+| `xla` | everywhere | the tail by XLA; the pool read once in place, its partial softmaxes joined by slot |
+| `pallas` | TPU | the tail by XLA; a kernel that walks the pages in the order of their owners |
+| `triton` | GPU | one kernel for both; `xla` for the shapes that `triton_attention.refuses` names |
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import einops
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Int
+
+from tsopsd_jax.distributed.sharding import ROW_AXES
+from tsopsd_jax.model.decoding import LayerCache
+from tsopsd_jax.rollout import triton_attention
+from tsopsd_jax.rollout.paged_attention import pages_attention
+from tsopsd_jax.rollout.triton_attention import Walk
+from tsopsd_jax.types import AnyArray
+
+IMPLEMENTATIONS = ("xla", "pallas", "triton")
+
+
+class Seen(NamedTuple):
+    """The places of the tails that hold a token: below `rest_B`, and from `home` to `newest`."""
+
+    rest_B: Int[AnyArray, " B"]
+    newest: Int[Array, ""]
+    mask_BC: Bool[Array, "B C"]
+
+
+class SlotAttention(NamedTuple):
+    """An implementation, on a mesh: shards of slots over data x fsdp, heads over tensor; None: one device."""
+
+    implementation: str = "xla"
+    mesh: Mesh | None = None
+    interpret: bool = False
+
+    def prepare(self, owner_SQ: AnyArray, slots: int) -> tuple[AnyArray, Walk | None]:
+        """Derive from the pages' owners what every step of a segment needs: the owners, and the order of a walk."""
+        if self.implementation != "triton":
+            return owner_SQ, None
+        each = slots // owner_SQ.shape[0]
+        return owner_SQ, jax.vmap(functools.partial(triton_attention.walk, slots=each))(jnp.asarray(owner_SQ))
+
+    def attend(
+        self, q_BNH: Array, tail: LayerCache, seen: Seen, home: int, pages: LayerCache | None, prepared: Any
+    ) -> Float[Array, "B N H"]:
+        """Attend with one query a slot; softmax in float32.
+
+        Args:
+            q_BNH: queries; scores are scaled by H^-0.5.
+            tail: keys [B, K, H, C] and values [B, K, C, H].
+            seen: the tails' places that hold a token.
+            home: places of a tail before the segment's.
+            pages: keys [S, Q, K, H, R] and values [S, Q, K, R, H]; None: no slot has any.
+            prepared: what `prepare` made of the pages' owners; None without pages.
+
+        Raises:
+            ValueError: for an implementation that is unknown.
+        """
+        if self.implementation not in IMPLEMENTATIONS:
+            raise ValueError(
+                f"attention of slots: expected one of {', '.join(IMPLEMENTATIONS)}, got {self.implementation!r}"
+            )
+        q_BKGH = einops.rearrange(q_BNH, "B (K G) H -> B K G H", K=tail[0].shape[1])
+        of_shard = None if pages is None else pages[0].shape[1:]
+        if self.implementation == "triton" and not triton_attention.refuses(
+            q_BNH.shape[-1], len(seen.mask_BC[0]), of_shard
+        ):
+            out_BKGH = self._triton(q_BKGH, tail, seen, home, pages, prepared)
+        else:
+            out_BKGH = self._joined(q_BKGH, tail, seen.mask_BC, pages, prepared)
+        return einops.rearrange(out_BKGH, "B K G H -> B (K G) H")
+
+    def _joined(
+        self, q_BKGH: Array, tail: LayerCache, seen_BC: Array, pages: LayerCache | None, prepared: Any
+    ) -> Array:
+        """The softmax over the tail, by XLA, joined with that over the pages."""
+        keys_BKHC, values_BKCH = tail
+        scores = jnp.einsum("BKGH,BKHC->BKGC", q_BKGH, keys_BKHC, preferred_element_type=jnp.float32)
+        scores = jnp.where(seen_BC[:, None, None, :], scores * q_BKGH.shape[-1] ** -0.5, -jnp.inf)
+        top, part = jnp.max(scores, axis=-1), None
+        if pages is not None:
+            kernel = self.implementation == "pallas"
+            part = pages_attention(
+                q_BKGH,
+                pages,
+                prepared[0],
+                implementation="pallas" if kernel else "xla",
+                mesh=self.mesh,
+                interpret=self.interpret,
+            )
+            top = jnp.maximum(top, part.top)
+        weight = jnp.exp(scores - top[..., None])
+        total = jnp.sum(weight, axis=-1)
+        out = jnp.einsum(
+            "BKGC,BKCH->BKGH", weight.astype(values_BKCH.dtype), values_BKCH, preferred_element_type=jnp.float32
+        )
+        if part is not None:
+            scale = jnp.exp(part.top - top)
+            total, out = total + part.total * scale, out + part.out * scale[..., None]
+        return (out / total[..., None]).astype(q_BKGH.dtype)
+
+    def _triton(
+        self, q_BKGH: Array, tail: LayerCache, seen: Seen, home: int, pages: LayerCache | None, prepared: Any
+    ) -> Array:
+        """The kernel on each device's own slots and heads."""
+        order = None if pages is None else prepared[1]
+
+        def local(q_BKGH, tail, rest_B, newest, pages, order):
+            pages, order = jax.tree.map(lambda x: x[0], (pages, order))  # a device has one shard
+            return triton_attention.attend(
+                q_BKGH, tail, rest_B, newest, pages, order, home=home, interpret=self.interpret
+            )
+
+        if self.mesh is not None:
+            heads, rows = P(ROW_AXES, "tensor"), P(ROW_AXES)
+            specs = (heads, heads, rows, P(), P(ROW_AXES, None, "tensor"), rows)
+            local = jax.shard_map(local, mesh=self.mesh, in_specs=specs, out_specs=heads, check_vma=False)
+        return local(q_BKGH, tail, jnp.asarray(seen.rest_B, jnp.int32), seen.newest, pages, order)
+
+
+BY_XLA = SlotAttention()
+"""The implementation that runs everywhere, on one device or under `jit` on any mesh."""
