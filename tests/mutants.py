@@ -1945,10 +1945,10 @@ MUTANTS = [
     ),
     Mutant(
         "pages joined without their scale",
-        "rollout/segment.py",
+        "rollout/slot_attention.py",
         "out + part.out * scale[..., None]",
         "out + part.out",
-        "test_engine.py -k arrangement",
+        "test_slot_attention.py -k every_implementation",
     ),
     Mutant(
         "the wrong half of a tail becomes a page",
