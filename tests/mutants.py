@@ -1120,6 +1120,27 @@ MUTANTS = [
         "test_log.py -k shows_no_step_twice",
     ),
     Mutant(
+        "a response acts as Markdown in TensorBoard",
+        "rundir/sample_texts.py",
+        'f"    {line}" for line',
+        'f"{line}" for line',
+        "test_log.py -k acts_as_nothing",
+    ),
+    Mutant(
+        "trackers get texts of any length",
+        "rundir/sample_texts.py",
+        "shortened(value, CELL_CHARACTERS)",
+        "value",
+        "test_log.py -k control_values_and_samples",
+    ),
+    Mutant(
+        "trackers get no samples",
+        "rundir/log.py",
+        'mirror.show_samples(SAMPLES_FILE, plain[0]["step"], plain)',
+        "mirror.flush()",
+        "test_log.py -k control_values_and_samples",
+    ),
+    Mutant(
         "a tracker forgets what was sent before the last start",
         "rundir/trackers.py",
         'max(step, known["sent"][name])',
@@ -1129,8 +1150,8 @@ MUTANTS = [
     Mutant(
         "an interrupted evaluation goes into a row that is closed",
         "rundir/trackers.py",
-        "row = max(step, 1 + max(self._sent.values()))",
-        "row = step",
+        "return max(step, 1 + max(self._sent.values()))",
+        "return step",
         "test_log.py -k interrupted",
     ),
     Mutant(
