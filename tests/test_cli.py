@@ -539,12 +539,7 @@ def test_a_run_brings_its_own_benchmark_and_settings(finished, tmp_path, capsys)
     assert main(["generate", "--run", str(finished), "--prompts", str(prompts), "--show", "1", "--top-p", "1"]) == 0
     shown = capsys.readouterr().out
     assert re.fullmatch(r"=== 1\n3 5 7 9 -> 24 :\n--- not scored, \d+ tokens(, cut off)?\n.*\n", shown, re.DOTALL)
-    assert sorted(each.name for each in tmp_path.iterdir()) == [
-        "out",
-        "out.jsonl",
-        "out.jsonl.settings.json",
-        "p.jsonl",
-    ]
+    assert {each.name for each in tmp_path.glob("[!.]*")} == {"out", "out.jsonl", "out.jsonl.settings.json", "p.jsonl"}
 
 
 @pytest.mark.parametrize(
