@@ -271,6 +271,20 @@ def test_every_metric_is_documented():
     assert documented - spelt - made == set(), "docs/metrics.md has these, and the code has not"
 
 
+def test_the_list_of_wishes_names_settings_that_exist():
+    """The second column of `I want to ...`: settings or groups of them, but for what stands as a value or an option."""
+    table = read(DOCS / "configuration.md").split("\n## I want to ...")[1].split("\n## ")[0]
+    wishes = [line.strip("|").split("|") for line in table.splitlines() if line.startswith("| ")][1:]
+    settings = {key for key, _, _ in _documented(Config, "")}
+    others = {"jsonl", "direct", "thinking", "{problem}", "first", "kl_coefficient", "dapo"}
+    assert len(wishes) >= 20
+    for wish, answer in wishes:
+        named = {name for name in re.findall(r"`([^`]+)`", answer) if not name.startswith(("tsopsd ", "--"))}
+        assert named - others, wish
+        assert named - others - settings == set(), wish
+    assert "kl_coefficient" in inspect.signature(OBJECTIVES["dapo"]).parameters
+
+
 def test_pages_for_people_name_settings_that_exist():
     """The first column of docs/migration.md; names with a dot in docs/troubleshooting.md."""
     settings = {key for key, _, _ in _documented(Config, "")}
