@@ -828,8 +828,8 @@ MUTANTS = [
     Mutant(
         "generate: the ids of padded prompts",
         "commands/generate.py",
-        "tokens[which[ended.row], : lengths[which[ended.row]]].tolist()",
-        "tokens[which[ended.row]].tolist()",
+        "tokens[at, : lengths[at]].tolist()",
+        "tokens[at].tolist()",
         "test_generate.py -k interrupted",
     ),
     Mutant(
@@ -954,8 +954,8 @@ MUTANTS = [
     Mutant(
         "generate: responses of other weights taken for this model's",
         "commands/generate.py",
-        "facts |= model_facts(Path(settings.model))",
-        "model_facts(Path(settings.model))",
+        "settings.facts() | policy.source | asked.facts()",
+        "settings.facts() | asked.facts()",
         "test_generate.py -k other_weights",
     ),
     Mutant(
