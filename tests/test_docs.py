@@ -195,7 +195,6 @@ TINY = (
     "phases.reheat.prompts_per_step=8",
     "phases.reheat.max_response_tokens=8",
     "phases.reheat.stop.steps=1",
-    "phases.reheat.guard.max_start_entropy_nats=null",
 )
 
 
