@@ -41,6 +41,7 @@ def test_a_run_that_evaluates_itself_on_nothing_is_asked_what_it_learns_from(tmp
     assert [p.id for p in asked.problems] == ["3 ", "1 "]
     assert notes == ["left out of 4 problems: 1 over 7 tokens"]
     assert asked.verifier == "countdown"
+    assert asked.rewards is not None
     assert asked.rewards("24", "3 5 7 9 -> 24", {}).right is False
     assert asked.rewards("3 + 5 = 8 ; 8 + 7 = 15 ; 15 + 9 = 24", "3 5 7 9 -> 24", {}).right is True
 
@@ -55,6 +56,7 @@ def test_prompts_of_a_file_get_the_runs_words_and_verifier(tmp_path):
     assert problem.before == (("system", "Be brief."),)
     assert asked.texts == [text]
     assert asked.verifier == "form: last_number, right: countdown"
+    assert asked.rewards is not None
     verdict = asked.rewards("no; 24", "24", {})
     assert (verdict.parts["form"], verdict.right) == (1.0, False), "the run's accuracy is the other reward"
     other = asked_of_file(file, first=None, template="plain", score="math", own=OWN)

@@ -29,13 +29,14 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Export, and print where; then upload what was exported, if that is asked for."""
-    if args.private and args.push_to_hub is None:
+    repo: str | None = args.push_to_hub
+    if args.private and repo is None:
         raise ValueError("--private: expected with --push-to-hub REPO; leave it out")
-    api = None if args.push_to_hub is None else open_hub(args.push_to_hub)
+    api = None if repo is None else open_hub(repo)
     with object_store.opened(args.run_dir) as folder:
         print(export(folder, args.out, step=args.step, dtype=args.dtype))
-    if api is not None:
-        print(push_to_hub(api, args.out, args.push_to_hub, private=args.private))
+    if repo is not None:
+        print(push_to_hub(api, args.out, repo, private=args.private))
     return exit_codes.DONE
 
 
