@@ -11,6 +11,7 @@ from tsopsd_jax.commands.generate import asked_of_file, asked_of_run
 from tsopsd_jax.config import DataSettings, load_config
 from tsopsd_jax.config.places import DEMO_CONFIG
 from tsopsd_jax.data import Problem, Tokenizer
+from tsopsd_jax.data.encode import pad_prompts
 
 MODEL = DEMO_CONFIG.parent / "countdown-tiny"
 OWN = DataSettings(
@@ -117,3 +118,12 @@ def test_a_function_of_ones_own_is_known_by_its_file(tmp_path):
     file.write_text("def f(response, answer): return 0.0\n")
     assert verifier_label({"math": "math", "mine": f"{file}:f"}) != before
     assert verifier_label("math") == "math"
+
+
+def test_a_prompt_that_does_not_fit_says_what_to_do():
+    with pytest.raises(ValueError, match="prompt 'b': expected a text, got no token; remove the row"):
+        pad_prompts(["a", "b"], [[1], []], max_prompt_tokens=3)
+    with pytest.raises(
+        ValueError, match="prompt 'a' has 4 tokens, expected 1 to 3; raise max_prompt_tokens of its data"
+    ):
+        pad_prompts(["a"], [[1, 2, 3, 4]], max_prompt_tokens=3)

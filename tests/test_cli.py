@@ -480,7 +480,14 @@ def test_a_file_that_is_no_mapping_is_one_line(text, tmp_path, capsys):
         ("evaluation.samples=0", "samples must be at least 1"),
         ("evaluation.every_steps=0", "every_steps must be at least 1"),
         ("evaluation.data.chat=direct", "expected the chat of data, none, in which the policy is trained, got direct"),
-        ("evaluation.max_response_tokens=4000", "more than the model's 128 positions"),
+        (
+            "evaluation.max_response_tokens=4000",
+            "128 positions; lower evaluation.data.max_prompt_tokens or evaluation.max_response_tokens",
+        ),
+        (
+            "phases.0.max_response_tokens=4000",
+            "128 positions; lower data.max_prompt_tokens or phases.rl.max_response_tokens",
+        ),
     ],
 )
 def test_values_out_of_range_are_found_before_the_run(assignment, says, tmp_path, capsys):

@@ -289,15 +289,23 @@ def evaluation_plan(config: Config, tokenizer: Tokenizer) -> EvaluationPlan | No
 
 def _check_lengths(config: Config, positions: int) -> None:
     """Check that prompt and response fit the model's positions, in each phase and in the evaluation."""
-    lengths = {f"phase {p.name!r}": (config.data.max_prompt_tokens, p.max_response_tokens) for p in config.phases}
-    if config.evaluation.data is not None:
-        lengths["evaluation"] = (config.evaluation.data.max_prompt_tokens, config.evaluation.max_response_tokens)
-    for where, (prompt, response) in lengths.items():
+    lengths = {
+        f"phase {p.name!r}": ("data", config.data.max_prompt_tokens, f"phases.{p.name}", p.max_response_tokens)
+        for p in config.phases
+    }
+    asked = config.evaluation
+    if asked.data is not None:
+        lengths["evaluation"] = (
+            "evaluation.data",
+            asked.data.max_prompt_tokens,
+            "evaluation",
+            asked.max_response_tokens,
+        )
+    for where, (data, prompt, of, response) in lengths.items():
         if prompt + response > positions:
             raise ValueError(
                 f"{where}: prompt and response may take {prompt} + {response} tokens, more than the model's "
-                f"{positions} "
-                "positions; lower data.max_prompt_tokens or max_response_tokens"
+                f"{positions} positions; lower {data}.max_prompt_tokens or {of}.max_response_tokens"
             )
 
 
