@@ -557,6 +557,7 @@ def test_a_run_brings_its_own_benchmark_and_settings(finished, tmp_path, capsys)
         ("generate --run RUN --show 1 --score math", "--score: the run's own problems have theirs; leave it out"),
         ("generate --run RUN@1 --show 1", "has no checkpoint of step 1"),
         ("generate --run RUN@3 --step 2 --show 1", "--step: expected the step of --run"),
+        ("generate --run gs://bu/r --show 1", "--run: expected a local folder, got gs://bu/r; tsopsd convert it, then"),
         ("generate --model DIR --show 1", "--prompts: expected a file of JSON lines, got none; only --run has"),
         ("eval --model DIR --out OUT", "--benchmarks: expected names or files, got none"),
         ("eval --run RUN --out OUT --verifier math", "--verifier: the run's own problems have theirs; leave it out"),
