@@ -53,7 +53,7 @@ lint: env
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/deptry tsopsd_jax
-	$(BIN)/shellcheck tpu/*.sh tpu/gke/*.sh
+	$(BIN)/shellcheck tpu/*.sh tpu/gke/*.sh scripts/slurm/*.sh
 	$(BIN)/python tests/mutants.py --check
 	$(BIN)/tsopsd check --syntax-only configs/*.yaml configs/paper/*.yaml
 

@@ -26,6 +26,7 @@ from tsopsd_jax.config.build import divide_cpu
 from tsopsd_jax.config.places import DEMO_CONFIG
 from tsopsd_jax.model import load_pretrained
 from tsopsd_jax.model.packaged import PACKAGED_MODEL
+from tsopsd_jax.rewards import verify_countdown
 from tsopsd_jax.rundir.checkpoints import SaveError
 from tsopsd_jax.rundir.log import read_evaluations, read_metrics
 from tsopsd_jax.train.trainer import Trainer
@@ -479,7 +480,14 @@ def test_a_file_that_is_no_mapping_is_one_line(text, tmp_path, capsys):
         ("evaluation.samples=0", "samples must be at least 1"),
         ("evaluation.every_steps=0", "every_steps must be at least 1"),
         ("evaluation.data.chat=direct", "expected the chat of data, none, in which the policy is trained, got direct"),
-        ("evaluation.max_response_tokens=4000", "more than the model's 128 positions"),
+        (
+            "evaluation.max_response_tokens=4000",
+            "128 positions; lower evaluation.data.max_prompt_tokens or evaluation.max_response_tokens",
+        ),
+        (
+            "phases.0.max_response_tokens=4000",
+            "128 positions; lower data.max_prompt_tokens or phases.rl.max_response_tokens",
+        ),
     ],
 )
 def test_values_out_of_range_are_found_before_the_run(assignment, says, tmp_path, capsys):
@@ -507,11 +515,70 @@ def test_a_run_is_evaluated_as_it_evaluates_itself(finished, tmp_path, capsys):
     assert [file.name for file in (tmp_path / "countdown").glob("*.jsonl")] == [f"{line['model']}.jsonl"]
 
 
+def test_a_run_brings_its_own_benchmark_and_settings(finished, tmp_path, capsys):
+    """`eval --run` alone measures what the run itself has recorded; `generate --run` asks the same problems the same
+    way."""
+    recorded = read_evaluations(finished)[-1]
+    assert main(["eval", "--run", str(finished), "--out", str(tmp_path / "out"), "--slots", "8", "--show", "1"]) == 0
+    [line] = map(json.loads, (tmp_path / "out" / "results.jsonl").read_text().splitlines())
+    assert line["benchmark"] == "countdown-test"
+    for name in ("problems", "samples", "avg_at_k", "pass_at_k", "length_mean_tokens"):
+        assert line[name] == recorded[name], name
+    shown = capsys.readouterr().out
+    example = recorded["examples"][0]
+    assert shown.startswith(
+        f"=== countdown-test-0\n{example['prompt']}\n--- {'right' if example['correct'] else 'wrong'}, "
+    )
+    assert shown.split("--- answer: ")[1].startswith(f"{example['answer']}\n\n| model |")
+    assert shown.count("\n--- right, ") + shown.count("\n--- wrong, ") == recorded["samples"]
+
+    out = tmp_path / "out.jsonl"
+    assert main(["generate", "--run", f"{finished}@3", "--first", "2", "--out", str(out), "--slots", "8"]) == 0
+    settings = json.loads((tmp_path / "out.jsonl.settings.json").read_text())
+    assert (settings["step"], settings["max_tokens"], settings["sampling"]["top_p"]) == (3, 19, 0.7)
+    for row in map(json.loads, out.read_text().splitlines()):
+        assert row["correct"] == (verify_countdown(row["response"], row["answer"]) > 0)
+        assert row["prompt"].startswith(row["answer"])
+    assert out.read_text().count("\n") == 2
+    capsys.readouterr()
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text('{"prompt": "3 5 7 9 -> 24 :"}\n{"prompt": "never asked"}\n')
+    assert main(["generate", "--run", str(finished), "--prompts", str(prompts), "--show", "1", "--top-p", "1"]) == 0
+    shown = capsys.readouterr().out
+    assert re.fullmatch(r"=== 1\n3 5 7 9 -> 24 :\n--- not scored, \d+ tokens(, cut off)?\n.*\n", shown, re.DOTALL)
+    assert {each.name for each in tmp_path.glob("[!.]*")} == {"out", "out.jsonl", "out.jsonl.settings.json", "p.jsonl"}
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        ("generate --run RUN", "--out: expected a file for the responses, got none; give one, or --show N"),
+        ("generate --run RUN --show 0", "--show: expected at least 1, got 0"),
+        ("generate --run RUN --show 1 --score math", "--score: the run's own problems have theirs; leave it out"),
+        ("generate --run RUN@1 --show 1", "has no checkpoint of step 1"),
+        ("generate --run RUN@3 --step 2 --show 1", "--step: expected the step of --run"),
+        ("generate --run gs://bu/r --show 1", "--run: expected a local folder, got gs://bu/r; tsopsd convert it, then"),
+        ("generate --model DIR --show 1", "--prompts: expected a file of JSON lines, got none; only --run has"),
+        ("eval --model DIR --out OUT", "--benchmarks: expected names or files, got none"),
+        ("eval --run RUN --out OUT --verifier math", "--verifier: the run's own problems have theirs; leave it out"),
+        ("eval --run RUN --out OUT --k 3", "--k: expected 1 to --samples 2, got 3"),
+    ],
+)
+def test_what_cannot_be_asked_of_a_run_is_one_line(finished, tmp_path, capsys, command, says):
+    words = {"RUN": str(finished), "DIR": str(ASSETS), "OUT": str(tmp_path / "out")}
+    arguments = [re.sub("|".join(words), lambda found: words[found[0]], word) for word in command.split(" ")]
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert says in error
+    assert error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_results_of_a_run_that_was_made_anew_are_not_its_own(tmp_path, capsys):
     """The same name and step, other weights: the old numbers are not shown for them."""
     run, out = tmp_path / "run", tmp_path / "out"
     command = ["eval", "--run", str(run), "--benchmarks", "countdown", "--first", "2", "--samples", "2"]
-    command += ["--max-tokens", "19", "--slots", "8", "--out", str(out)]
+    command += ["--max-tokens", "19", "--slots", "8", "--seed", "0", "--out", str(out)]
     assert demo(run) == 0
     assert main(command) == 0
     assert main(command) == 0, "of the same weights they are"

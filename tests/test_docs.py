@@ -6,18 +6,21 @@ import importlib.util
 import inspect
 import json
 import re
+import shlex
 import types
 import typing
 from pathlib import Path
 
+import byte_model
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tsopsd_jax.cli import COMMANDS, _parser, main
 from tsopsd_jax.config import Config, DataSettings, EvaluationSettings, strict
 from tsopsd_jax.objectives import OBJECTIVES, tampo
-from tsopsd_jax.rundir.log import MEASURED
+from tsopsd_jax.rundir.log import MEASURED, read_metrics
 from tsopsd_jax.types import Batch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -143,10 +146,17 @@ def test_what_a_method_does_at_ratio_one(name):
     assert all(np.allclose(got, want, atol=1e-7) for got, want in pairs) is said
 
 
+README = read(ROOT / "README.md")
+
+
+def blocks(language: str) -> list[str]:
+    """The README's blocks of a language, in their order."""
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
 def test_readme_is_short_and_shows_the_example_as_it_is():
-    text = read(ROOT / "README.md")
-    assert len(text.splitlines()) <= 150
-    shown = text.split("```python\n")[1].split("```")[0]
+    assert len(README.splitlines()) <= 150
+    [shown] = [block for block in blocks("python") if "def dapo_with_entropy" in block]
     example = read(ROOT / "examples" / "entropy_bonus.py")
 
     def code(source: str) -> list[str]:
@@ -154,6 +164,80 @@ def test_readme_is_short_and_shows_the_example_as_it_is():
         return [line for line in lines if line.strip() and '"""' not in line]
 
     assert code(shown) == code(example)
+
+
+def test_the_readmes_commands_are_known():
+    """Words in blocks are parsed by the command line itself; those of the table name commands; make's are targets."""
+    lines = [shlex.split(line, comments=True) for block in blocks("bash") for line in block.splitlines()]
+    ours = [words[1:] for words in lines if words[:1] == ["tsopsd"]]
+    assert len(ours) >= 5
+    for words in ours:
+        _parser(words).parse_args(words)
+    named = re.findall(r"`tsopsd (\w+)", README)
+    assert len(named) > 4
+    assert set(named) - set(COMMANDS) == set()
+    makefile = read(ROOT / "Makefile")
+    targets = {words[1] for words in lines if words[:1] == ["make"]}
+    assert targets == {target for target in ("demo", "test") if f"\n{target}:" in makefile}
+    extras = {extra for found in re.findall(r'"\.\[([\w,]+)\]"', README) for extra in found.split(",")}
+    assert extras >= {"cuda", "tpu"}
+    assert [extra for extra in extras if f"\n{extra} = [" not in read(ROOT / "pyproject.toml")] == []
+
+
+TINY = (
+    "model.random_init=true",
+    "model.compute_dtype=float32",
+    "data.max_prompt_tokens=64",
+    "phases.rl.prompts_per_step=2",
+    "phases.rl.responses_per_prompt=4",
+    "phases.rl.max_response_tokens=8",
+    "phases.rl.stop.steps=1",
+    "phases.reheat.prompts_per_step=8",
+    "phases.reheat.max_response_tokens=8",
+    "phases.reheat.stop.steps=1",
+)
+
+
+@pytest.mark.slow
+def test_the_readmes_own_run_takes_a_step_of_each_phase(tmp_path, monkeypatch, capsys):
+    """Its data, reward and configuration, as they are written there, with a tiny model of random weights."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TSOPSD_CACHE_DIR", str(tmp_path / "cache"))
+    [settings], [problem] = blocks("yaml"), blocks("json")
+    [reward] = [block for block in blocks("python") if "def ends_with_answer" in block]
+    assert len(settings.splitlines()) <= 15
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "mine.jsonl").write_text(problem)
+    (tmp_path / "my_reward.py").write_text(reward)
+    (tmp_path / "mine.yaml").write_text(settings)
+    byte_model.write(tmp_path / "models" / "Qwen3-0.6B")
+    sets = [word for each in TINY for word in ("--set", each)]
+    assert main(["check", "mine.yaml", *sets]) == 0
+    assert main(["train", "mine.yaml", *sets]) == 0
+    assert [line["phase"] for line in read_metrics(tmp_path / "runs" / "mine")] == ["rl", "reheat"]
+    capsys.readouterr()
+    assert main(["generate", "--run", "runs/mine", "--show", "1", "--max-tokens", "8"]) == 0
+    shown = capsys.readouterr().out
+    assert "What is 17 + 25?" in shown
+    assert "--- answer: 42" in shown
+
+
+def test_links_lead_to_files_and_headings_that_are_there():
+    pages = [ROOT / "README.md", *DOCS.glob("*.md"), ROOT / "tpu" / "README.md", ROOT / "CONTRIBUTING.md"]
+    checked = 0
+    for page in pages:
+        for link in re.findall(r"\]\(([^)\s]+)\)", read(page)):
+            path, _, heading = link.partition("#")
+            if "://" in link:
+                continue
+            target = page if not path else page.parent / path
+            assert target.exists(), f"{page.name}: {link}"
+            if heading:
+                titles = re.findall(r"^#+ (.+)$", read(target), flags=re.MULTILINE)
+                known = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+                assert heading in known, f"{page.name}: {link}"
+            checked += 1
+    assert checked > 40
 
 
 METRIC = re.compile(r"(policy|distil|control|reward|judge|rollout|loss|optim|learner|time|perf|evaluation)/[a-zA-Z]\w*")
@@ -184,6 +268,20 @@ def test_every_metric_is_documented():
     assert len(spelt) > 40
     assert spelt - documented == set(), "docs/metrics.md lacks these"
     assert documented - spelt - made == set(), "docs/metrics.md has these, and the code has not"
+
+
+def test_the_list_of_wishes_names_settings_that_exist():
+    """The second column of `I want to ...`: settings or groups of them, but for what stands as a value or an option."""
+    table = read(DOCS / "configuration.md").split("\n## I want to ...")[1].split("\n## ")[0]
+    wishes = [line.strip("|").split("|") for line in table.splitlines() if line.startswith("| ")][1:]
+    settings = {key for key, _, _ in _documented(Config, "")}
+    others = {"jsonl", "direct", "thinking", "{problem}", "first", "kl_coefficient", "dapo"}
+    assert len(wishes) >= 20
+    for wish, answer in wishes:
+        named = {name for name in re.findall(r"`([^`]+)`", answer) if not name.startswith(("tsopsd ", "--"))}
+        assert named - others, wish
+        assert named - others - settings == set(), wish
+    assert "kl_coefficient" in inspect.signature(OBJECTIVES["dapo"]).parameters
 
 
 def test_pages_for_people_name_settings_that_exist():

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from tsopsd_jax.cli import main
-from tsopsd_jax.commands.generate import writing
+from tsopsd_jax.commands.asking import writing
 from tsopsd_jax.config.places import DEMO_CONFIG
 from tsopsd_jax.data import Tokenizer
 from tsopsd_jax.evaluation.scoreboard import read_out

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from tsopsd_jax.cli import main
-from tsopsd_jax.commands.generate import writing
+from tsopsd_jax.commands.asking import writing
 from tsopsd_jax.config.places import DEMO_CONFIG
 from tsopsd_jax.data import Tokenizer
 from tsopsd_jax.rewards import verify_countdown

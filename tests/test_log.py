@@ -31,17 +31,30 @@ def tensorboard_events(run_dir):
     """(step, tag, value) of every scalar, and the purge steps, in order of writing."""
     event_pb2 = importlib.import_module("tensorboardX.proto.event_pb2")
     scalars, purges = [], []
+    for event in events(run_dir):
+        if event.session_log.status == event_pb2.SessionLog.START:
+            purges.append(event.step)
+        scalars += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
+    return scalars, purges
+
+
+def tensorboard_texts(run_dir):
+    """(step, tag, text) of every text."""
+    shown = [(event.step, value) for event in events(run_dir) for value in event.summary.value]
+    texts = [(step, value) for step, value in shown if value.metadata.plugin_data.plugin_name == "text"]
+    return [(step, value.tag, value.tensor.string_val[0].decode()) for step, value in texts]
+
+
+def events(run_dir):
+    """TensorBoard's events of a run, in order of writing."""
+    event_pb2 = importlib.import_module("tensorboardX.proto.event_pb2")
     for path in sorted((run_dir / "events").iterdir(), key=lambda path: path.stat().st_mtime_ns):
         data = path.read_bytes()
         at = 0
         while at < len(data):  # TFRecord: u64 length, u32 crc, data, u32 crc
             length = int.from_bytes(data[at : at + 8], "little")
-            event = event_pb2.Event.FromString(data[at + 12 : at + 12 + length])
+            yield event_pb2.Event.FromString(data[at + 12 : at + 12 + length])
             at += 12 + length + 4
-            if event.session_log.status == event_pb2.SessionLog.START:
-                purges.append(event.step)
-            scalars += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
-    return scalars, purges
 
 
 def test_a_log_does_not_import_torch(tmp_path):
@@ -197,6 +210,14 @@ class FakeRun:
         self.finished += 1
 
 
+class FakeTable:
+    """A table of a tracker, with the two arguments that W&B and trackio both take."""
+
+    def __init__(self, *, columns, data):
+        assert all(len(row) == len(columns) for row in data)
+        self.rows = [dict(zip(columns, row, strict=True)) for row in data]
+
+
 @pytest.fixture
 def wandb(monkeypatch):
     """A module with W&B's interface: `.inits`, the arguments of each start, and `.run`, which all starts share."""
@@ -212,6 +233,7 @@ def wandb(monkeypatch):
         return fake.run
 
     fake.init = init
+    fake.Table = FakeTable
     monkeypatch.setitem(sys.modules, "wandb", fake)
     return fake
 
@@ -330,6 +352,63 @@ def test_any_module_with_wandbs_interface_may_track(tmp_path, monkeypatch):
     assert inits == [("reheat", f"r-{run_id}", {}, "allow")] * 2
     with pytest.raises(ValueError, match=r"tracker.wandb.entity: trackio.init takes no entity; leave it out"):
         RunLog(tmp_path, last_step=0, tracker=Tracker(module="trackio", wandb=Wandb(project="p", entity="team")))
+
+
+def sample(step, **more):
+    kept = {"which": "best", "prompt": "1+1", "response": "2", "answer": "2", "reward": 1.0, "length_tokens": 3}
+    return {"step": step, "phase": "rl", **kept, **more}
+
+
+def test_trackers_get_control_values_and_samples(tmp_path, wandb):
+    """A table for W&B, in the row of its step; shortened: 3,000 characters from the front, 1,000 from the back."""
+    with RunLog(tmp_path, last_step=0, tracker=REHEAT) as log:
+        long, odd = "a" * 4_000 + "b" * 6_000, "\ud83d"
+        log.write_samples([sample(1, response=long), sample(1, which="worst", answer=odd, reward=float("nan"))])
+        log.write(line(1, **{"control/coefficient": 0.25}))
+    (row, shown), (next_row, numbers) = wandb.run.rows
+    assert (row, next_row, numbers["control/coefficient"]) == (1, 1, 0.25)
+    best, worst = shown["samples"].rows
+    assert best["response"] == "a" * 3_000 + " [... 6,000 characters ...] " + "b" * 1_000
+    assert (best["step"], best["phase"], best["prompt"], best["reward"]) == (1, "rl", "1+1", 1.0)
+    assert (worst["which"], worst["answer"], worst["reward"]) == ("worst", "?", None)
+    assert ("control/coefficient", 0.25) in [event[1:] for event in tensorboard_events(tmp_path)[0]]
+
+
+def test_samples_that_a_tracker_has_are_not_sent_again(tmp_path, wandb):
+    """Killed after the samples of step 2, then resumed from step 1; those of step 4, of a step that was not sent."""
+    for steps, last in (((1, 2), 0), ((2, 4), 1)):
+        with RunLog(tmp_path, last_step=last, tracker=REHEAT) as log:
+            for step in steps:
+                log.write_samples([sample(step)])
+    assert [(row, shown["samples"].rows[0]["step"]) for row, shown in wandb.run.rows] == [(1, 1), (2, 2), (4, 4)]
+
+
+def test_a_tracker_without_tables_or_with_one_that_fails_costs_no_run(tmp_path, wandb, capsys):
+    def table(**_):
+        raise TypeError("no such column")
+
+    for number, broken in enumerate((None, table)):
+        wandb.Table = broken
+        with RunLog(tmp_path / str(number), last_step=0, tracker=REHEAT) as log:
+            log.write_samples([sample(1)])
+            log.write(line(1))
+    assert len(wandb.run.rows) == 1, "the numbers of the run without tables"
+    assert capsys.readouterr().err == "warning: wandb: no such column; the run goes on without it\n"
+    assert len(read_samples(tmp_path / "1")) == len(read_metrics(tmp_path / "1")) == 1
+
+
+def test_tensorboard_shows_samples_as_text_that_acts_as_nothing(tmp_path):
+    """Every line of a response is indented by four: a block of code, whatever ends its lines."""
+    hostile = "<b>x</b>\n\n# y\r```\u2028[z](http://z)"
+    with RunLog(tmp_path, last_step=0) as log:
+        log.write_samples([sample(3, prompt="# p", response=hostile)])
+    [(step, tag, page)] = tensorboard_texts(tmp_path)
+    assert (step, tag) == (3, "samples/text_summary")
+    head, *rest = [line for line in page.splitlines() if line]
+    assert head == "**best: reward 1.0, 3 tokens**"
+    texts = [line for line in rest if line.startswith("    ")]
+    assert texts == ["    # p", "    <b>x</b>", "    ", "    # y", "    ```", "    [z](http://z)", "    2"]
+    assert [line for line in rest if line not in texts] == ["prompt:", "response:", "answer:"]
 
 
 def test_without_wandb_the_error_names_the_extra(tmp_path, monkeypatch):

@@ -1,9 +1,10 @@
-"""`tsopsd convert`: export a run's policy as a Hugging Face directory."""
+"""`tsopsd convert`: export a run's policy as a Hugging Face directory, and publish it."""
 
 import argparse
 from pathlib import Path
 
 from tsopsd_jax.commands import exit_codes
+from tsopsd_jax.commands.hub import open_hub, push_to_hub
 from tsopsd_jax.commands.model_card import EXPORTED, BaseModel, base_licence, model_card
 from tsopsd_jax.config import DTYPES
 from tsopsd_jax.config.places import model_folder
@@ -22,12 +23,20 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, help="directory to write; must not hold anything else")
     parser.add_argument("--step", type=int, help="checkpoint to export; default: the latest")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of the stored tensors")
+    parser.add_argument("--push-to-hub", metavar="REPO", help="then upload it: NAME or OWNER/NAME (hf auth login)")
+    parser.add_argument("--private", action="store_true", help="the repository is made private")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Export, and print where."""
+    """Export, and print where; then upload what was exported, if that is asked for."""
+    repo: str | None = args.push_to_hub
+    if args.private and repo is None:
+        raise ValueError("--private: expected with --push-to-hub REPO; leave it out")
+    api = None if repo is None else open_hub(repo)
     with object_store.opened(args.run_dir) as folder:
         print(export(folder, args.out, step=args.step, dtype=args.dtype))
+    if repo is not None:
+        print(push_to_hub(api, args.out, repo, private=args.private))
     return exit_codes.DONE
 
 

@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,10 +11,20 @@ import jax
 import numpy as np
 
 from tsopsd_jax.commands import exit_codes, options
-from tsopsd_jax.commands.generate import GenerateSettings, digest, own_digest, writing
-from tsopsd_jax.commands.policies import PolicySource, of_directory, of_run
+from tsopsd_jax.commands.asking import (
+    AskSettings,
+    asked_policy,
+    asked_settings,
+    asked_text,
+    digest,
+    resumable,
+    shown_responses,
+    writing,
+)
+from tsopsd_jax.commands.benchmarks import Benchmark, check_table_name, load_benchmark, own_benchmark
+from tsopsd_jax.commands.policies import PolicySource
 from tsopsd_jax.config.places import datasets_folder
-from tsopsd_jax.data import Problem, Tokenizer, evaluation_split, load_problems
+from tsopsd_jax.data import Problem, Tokenizer
 from tsopsd_jax.data.encode import encode_to_fit
 from tsopsd_jax.display.live_table import LiveTable
 from tsopsd_jax.distributed.sharding import make_mesh
@@ -23,79 +32,15 @@ from tsopsd_jax.evaluation.evaluate import Response, evaluation_key, respond
 from tsopsd_jax.evaluation.scoreboard import compare, write_tables
 from tsopsd_jax.loading import is_own
 from tsopsd_jax.model.hf_config import read_config
-from tsopsd_jax.rewards import Rewards, Verdict, make_checked_rewards
-from tsopsd_jax.rollout import Engine
+from tsopsd_jax.rewards import Verdict
+from tsopsd_jax.rollout import Engine, Sampling
 from tsopsd_jax.rundir import resumable_jsonl
 from tsopsd_jax.types import Prompts
 
 ALIKE = ("samples", "max_tokens", "sampling", "verifier", "problems_sha256")
 """Settings that all models of a benchmark share in one table."""
-NAME = re.compile(r"\w[\w.+=@-]*")
-"""Names of models and benchmarks, which name files and columns."""
-
-
-class Benchmark(NamedTuple):
-    """Problems with their prompts rendered, and how responses are scored."""
-
-    name: str
-    problems: Sequence[Problem]
-    template: str
-    verifier: str
-    """Its name; of a function of one's own with the digest of its file."""
-    rewards: Rewards
-
-
-def load_benchmark(
-    asked: str,
-    *,
-    directory: Path,
-    first: int | None,
-    template: str | None,
-    verifier: str | None,
-    fields: dict[str, str],
-) -> Benchmark:
-    """A benchmark by the name of a data source, `name:split`, or a file of JSON lines.
-
-    Args:
-        asked: without a split: `test` where the source has one, else its first.
-        directory: where prepared data sets lie.
-        first: the first N problems only; None: all.
-        template: see `load_problems`; None: `dapo_answer` for the verifier of mathematics, which looks for an answer
-            marked so; else `plain`.
-        verifier: of the library, or `path/to/file.py:function`; None: countdown's for countdown, else that of
-            mathematics.
-        fields: problem_field and answer_field of the file's objects.
-
-    Raises: ValueError: see `load_problems`; a name that cannot name a file; a function of one's own that breaks its
-        contract.
-    """
-    source, path, split = asked, None, None
-    name = asked.replace(":", "-")
-    if asked.endswith(".jsonl"):
-        source, path, name = "jsonl", Path(asked), Path(asked).stem
-    elif ":" in asked:
-        source, split = asked.split(":", 1)
-    else:
-        split = evaluation_split(asked)
-    verifier = verifier or ("countdown" if source == "countdown" else "math")
-    template = template or ("dapo_answer" if verifier == "math" else "plain")
-    problems = load_problems(
-        source,
-        split=split,
-        path=path,
-        directory=directory,
-        first=first,
-        template=template,
-        **(fields if path is not None else {}),
-    )
-    _check_name("benchmark", name)
-    rewards = make_checked_rewards(verifier, answer=problems[0].answer, row=problems[0].row)
-    return Benchmark(name, problems, template, f"{verifier}{own_digest(verifier)}", rewards)
-
-
-def _check_name(what: str, name: str) -> None:
-    if not NAME.fullmatch(name):
-        raise ValueError(f"{what}: expected a name of letters, digits and . _ + = @ -, got {name!r}")
+_DEFAULT = options.SamplingDefaults(8, 8192, Sampling(top_p=0.7))
+"""The paper's (A.3)."""
 
 
 class _Row(NamedTuple):
@@ -111,7 +56,7 @@ class _Row(NamedTuple):
 def evaluate_policy(
     policy: PolicySource,
     benchmarks: Sequence[Benchmark],
-    settings: GenerateSettings,
+    settings: AskSettings,
     out: Path,
     *,
     slots: int,
@@ -155,7 +100,7 @@ def evaluate_policy(
 def _add_missing(
     policy: PolicySource,
     benchmarks: Sequence[Benchmark],
-    settings: GenerateSettings,
+    settings: AskSettings,
     tokenizer: Tokenizer,
     prompted: tuple[np.ndarray, np.ndarray],
     files: Sequence[Path],
@@ -264,17 +209,17 @@ def _missing(
     return rows, Prompts(tokens[which], lengths[which], np.asarray(row_id, np.uint32))
 
 
-def _facts(policy: PolicySource, benchmark: Benchmark, settings: GenerateSettings) -> dict[str, Any]:
+def _facts(policy: PolicySource, benchmark: Benchmark, settings: AskSettings) -> dict[str, Any]:
     """What decides the responses to a benchmark, and their scores."""
-    texts = [(p.id, p.prompt, p.answer) for p in benchmark.problems]
+    texts = [text for p in benchmark.problems for text in (p.id, p.answer)]
     return {
         **settings.facts(),
         **policy.source,
         "template": benchmark.template,
         "verifier": benchmark.verifier,
-        "problems": len(texts),
-        "problems_sha256": digest([part for id_, _, answer in texts for part in (id_, answer)]),
-        "prompts_sha256": digest([prompt for _, prompt, _ in texts]),
+        "problems": len(benchmark.problems),
+        "problems_sha256": digest(texts),
+        "prompts_sha256": digest([asked_text(p) for p in benchmark.problems]),
     }
 
 
@@ -291,49 +236,41 @@ def _check_alike(file: Path, facts: dict[str, Any]) -> None:
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """Add the command's options; the paper's settings (A.3) are the defaults."""
-    policy = parser.add_mutually_exclusive_group()
-    policy.add_argument("--model", type=Path, metavar="DIR", help="a Hugging Face model directory")
-    policy.add_argument("--run", type=Path, metavar="RUN_DIR", help="a run's checkpoint; neither: the tables only")
-    parser.add_argument("--step", type=int, help="the run's checkpoint; default: the latest")
+    """Add the command's options; the paper's settings (A.3) are the defaults, with `--run` those of its evaluations."""
+    options.add_asked(
+        parser, required=False, run="the template, verifier, system prompt and sampling of its evaluations"
+    )
     parser.add_argument(
         "--name", help="of the model in the tables; default: its directory's, or the run's and the step"
     )
     parser.add_argument(
-        "--benchmarks", metavar="A,B", help="data sets by NAME or NAME:SPLIT, or files of JSON lines (FILE.jsonl)"
+        "--benchmarks",
+        metavar="A,B",
+        help="data sets by NAME or NAME:SPLIT, or files of JSON lines (FILE.jsonl); with --run: its own by default",
     )
-    parser.add_argument("--first", type=int, metavar="N", help="the first N problems of each benchmark only")
-    parser.add_argument("--problem-field", default="problem", metavar="KEY", help="of a file's lines; default problem")
-    parser.add_argument("--answer-field", default="answer", metavar="KEY", help="of a file's lines; default answer")
+    parser.add_argument("--problem-field", metavar="KEY", help="of a file's lines; default problem, or the run's")
+    parser.add_argument("--answer-field", metavar="KEY", help="of a file's lines; default answer, or the run's")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="responses and tables, of all models")
     options.add_again(parser)
+    options.add_show(parser)
     parser.add_argument("--k", type=int, help="of pass@k; default: all samples")
     parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="B less A of the tables, by paired bootstrap")
     parser.add_argument(
         "--template",
-        help="text around the problem: a name, a text with {problem}, or FILE.py:FUNCTION; default: dapo_answer for "
-        "the verifier math, else plain",
+        help="text around the problem: a name, a text with {problem}, or FILE.py:FUNCTION; default: the run's, "
+        "dapo_answer for the verifier math, else plain",
     )
-    parser.add_argument("--chat", help="the model's chat turn: none, direct, thinking; default: the run's, else none")
     parser.add_argument(
         "--verifier",
         metavar="NAME",
-        help="math, countdown, last_number or FILE.py:FUNCTION; default: math, countdown for countdown",
+        help="math, countdown, last_number or FILE.py:FUNCTION; default: countdown for countdown, the run's, else math",
     )
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16"),
-        help="default: the run's; of a model float32 on a CPU, else bfloat16",
-    )
-    options.add_sampling(parser, samples=8, max_tokens=8192, top_p=0.7)
+    options.add_sampling(parser, _DEFAULT, samples=f"{_DEFAULT.samples}; with --run: the run's")
 
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate what is asked for, and write and print the tables of all that stands in the directory."""
-    try:
-        return _run(args)
-    except KeyboardInterrupt:
-        return exit_codes.interrupted(args.out)
+    return resumable(_run, args)
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -341,46 +278,18 @@ def _run(args: argparse.Namespace) -> int:
         _evaluate(args)
     print(write_tables(args.out, k=args.k), end="")
     if args.compare:
-        print("\n" + compare(args.out, *args.compare, k=args.k, seed=args.seed), end="")
+        print("\n" + compare(args.out, *args.compare, k=args.k, seed=args.seed or 0), end="")
     return exit_codes.DONE
 
 
 def _evaluate(args: argparse.Namespace) -> None:
-    if args.model is not None:
-        if args.step is not None:
-            raise ValueError("--step: expected with --run, got it with --model; leave it out")
-        policy = of_directory(args.model, name=args.name, chat=args.chat, dtype=args.dtype)
-    else:
-        policy = of_run(args.run, step=args.step, name=args.name, chat=args.chat, dtype=args.dtype)
-    _check_name("--name", policy.name)
-    settings = GenerateSettings(
-        model=policy.source["model"],
-        samples=args.samples,
-        max_tokens=args.max_tokens,
-        sampling=options.sampling_of(args),
-        chat=policy.chat,
-        seed=args.seed,
-        dtype=policy.dtype,
-    )
-    if args.benchmarks is None:
-        raise ValueError("--benchmarks: expected names or files, got none")
-    if args.k is not None and not 1 <= args.k <= args.samples:
-        raise ValueError(f"--k: expected 1 to --samples {args.samples}, got {args.k}")
-    fields = {"problem_field": args.problem_field, "answer_field": args.answer_field}
-    benchmarks = [
-        load_benchmark(
-            asked,
-            directory=datasets_folder(None),
-            first=args.first,
-            template=args.template,
-            verifier=args.verifier,
-            fields=fields,
-        )
-        for asked in args.benchmarks.split(",")
-    ]
-    names = [b.name for b in benchmarks]
-    if len(set(names)) < len(names):
-        raise ValueError(f"--benchmarks: expected different names, got {', '.join(names)}")
+    options.check_show(args)
+    policy = asked_policy(args, name=args.name)
+    check_table_name("--name", policy.name)
+    settings = asked_settings(args, policy, _defaults(policy))
+    if args.k is not None and not 1 <= args.k <= settings.samples:
+        raise ValueError(f"--k: expected 1 to --samples {settings.samples}, got {args.k}")
+    benchmarks = _benchmarks(args, policy)
     with LiveTable(stream=sys.stderr) as table:
         evaluate_policy(
             policy,
@@ -392,3 +301,43 @@ def _evaluate(args: argparse.Namespace) -> None:
             again=args.again,
             table=table,
         )
+    for benchmark in benchmarks if args.show else ():
+        lines = resumable_jsonl.lines(args.out / benchmark.name / f"{policy.name}.jsonl")
+        print(f"{shown_responses(benchmark.problems, lines, args.show)}\n")
+
+
+def _defaults(policy: PolicySource) -> options.SamplingDefaults:
+    """How a policy's responses are sampled unless options say otherwise: a run's as it evaluates itself."""
+    if policy.config is None:
+        return _DEFAULT
+    own = policy.config.evaluation
+    return options.SamplingDefaults(own.samples, own.max_response_tokens, own.sampling, policy.config.seed)
+
+
+def _benchmarks(args: argparse.Namespace, policy: PolicySource) -> list[Benchmark]:
+    """The benchmarks that are asked for; a run's own where none are."""
+    if args.benchmarks is None:
+        if policy.config is None:
+            raise ValueError("--benchmarks: expected names or files, got none")
+        for name in ("template", "verifier", "problem_field", "answer_field"):
+            if vars(args)[name] is not None:
+                option = name.replace("_", "-")
+                raise ValueError(f"--{option}: the run's own problems have theirs; leave it out, or give --benchmarks")
+        return [own_benchmark(policy.config, Tokenizer.load(policy.folder, chat=policy.chat), first=args.first)]
+    own = policy.config and (policy.config.evaluation.data or policy.config.data)
+    benchmarks = [
+        load_benchmark(
+            asked,
+            directory=datasets_folder(policy.config and policy.config.cache_dir),
+            first=args.first,
+            template=args.template,
+            verifier=args.verifier,
+            fields=(args.problem_field, args.answer_field),
+            own=own,
+        )
+        for asked in args.benchmarks.split(",")
+    ]
+    names = [b.name for b in benchmarks]
+    if len(set(names)) < len(names):
+        raise ValueError(f"--benchmarks: expected different names, got {', '.join(names)}")
+    return benchmarks

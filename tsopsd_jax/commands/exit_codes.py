@@ -24,9 +24,11 @@ def no_backend(error: BaseException) -> bool:
     return starting and isinstance(error, RuntimeError | AssertionError) and bool(os.environ.get("JAX_PLATFORMS"))
 
 
-def interrupted(out: Path) -> int:
-    """Say that a command which resumes what stands in `out` was interrupted; returns the exit code for it."""
-    print(f"interrupted; {out} keeps what was written, and the same command goes on", file=sys.stderr)
+def interrupted(out: Path | None) -> int:
+    """Say that a command which resumes what stands in `out` (None: it keeps nothing) was interrupted; returns the exit
+    code for it."""
+    kept = "" if out is None else f"; {out} keeps what was written, and the same command goes on"
+    print(f"interrupted{kept}", file=sys.stderr)
     return INTERRUPTED
 
 

@@ -1,12 +1,10 @@
-"""`tsopsd generate`: responses of a model to a file of prompts, with the sampler that trains."""
+"""`tsopsd generate`: responses of a model or a run's policy to prompts, with the sampler that trains."""
 
 import argparse
-import contextlib
-import dataclasses
-import hashlib
 import json
 import sys
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,68 +12,62 @@ import jax
 import numpy as np
 
 from tsopsd_jax.commands import exit_codes, options
-from tsopsd_jax.commands.policies import model_facts
-from tsopsd_jax.config import DTYPES
-from tsopsd_jax.data import Tokenizer
+from tsopsd_jax.commands.asking import (
+    AskSettings,
+    asked_policy,
+    asked_settings,
+    asked_text,
+    digest,
+    resumable,
+    shown_responses,
+    verifier_label,
+    writing,
+)
+from tsopsd_jax.commands.policies import PolicySource
+from tsopsd_jax.config import Config, DataSettings
+from tsopsd_jax.config.build import chosen_problems, rewards_of
+from tsopsd_jax.data import Problem, Tokenizer
 from tsopsd_jax.data.encode import encode_to_fit
 from tsopsd_jax.data.prompts import make_template
 from tsopsd_jax.display.live_table import LiveTable
 from tsopsd_jax.distributed.sharding import make_mesh
-from tsopsd_jax.loading import is_own
-from tsopsd_jax.model import load_pretrained
 from tsopsd_jax.model.hf_config import read_config
 from tsopsd_jax.rewards import Rewards, make_checked_rewards
 from tsopsd_jax.rollout import Engine, Sampling
 from tsopsd_jax.rundir import resumable_jsonl
-from tsopsd_jax.rundir.lock import locked
 from tsopsd_jax.types import Prompts
 
-
-class Request(NamedTuple):
-    """A line of the prompts' file."""
-
-    id: str
-    prompt: str
-    row: dict[str, Any]
-    """All of it."""
+_DEFAULT = options.SamplingDefaults(1, 1024, Sampling())
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class GenerateSettings:
-    """What decides the responses; a file begun with other settings is not gone on with."""
+class Asked(NamedTuple):
+    """Prompts, and how responses to them are scored."""
 
-    model: str
-    samples: int = 1
-    max_tokens: int = 1024
-    sampling: Sampling = dataclasses.field(default_factory=Sampling)
-    template: str = "plain"
-    chat: str = "none"
-    seed: int = 0
-    dtype: str = "float32"
-    score: str | None = None
-    """Verifier of the responses; None: they are not scored."""
-
-    def __post_init__(self):
-        for name in ("samples", "max_tokens"):
-            if vars(self)[name] < 1:
-                raise ValueError(f"{name} must be at least 1, got {vars(self)[name]}")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed must be in 0..2^32-1, got {self.seed}")
+    texts: Sequence[str]
+    """What the lines of the output call the prompt: of a file without the template."""
+    problems: Sequence[Problem]
+    rewards: Rewards | None = None
+    """None: responses are not scored."""
+    verifier: str | None = None
+    """What `rewards` are called in the file's settings."""
 
     def facts(self) -> dict[str, Any]:
-        """As a file's settings: what another directory with the same name must not pass for."""
-        own = {"model": str(Path(self.model).resolve()), "sampling": self.sampling.facts()}
-        return dataclasses.asdict(self) | own
-
-
-def digest(texts: Sequence[str]) -> str:
-    """SHA-256 of a list of texts."""
-    return hashlib.sha256("\0".join(texts).encode()).hexdigest()
+        """As settings of a file."""
+        facts: dict[str, Any] = {"score": self.verifier}
+        facts["prompts_sha256"] = digest(
+            [part for text, p in zip(self.texts, self.problems, strict=True) for part in (p.id, text)]
+        )
+        if any(problem.before for problem in self.problems):
+            facts["conversations_sha256"] = digest([asked_text(problem) for problem in self.problems])
+        if self.rewards is not None:
+            facts["answers_sha256"] = digest([problem.answer for problem in self.problems])
+        return facts
 
 
 def generate(
-    settings: GenerateSettings,
-    prompts: Path,
+    policy: PolicySource,
+    settings: AskSettings,
+    asked: Asked,
     out: Path,
     *,
     slots: int = 64,
@@ -87,70 +79,45 @@ def generate(
     sample, as responses end; the ids are those that the model saw and drew, the stop token included. Where responses
     are scored, also {answer, correct, rewards} and, where a function of one's own failed, {failed}.
 
-    What `out` holds already is kept and not sampled again; a response depends on the seed, its prompt's place in the
-    file and its sample alone, so an interrupted file ends up as an uninterrupted one, in another order.
+    What `out` holds already is kept and not sampled again; a response depends on the seed, its prompt's place among
+    the prompts and its sample alone, so an interrupted file ends up as an uninterrupted one, in another order.
 
-    Args: settings: model, sampling, seed. prompts: JSON lines with `prompt` and perhaps `id` (default: the line's
-        number); with `answer` where they are scored. out: JSON lines; `out`.settings.json beside it remembers the
-        settings. slots: responses decoded side by side. tensor: devices over which heads and vocabulary are divided;
-        the others take rows. again: replace what `out` holds instead of adding what it lacks. table: where progress is
-        shown.
+    Args: policy: who is asked. settings: sampling, seed. asked: what. out: JSON lines; `out`.settings.json beside it
+        remembers the settings. slots: responses decoded side by side. tensor: devices over which heads and vocabulary
+        are divided; the others take rows. again: replace what `out` holds instead of adding what it lacks. table: where
+        progress is shown.
 
     Returns:
         (responses written now, responses in the file).
 
     Raises:
-        ValueError: a malformed line, a file of other settings or of another model, a prompt that does not fit the
-            model, another process that writes `out`.
+        ValueError: a file of other settings or of another policy, a prompt that does not fit the model, another process
+            that writes `out`.
     """
-    requests = _read_requests(prompts, scored=settings.score is not None)
-    facts = settings.facts() | {"prompts_sha256": digest([part for r in requests for part in (r.id, r.prompt)])}
-    rewards = None
-    if settings.score is not None:
-        first = requests[0].row
-        rewards = make_checked_rewards(settings.score, answer=first["answer"], row=first)
-        facts["score"] = f"{settings.score}{own_digest(settings.score)}"
-        facts["answers_sha256"] = digest([r.row["answer"] for r in requests])
-    tokenizer = Tokenizer.load(Path(settings.model), chat=settings.chat)
-    shape = read_config(Path(settings.model) / "config.json")
+    facts = settings.facts() | policy.source | asked.facts()
+    tokenizer = Tokenizer.load(policy.folder, chat=settings.chat)
+    shape = read_config(policy.folder / "config.json")
     tokenizer.check_fits(shape.vocab_size)
-    template = make_template(settings.template)
     prompted = encode_to_fit(
-        [r.id for r in requests],
-        [(template(r.prompt, {}), ()) for r in requests],
+        [p.id for p in asked.problems],
+        [(p.prompt, p.before) for p in asked.problems],
         tokenizer,
         max_tokens=settings.max_tokens,
         positions=shape.max_position_embeddings,
     )
-    facts |= model_facts(Path(settings.model))
     if not again:
         resumable_jsonl.check_ours(out, facts)
     with writing(out):
         if again:
             resumable_jsonl.remove(out)
         resumable_jsonl.claim_output(out, facts)
-        return _add_missing(
-            settings, requests, rewards, tokenizer, prompted, out, slots=slots, tensor=tensor, table=table
-        )
-
-
-@contextlib.contextmanager
-def writing(out: Path) -> Iterator[None]:
-    """Keep other processes from writing a file of JSON lines, or a folder of them.
-
-    Raises:
-        ValueError: one writes there, or nothing can be written there.
-    """
-    file = out.with_name(f".{out.name}.lock") if out.suffix == ".jsonl" else out / ".lock"
-    taken = f"another process writes {out}; wait for it, or choose another --out"
-    with locked(file, taken=taken, unwritable=f"{out}: cannot be written ({{reason}}); choose another --out"):
-        yield
+        return _add_missing(policy, settings, asked, tokenizer, prompted, out, slots=slots, tensor=tensor, table=table)
 
 
 def _add_missing(
-    settings: GenerateSettings,
-    requests: Sequence[Request],
-    rewards: Rewards | None,
+    policy: PolicySource,
+    settings: AskSettings,
+    asked: Asked,
     tokenizer: Tokenizer,
     prompted: tuple[np.ndarray, np.ndarray],
     out: Path,
@@ -165,9 +132,9 @@ def _add_missing(
     rows = np.asarray(
         [
             i * settings.samples + k
-            for i, r in enumerate(requests)
+            for i, problem in enumerate(asked.problems)
             for k in range(settings.samples)
-            if (r.id, k) not in done
+            if (problem.id, k) not in done
         ],
         np.uint32,
     )
@@ -175,7 +142,7 @@ def _add_missing(
     if len(rows):
         mesh = make_mesh(tensor=tensor)
         # Laid out as in training: each device reads its part; the view below is what decoding needs.
-        model, params = load_pretrained(settings.model, dtype=DTYPES[settings.dtype], mesh=mesh)
+        model, params = policy.load(mesh)
         engine = Engine(
             model,
             mesh,
@@ -191,20 +158,21 @@ def _add_missing(
         stream = engine.stream(view, todo, jax.random.key(settings.seed), group=which, on_progress=table.sampling)
         with out.open("a", encoding="utf-8") as file:
             for ended in stream:
-                request = requests[int(which[ended.row])]
+                at = int(which[ended.row])
+                problem = asked.problems[at]
                 line = {
-                    "id": request.id,
+                    "id": problem.id,
                     "sample": int(rows[ended.row] % settings.samples),
-                    "prompt": request.prompt,
+                    "prompt": asked.texts[at],
                     "response": tokenizer.decode(ended.tokens),
                     "tokens": len(ended.tokens),
                     "stopped": ended.stopped,
-                    "prompt_ids": tokens[which[ended.row], : lengths[which[ended.row]]].tolist(),
+                    "prompt_ids": tokens[at, : lengths[at]].tolist(),
                     "response_ids": ended.tokens.tolist(),
                 }
-                if rewards is not None:
-                    verdict = rewards(line["response"], request.row["answer"], request.row)
-                    line |= {"answer": request.row["answer"], "correct": verdict.right, "rewards": verdict.parts}
+                if asked.rewards is not None:
+                    verdict = asked.rewards(line["response"], problem.answer, problem.row)
+                    line |= {"answer": problem.answer, "correct": verdict.right, "rewards": verdict.parts}
                     line |= {"failed": list(verdict.failures)} if verdict.failures else {}
                 resumable_jsonl.append(file, line)
         now = engine.progress
@@ -212,22 +180,18 @@ def _add_missing(
             f"{now.tokens:,} tokens in {now.seconds:.1f} s ({now.tokens / max(now.seconds, 1e-9):,.0f} tokens/s), "
             f"slots used {100 * now.slot_use:.0f} %"
         )
-    return len(rows), len(requests) * settings.samples
+    return len(rows), len(asked.problems) * settings.samples
 
 
-def own_digest(verifier: str) -> str:
-    """What tells a function of one's own from another of its name: the digest of its file; nothing for the
-    library's."""
-    if not is_own(verifier):
-        return ""
-    file = Path(verifier.rpartition(":")[0])
-    return f" sha256 {hashlib.sha256(file.read_bytes()).hexdigest()[:16]}"
+def _read_prompts(path: Path) -> list[tuple[str, str, dict[str, Any]]]:
+    """The (id, prompt, whole row) of a file's lines.
 
-
-def _read_requests(path: Path, *, scored: bool) -> list[Request]:
+    Raises:
+        ValueError: no file, no line, or a line that is no object with a prompt; names the line.
+    """
     if not path.is_file():
         raise ValueError(f"--prompts: expected a file of JSON lines, got {path}: no such file")
-    requests: list[Request] = []
+    found: list[tuple[str, str, dict[str, Any]]] = []
     for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
         if not line.strip():
             continue
@@ -238,15 +202,13 @@ def _read_requests(path: Path, *, scored: bool) -> list[Request]:
         prompt = row.get("prompt") if isinstance(row, dict) else None
         if not isinstance(prompt, str) or not prompt:
             raise ValueError(f'{path}, line {number}: expected an object with a text "prompt", got {line[:80]}')
-        if scored and not isinstance(row.get("answer"), str):
-            raise ValueError(f'{path}, line {number}: --score expects a text "answer" too, got {line[:80]}')
-        requests.append(Request(str(row.get("id", number)), prompt, row))
-    repeated = _first_repeated([r.id for r in requests])
+        found.append((str(row.get("id", number)), prompt, row))
+    repeated = _first_repeated([name for name, _, _ in found])
     if repeated is not None:
         raise ValueError(f"{path}: id {repeated!r} stands in two lines; ids must differ")
-    if not requests:
+    if not found:
         raise ValueError(f"{path}: expected at least one prompt")
-    return requests
+    return found
 
 
 def _first_repeated(ids: Sequence[str]) -> str | None:
@@ -254,53 +216,131 @@ def _first_repeated(ids: Sequence[str]) -> str | None:
     return next((i for i in ids if i in seen or seen.add(i)), None)
 
 
+def asked_of_file(
+    path: Path, *, first: int | None, template: str | None, score: str | None, own: DataSettings | None
+) -> Asked:
+    """The prompts of a file of JSON lines.
+
+    Args:
+        first: the first N lines only; None: all.
+        template: around each prompt; None: that of `own`, else none.
+        score: the verifier; None: `own`'s, where all lines have an answer.
+        own: the data section of the run that is asked, with its system prompt; None: a model is asked.
+
+    Raises:
+        ValueError: a malformed line; no answer where responses are scored; an unknown template or verifier.
+    """
+    lines = _read_prompts(path)[:first]
+    render = make_template(template or (own and own.template) or "plain")
+    lacking = [name for name, _, row in lines if not isinstance(row.get("answer"), str)]
+    if score is not None and lacking:
+        raise ValueError(f'{path}, id {lacking[0]}: --score expects a text "answer" too, got none')
+    problems = [Problem(name, render(text, row), str(row.get("answer", "")), row) for name, text, row in lines]
+    if own is not None and own.system_prompt is not None:
+        problems = [problem.with_system(own.system_prompt) for problem in problems]
+    texts = [text for _, text, _ in lines]
+    if score is not None:
+        rewards = make_checked_rewards(score, answer=problems[0].answer, row=problems[0].row)
+        return Asked(texts, problems, rewards, verifier_label(score))
+    if own is not None and not lacking:
+        return Asked(texts, problems, rewards_of(own, problems), verifier_label(own.verifier))
+    return Asked(texts, problems)
+
+
+def asked_of_run(config: Config, tokenizer: Tokenizer, *, first: int | None, notes: list[str]) -> Asked:
+    """The problems that a run evaluates itself on; of a run that does not, those that it learns from.
+
+    Args:
+        first: the first N only; None: all.
+        notes: sentences on what is left out are added.
+    """
+    data = config.evaluation.data or config.data
+    problems = chosen_problems(data, config, tokenizer, notes)[:first]
+    return Asked([p.prompt for p in problems], problems, rewards_of(data, problems), verifier_label(data.verifier))
+
+
 def add(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
-    parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="a Hugging Face model directory")
+    options.add_asked(parser, required=True, run="its template, verifier, system prompt and sampling")
     parser.add_argument(
         "--score",
         metavar="NAME",
-        help="also score: math, countdown, last_number or FILE.py:FUNCTION; prompts have an answer",
+        help="also score: math, countdown, last_number or FILE.py:FUNCTION; prompts have an answer; with --run: the "
+        "run's, where all prompts have one",
     )
     parser.add_argument(
-        "--prompts", type=Path, required=True, metavar="FILE", help='JSON lines with "prompt", maybe "id"'
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help='JSON lines with "prompt", maybe "id"; with --run: by default the problems of its evaluations, or else '
+        "those it learns from",
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSON lines, in the order of ending")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="JSON lines, in the order of ending; with --show N it may be left out"
+    )
     parser.add_argument(
         "--template",
-        default="plain",
-        help="text around the prompt: plain, boxed, dapo_answer, a text with {problem}, or FILE.py:FUNCTION",
+        help="text around the prompt: plain, boxed, dapo_answer, a text with {problem}, or FILE.py:FUNCTION; default: "
+        "the run's, else plain",
     )
-    parser.add_argument("--chat", default="none", help="the model's chat turn around that: none, direct, thinking")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32 on a CPU, else bfloat16")
     options.add_again(parser)
-    options.add_sampling(parser, samples=1, max_tokens=1024, top_p=1.0)
+    options.add_show(parser)
+    options.add_sampling(parser, _DEFAULT)
 
 
 def run(args: argparse.Namespace) -> int:
     """Sample what the file lacks, and say how many responses it has."""
-    try:
-        return _run(args)
-    except KeyboardInterrupt:
-        return exit_codes.interrupted(args.out)
+    return resumable(_run, args)
 
 
 def _run(args: argparse.Namespace) -> int:
-    dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    settings = GenerateSettings(
-        model=str(args.model),
-        samples=args.samples,
-        max_tokens=args.max_tokens,
-        sampling=options.sampling_of(args),
-        template=args.template,
-        chat=args.chat,
-        seed=args.seed,
-        dtype=dtype,
-        score=args.score,
-    )
-    with LiveTable(stream=sys.stderr) as table:
+    options.check_show(args)
+    if args.out is None and args.show is None:
+        raise ValueError("--out: expected a file for the responses, got none; give one, or --show N to see some")
+    if args.model is not None and args.prompts is None:
+        raise ValueError("--prompts: expected a file of JSON lines, got none; only --run has prompts of its own")
+    policy = asked_policy(args)
+    own = policy.config and (policy.config.evaluation.data or policy.config.data)
+    with LiveTable(stream=sys.stderr) as table, tempfile.TemporaryDirectory() as nowhere:
+        # What nobody keeps is not sampled.
+        first = min(filter(None, (args.first, None if args.out else args.show)), default=None)
+        if args.prompts is not None:
+            asked = asked_of_file(args.prompts, first=first, template=args.template, score=args.score, own=own)
+        else:
+            asked = _own_problems(args, policy, first, table)
+        template = args.template or (own and own.template) or "plain"
+        settings = asked_settings(args, policy, _defaults(policy), template=template)
+        out = args.out or Path(nowhere) / "shown.jsonl"
         now, total = generate(
-            settings, args.prompts, args.out, slots=args.slots, tensor=args.tensor, again=args.again, table=table
+            policy, settings, asked, out, slots=args.slots, tensor=args.tensor, again=args.again, table=table
         )
-    print(f"{args.out}: {total} responses, {now} of them new")
+        lines = resumable_jsonl.lines(out) if args.show else []
+    if args.show:
+        print(shown_responses(asked.problems, lines, args.show))
+    if args.out is not None:
+        print(f"{args.out}: {total} responses, {now} of them new")
     return exit_codes.DONE
+
+
+def _own_problems(args: argparse.Namespace, policy: PolicySource, first: int | None, table: LiveTable) -> Asked:
+    assert policy.config is not None
+    for name in ("template", "score"):
+        if vars(args)[name] is not None:
+            raise ValueError(f"--{name}: the run's own problems have theirs; leave it out, or give --prompts")
+    notes: list[str] = []
+    tokenizer = Tokenizer.load(policy.folder, chat=policy.chat)
+    asked = asked_of_run(policy.config, tokenizer, first=first, notes=notes)
+    for note in notes:
+        table.note(note)
+    return asked
+
+
+def _defaults(policy: PolicySource) -> options.SamplingDefaults:
+    """How responses are sampled unless options say otherwise: a run's as in its evaluations, else as in its first
+    phase."""
+    if policy.config is None:
+        return _DEFAULT
+    evaluation, phase, seed = policy.config.evaluation, policy.config.phases[0], policy.config.seed
+    if evaluation.data is not None:
+        return options.SamplingDefaults(1, evaluation.max_response_tokens, evaluation.sampling, seed)
+    return options.SamplingDefaults(1, phase.max_response_tokens, phase.sampling, seed)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from tsopsd_jax.config import DTYPES
+from tsopsd_jax.config import DTYPES, Config
 from tsopsd_jax.config.places import digests_file, model_folder
 from tsopsd_jax.config.restore import checkpoints_of, resolved_config, restore_run
 from tsopsd_jax.model import Qwen3, load_pretrained
@@ -26,6 +26,8 @@ class PolicySource(NamedTuple):
     chat: str
     dtype: str
     load: Callable[[jax.sharding.Mesh], tuple[Qwen3, PyTree]]
+    config: Config | None = None
+    """The run's whose checkpoint it is; None: a model directory's policy."""
 
 
 def model_facts(folder: Path, *, weights: bool = True) -> dict[str, str]:
@@ -83,6 +85,7 @@ def of_run(run_dir: Path, *, step: int | None, name: str | None, chat: str | Non
         chat or config.data.chat,
         dtype,
         load,
+        config,
     )
 
 
@@ -97,15 +100,23 @@ def add_policies(parser: argparse.ArgumentParser) -> None:
     add_policy(parser, "--after", "the policy after it")
 
 
+def split_step(text: str) -> tuple[Path, int | None]:
+    """Take RUN_DIR@STEP apart; without a step, or where a directory is called so, the step is None."""
+    folder, at, step = text.rpartition("@")
+    if at and step.isdigit() and not Path(text).exists():
+        return Path(folder), int(step)
+    return Path(text), None
+
+
 def policy_of(text: str, *, dtype: str | None, chat: str | None) -> PolicySource:
     """The policy that a text names: a model directory, RUN_DIR@STEP, or RUN_DIR for its latest checkpoint.
 
     Raises:
         ValueError: there is no such thing.
     """
-    folder, at, step = text.rpartition("@")
-    if at and step.isdigit() and not Path(text).exists():
-        return of_run(Path(folder), step=int(step), name=None, chat=chat, dtype=dtype)
+    run_dir, step = split_step(text)
+    if step is not None:
+        return of_run(run_dir, step=step, name=None, chat=chat, dtype=dtype)
     if (Path(text) / "config.json").is_file():
         return of_directory(Path(text), name=None, chat=chat, dtype=dtype)
     if (Path(text) / "config.yaml").is_file():

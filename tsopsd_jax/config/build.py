@@ -172,8 +172,12 @@ def check_batches(config: Config, mesh: AnyMesh) -> None:
                 )
 
 
-def _problems(data: DataSettings, config: Config, tokenizer: Tokenizer, notes: list[str]) -> Sequence[Problem]:
-    """Load the problems that the settings choose; what they leave out is added to `notes`."""
+def chosen_problems(data: DataSettings, config: Config, tokenizer: Tokenizer, notes: list[str]) -> Sequence[Problem]:
+    """Load the problems that a data section of a run chooses; what it leaves out is added to `notes`.
+
+    Raises:
+        ValueError: see `load_problems`; none are left, or fewer than the sample.
+    """
     directory = datasets_folder(config.cache_dir)
     filtered = data.exclude or data.drop_longer
     problems = processes.first_then_others(
@@ -195,11 +199,7 @@ def _problems(data: DataSettings, config: Config, tokenizer: Tokenizer, notes: l
         )
         problems = kept
     if data.system_prompt is not None:
-        first = ("system", data.system_prompt)
-        problems = [
-            p if p.before[:1] and p.before[0][0] == "system" else p._replace(before=(first, *p.before))
-            for p in problems
-        ]
+        problems = [problem.with_system(data.system_prompt) for problem in problems]
     if data.drop_longer:
         kept = [p for p in problems if len(tokenizer.encode(p.prompt, p.before)) <= data.max_prompt_tokens]
         fewer = len(problems) - len(kept)
@@ -248,7 +248,7 @@ def check_functions(config: Config) -> None:
             raise ValueError(f"{where}: {error}") from error
 
 
-def _rewards(data: DataSettings, problems: Sequence[Problem]) -> Rewards:
+def rewards_of(data: DataSettings, problems: Sequence[Problem]) -> Rewards:
     """Make the rewards of a data section, and try functions of one's own on toy responses to its first problem."""
     return make_checked_rewards(
         data.verifier,
@@ -259,15 +259,19 @@ def _rewards(data: DataSettings, problems: Sequence[Problem]) -> Rewards:
     )
 
 
-def _evaluation(config: Config, tokenizer: Tokenizer) -> EvaluationPlan | None:
-    """Build the plan of evaluations; errors say that they are the evaluation's."""
+def evaluation_plan(config: Config, tokenizer: Tokenizer) -> EvaluationPlan | None:
+    """Build the plan of a run's evaluations; None where it has none.
+
+    Raises:
+        ValueError: its data section is wrong; the message says that it is the evaluation's.
+    """
     asked = config.evaluation
     if asked.data is None:
         return None
     try:
-        problems = _problems(asked.data, config, tokenizer, [])
+        problems = chosen_problems(asked.data, config, tokenizer, [])
         encode_prompts(problems, tokenizer, max_prompt_tokens=asked.data.max_prompt_tokens)
-        rewards = _rewards(asked.data, problems)
+        rewards = rewards_of(asked.data, problems)
     except ValueError as error:
         raise ValueError(f"evaluation.data: {error}") from error
     return EvaluationPlan(
@@ -285,15 +289,23 @@ def _evaluation(config: Config, tokenizer: Tokenizer) -> EvaluationPlan | None:
 
 def _check_lengths(config: Config, positions: int) -> None:
     """Check that prompt and response fit the model's positions, in each phase and in the evaluation."""
-    lengths = {f"phase {p.name!r}": (config.data.max_prompt_tokens, p.max_response_tokens) for p in config.phases}
-    if config.evaluation.data is not None:
-        lengths["evaluation"] = (config.evaluation.data.max_prompt_tokens, config.evaluation.max_response_tokens)
-    for where, (prompt, response) in lengths.items():
+    lengths = {
+        f"phase {p.name!r}": ("data", config.data.max_prompt_tokens, f"phases.{p.name}", p.max_response_tokens)
+        for p in config.phases
+    }
+    asked = config.evaluation
+    if asked.data is not None:
+        lengths["evaluation"] = (
+            "evaluation.data",
+            asked.data.max_prompt_tokens,
+            "evaluation",
+            asked.max_response_tokens,
+        )
+    for where, (data, prompt, of, response) in lengths.items():
         if prompt + response > positions:
             raise ValueError(
                 f"{where}: prompt and response may take {prompt} + {response} tokens, more than the model's "
-                f"{positions} "
-                "positions; lower data.max_prompt_tokens or max_response_tokens"
+                f"{positions} positions; lower {data}.max_prompt_tokens or {of}.max_response_tokens"
             )
 
 
@@ -320,16 +332,16 @@ def prepare(config: Config) -> Parts:
     check_batches(config, mesh)
     notes = check_objectives(config, phases)  # not before the mesh, which settles the devices
     shardings = tree_shardings(model.param_axes(), model.param_shapes(), mesh)
-    problems = _problems(config.data, config, tokenizer, notes)
+    problems = chosen_problems(config.data, config, tokenizer, notes)
     task = Task(
         problems=problems,
         tokenizer=tokenizer,
-        rewards=_rewards(config.data, problems),
+        rewards=rewards_of(config.data, problems),
         max_prompt_tokens=config.data.max_prompt_tokens,
         seed=config.seed,
     )
     _ = task.encoded  # a prompt that is too long is found here, not in the middle of a run
-    evaluation = _evaluation(config, tokenizer)
+    evaluation = evaluation_plan(config, tokenizer)
 
     def load_params() -> PyTree:
         if config.model.random_init:

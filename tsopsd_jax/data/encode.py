@@ -55,10 +55,12 @@ def pad_prompts(names: Sequence[str], ids: Sequence[Sequence[int]], *, max_promp
     tokens = np.zeros((len(ids), max_prompt_tokens), np.int32)
     lengths = np.zeros(len(ids), np.int32)
     for row, (name, prompt) in enumerate(zip(names, ids, strict=True)):
-        if not 0 < len(prompt) <= max_prompt_tokens:
+        if not len(prompt):
+            raise ValueError(f"prompt {name!r}: expected a text, got no token; remove the row, or see data.template")
+        if len(prompt) > max_prompt_tokens:
             raise ValueError(
-                f"prompt {name!r} has {len(prompt)} tokens, expected 1 to {max_prompt_tokens}; "
-                "raise max_prompt_tokens, or leave long training problems out with data.drop_longer: true"
+                f"prompt {name!r} has {len(prompt)} tokens, expected 1 to {max_prompt_tokens}; raise "
+                "max_prompt_tokens of its data section, or leave long training problems out with data.drop_longer: true"
             )
         tokens[row, : len(prompt)], lengths[row] = prompt, len(prompt)
     return tokens, lengths

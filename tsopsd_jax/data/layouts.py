@@ -32,6 +32,12 @@ class Problem(NamedTuple):
     before: tuple[tuple[str, str], ...] = ()
     """(role, content) of the messages before the prompt, which is then the last message, the user's."""
 
+    def with_system(self, content: str) -> "Problem":
+        """The problem after a system's message, unless it has one of its own."""
+        if self.before and self.before[0][0] == "system":
+            return self
+        return self._replace(before=(("system", content), *self.before))
+
 
 ROLES = ("system", "user", "assistant")
 """Roles of the messages of a conversation."""

@@ -76,10 +76,14 @@ class RunLog:
         self._show(METRICS_FILE, step, record)
 
     def write_samples(self, records: Sequence[Mapping[str, Any]]) -> None:
-        """Append responses that are kept for people to read, each with its `step`."""
-        if records:
-            with (self.run_dir / SAMPLES_FILE).open("ab") as file:
-                file.writelines(_encode(strict_json(record)) for record in records)
+        """Append responses of one step that are kept for people to read, each with its `step`, and mirror them."""
+        if not records:
+            return
+        plain = [strict_json(record) for record in records]
+        with (self.run_dir / SAMPLES_FILE).open("ab") as file:
+            file.writelines(map(_encode, plain))
+        for mirror in self._mirrors:
+            mirror.show_samples(SAMPLES_FILE, plain[0]["step"], plain)
 
     def write_evaluation(self, record: Mapping[str, Any]) -> None:
         """Add an evaluated stage, as `append_evaluation` does, and mirror what was measured as `evaluation/NAME`."""

@@ -13,16 +13,18 @@ import sys
 import time
 import uuid
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import yaml
 
-from tsopsd_jax.rundir import files
+from tsopsd_jax.rundir import files, sample_texts
 
 EVENTS_FOLDER = "events"
+SAMPLES_TAG = "samples"
+"""Under which mirrors show the responses that a run keeps."""
 TRACKER_FILE = "tracker.json"
 """The tracked run's id, and up to which step each file of the log was sent."""
 FLUSH_S = 10.0
@@ -60,6 +62,10 @@ class Mirror(Protocol):
 
     def show(self, file: str, step: int, values: Mapping[str, Any], /) -> None:
         """Copy a step's numbers and texts; `file` is the one of the log that holds them."""
+        ...
+
+    def show_samples(self, file: str, step: int, records: Sequence[Mapping[str, Any]], /) -> None:
+        """Show responses of a step, records of samples.jsonl."""
         ...
 
     def flush(self) -> None:
@@ -104,10 +110,10 @@ class _TensorBoard:
             from tensorboardX.event_file_writer import EventsWriter
 
             proto: Any = importlib.import_module("tensorboardX.proto.event_pb2")
-            from tensorboardX.summary import scalar
+            from tensorboardX.summary import scalar, text
 
         folder.mkdir(parents=True, exist_ok=True)
-        self._event, self._scalar = proto.Event, scalar
+        self._event, self._scalar, self._text = proto.Event, scalar, text
         # Its file names count whole seconds; a process that restarts within one would overwrite a file.
         self._writer = EventsWriter(str(folder / "events"), f".{uuid.uuid4().hex[:8]}")
         start = proto.SessionLog(status=proto.SessionLog.START)
@@ -117,8 +123,13 @@ class _TensorBoard:
     def show(self, _file: str, step: int, values: Mapping[str, Any], /) -> None:
         for name, value in values.items():
             if not isinstance(value, str):
-                event = self._event(wall_time=time.time(), step=step, summary=self._scalar(name, float(value)))
-                self._writer.write_event(event)
+                self._write(step, self._scalar(name, float(value)))
+
+    def show_samples(self, _file: str, step: int, records: Sequence[Mapping[str, Any]], /) -> None:
+        self._write(step, self._text(SAMPLES_TAG, sample_texts.samples_as_markdown(records)))
+
+    def _write(self, step: int, summary: Any) -> None:
+        self._writer.write_event(self._event(wall_time=time.time(), step=step, summary=summary))
         if time.monotonic() - self._flushed > FLUSH_S:
             self.flush()
 
@@ -152,6 +163,7 @@ class _TrackedRun:
     def __init__(self, run_dir: Path, tracker: Tracker, wandb: Wandb, logged: Mapping[str, int]):
         self._name = tracker.module
         module = _module(tracker.module)
+        self._table = vars(module).get("Table")
         file = run_dir / TRACKER_FILE
         if file.is_file():
             known = json.loads(file.read_text(encoding="utf-8"))
@@ -169,13 +181,25 @@ class _TrackedRun:
         files.replace(file, [json.dumps(known | {"sent": self._sent}).encode()])
 
     def show(self, file: str, step: int, values: Mapping[str, Any], /) -> None:
+        late = {} if self._row(step) == step else {"evaluation/step": step}
+        self._log(file, step, lambda: {**values, **late})
+
+    def show_samples(self, file: str, step: int, records: Sequence[Mapping[str, Any]], /) -> None:
+        table = self._table
+        if table is not None:  # a module without tables shows no texts
+            columns, data = list(sample_texts.SAMPLE_COLUMNS), sample_texts.sample_rows(records)
+            self._log(file, step, lambda: {SAMPLES_TAG: table(columns=columns, data=data)})
+
+    def _row(self, step: int) -> int:
+        """The row of a step. Rows that were sent are closed: what was interrupted, and belongs to one, goes into the
+        next."""
+        return max(step, 1 + max(self._sent.values()))
+
+    def _log(self, file: str, step: int, values: Callable[[], dict[str, Any]]) -> None:
         if self._run is None or step <= self._sent[file]:
             return
-        # Rows that were sent are closed. An evaluation that was interrupted, and belongs to one, goes into the next.
-        row = max(step, 1 + max(self._sent.values()))
-        late = {} if row == step else {"evaluation/step": step}
         try:
-            self._run.log({**values, **late}, step=row)
+            self._run.log(values(), step=self._row(step))
         except Exception as error:  # whatever it is, it is not worth the run
             print(f"warning: {self._name}: {error}; the run goes on without it", file=sys.stderr)
             self._run = None

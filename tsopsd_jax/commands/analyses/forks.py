@@ -12,7 +12,7 @@ import numpy as np
 
 from tsopsd_jax.analysis.forks import Forks, Stochastic, measure_forks
 from tsopsd_jax.commands.analyses.pair import add_pair, check_computing, on_mesh
-from tsopsd_jax.commands.generate import digest, writing
+from tsopsd_jax.commands.asking import digest, writing
 from tsopsd_jax.commands.policies import PolicySource, policy_of
 from tsopsd_jax.commands.responses import Responses, read_responses
 from tsopsd_jax.data import Tokenizer
