@@ -38,7 +38,7 @@ class RunLog:
         tracker: where the log is mirrored.
 
     Raises:
-        ValueError: if a line before the last is not JSON, or a tracker does not start.
+        ValueError: if a line before the last is not JSON, a record has no step, or a tracker does not start.
     """
 
     def __init__(self, run_dir: str | Path, *, last_step: int, tracker: Tracker = TENSORBOARD):
@@ -46,9 +46,9 @@ class RunLog:
         self.run_dir.mkdir(parents=True, exist_ok=True)
         logged = {}
         for name in (METRICS_FILE, EVALUATIONS_FILE, SAMPLES_FILE):
-            records = files.read_objects(self.run_dir / name)
-            logged[name] = max((record.get("step", 0) for record in records), default=-1)
-            files.mend(self.run_dir / name, lambda record: record.get("step", 0) <= last_step)
+            path = self.run_dir / name
+            logged[name] = max((_step(record, path) for record in files.read_objects(path)), default=-1)
+            files.mend(path, lambda record: record.get("step", 0) <= last_step)
         self.status = Status(self.run_dir, last_step=last_step, lines=files.read_objects(self.run_dir / METRICS_FILE))
         self._mirrors = open_mirrors(self.run_dir, tracker, last_step=last_step, logged=logged)
         self._file = (self.run_dir / METRICS_FILE).open("ab")
@@ -122,6 +122,16 @@ class RunLog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _step(record: Mapping[str, Any], path: Path) -> int:
+    """The step that a record of the log belongs to; an evaluation of none belongs to step 0."""
+    step = record.get("step", None if path.name == METRICS_FILE else 0)
+    if type(step) is not int or not 0 <= step < 2**53:
+        raise ValueError(
+            f"{path}: expected the number of a step in each record, got {step!r:.80}; remove that line to go on"
+        )
+    return step
 
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:

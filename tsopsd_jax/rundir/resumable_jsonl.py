@@ -22,14 +22,16 @@ def read_output_settings(out: Path) -> dict[str, Any]:
     """Read the settings that `out` was begun with.
 
     Raises:
-        ValueError: there are none, so another program wrote `out`.
+        ValueError: there are none, so another program wrote `out`; or they cannot be read.
     """
     beside = settings_file(out)
     if not beside.is_file():
         raise ValueError(
             f"{out} exists and was not written by this command ({beside.name} is missing); choose another --out"
         )
-    return json.loads(beside.read_text(encoding="utf-8"))
+    return files.read_object(
+        beside, what=f"the settings that {out.name} was begun with", remedy="choose another --out, or --again"
+    )
 
 
 def first_changed(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> str | None:
