@@ -2,14 +2,11 @@
 `scripts/fuzz.py` looks for more."""
 
 import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import byte_model
 import pytest
+from project_scripts import run_script
 
 from tsopsd_jax.config import strict
 from tsopsd_jax.data import Tokenizer
@@ -22,23 +19,13 @@ from tsopsd_jax.rundir.log import RunLog
 from tsopsd_jax.rundir.status import read_status
 from tsopsd_jax.rundir.trackers import Tracker
 
-ROOT = Path(__file__).resolve().parents[1]
 DEEP = "[" * 100_000
 """JSON that a recursive reader gives up on."""
 
 
-def run_script(name: str, *arguments: str, timeout: int) -> str:
-    """What a script of the project prints; it must end with 0."""
-    env = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
-    command = [sys.executable, str(ROOT / "scripts" / name), *arguments]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout, check=False)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout
-
-
 def test_changed_files_are_read_or_refused_in_one_line():
     """A short run over all targets; the long one is in benchmarks/results/fuzz.json."""
-    said = run_script("fuzz.py", "--cases", "18", "--seed", "7", timeout=900)
+    said = run_script("fuzz.py", "--cases", "18", "--seed", "7")
     assert re.search(r"^342 cases, 0 faults$", said, flags=re.MULTILINE), said
 
 
