@@ -13,6 +13,7 @@ The exit code is 0 if there is no fault. Cases follow from target, seed and numb
 
 import argparse
 import collections
+import contextlib
 import json
 import os
 import random
@@ -128,20 +129,31 @@ def change_value(value: Any, dice: random.Random) -> Any:
     return dice.choice(VALUES)
 
 
-def dumped(value: Any) -> bytes:
-    """Write JSON however deep it is nested."""
+@contextlib.contextmanager
+def deeper() -> Iterator[None]:
+    """Let JSON be nested as deep as changes nest it."""
     before = sys.getrecursionlimit()
     sys.setrecursionlimit(50_000)
     try:
-        return json.dumps(value).encode()
+        yield
     finally:
         sys.setrecursionlimit(before)
+
+
+def dumped(value: Any) -> bytes:
+    return json.dumps(value).encode()
 
 
 def changed(data: bytes, suffix: str, dice: random.Random) -> bytes:
     """Change a file: as what its name says that it holds, or as bytes."""
     if dice.random() < 0.35:
         return change_bytes(data, dice)
+    with deeper():
+        return change_content(data, suffix, dice)
+
+
+def change_content(data: bytes, suffix: str, dice: random.Random) -> bytes:
+    """Change a file as what its name says that it holds."""
     times = dice.choice((1, 1, 2, 3))
     if suffix == ".safetensors":
         size = int.from_bytes(data[:8], "little")

@@ -14,6 +14,7 @@ from tsopsd_jax.display import numbers
 from tsopsd_jax.huggingface import read_json
 from tsopsd_jax.model.fingerprint import fingerprint
 from tsopsd_jax.model.hf import open_tensors
+from tsopsd_jax.model.hf_config import read_config
 from tsopsd_jax.rundir import files, resumable_jsonl
 from tsopsd_jax.rundir.log import RunLog
 from tsopsd_jax.rundir.status import read_status
@@ -63,6 +64,13 @@ def test_a_shard_whose_name_no_file_system_takes_is_refused(tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"embed": "x" * 5000}}))
     with contextlib.ExitStack() as stack, pytest.raises(ValueError, match="cannot open x{80} .File name too long"):
         open_tensors(tmp_path, stack)
+
+
+@pytest.mark.parametrize("named", [[{}], [[]], [None], ["Qwen3ForCausalLM"] * 2])
+def test_an_architecture_that_is_no_name_is_refused(named, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": named, "model_type": "qwen3"}))
+    with pytest.raises(ValueError, match="expected architectures to be one of Qwen3ForCausalLM"):
+        read_config(tmp_path / "config.json")
 
 
 def test_a_stop_token_of_more_than_32_bits_is_refused(tmp_path):
