@@ -1,9 +1,9 @@
-"""Kill a short run again and again, and compare it with one that was left alone: `python scripts/crash_test.py [CASE ...]`.
+"""Kill a short run again and again, and compare it with one left alone: `python scripts/crash_test.py [CASE ...]`.
 
-A run of three phases (RL, reheating, RL) is ended by SIGKILL at random moments and at chosen ones: while a checkpoint is
-written, a phase changes, an evaluation runs, or half a line of the log stands in the file. It is started again with the same
-command each time. In the end its parameters, optimizer state, progress, metrics (without `time/`, `perf/` and clocks), kept
-responses and evaluations are compared with those of a run that nobody killed: bit for bit.
+A run of three phases (RL, reheating, RL) is ended by SIGKILL at random moments and at chosen ones: while a checkpoint
+is written, a phase changes, an evaluation runs, or half a line of the log stands in the file. It is started again with
+the same command each time. In the end its parameters, optimizer state, progress, metrics (without `time/`, `perf/` and
+clocks), kept responses and evaluations are compared with those of a run that nobody killed: bit for bit.
 
     python scripts/crash_test.py --kills 20 --markdown crash_test.md     # all cases: about an hour on two cores
     python scripts/crash_test.py plain --kills 5 --steps 2 1 1           # a short one
@@ -61,7 +61,8 @@ CASES: dict[str, tuple[str, ...]] = {
     "controller and reference": (
         "phases.0.objective={name: adaptive_entropy_bonus}",
         "phases.0.measure_start_kl=true",
-        "phases.1.objective.hyperparameters.teacher=frozen",
+        "phases.1.objective={name: opd}",
+        "phases.1.reference=start",
         "phases.1.reference_every_steps=2",
         "phases.1.learning_rate_control="
         "{entropy_gain_nats_per_step: 0.01, min_learning_rate: 1.0e-6, max_learning_rate: 1.0e-3}",
@@ -205,7 +206,7 @@ class Killed(NamedTuple):
 
 
 def torture(case: str, file: Path, folder: Path, kills: int, dice: random.Random, step_s: float) -> Killed:
-    """Kill runs of a case so many times, and let each end; a new run begins where one ended before it was killed enough."""
+    """Kill runs of a case so many times, and let each end; a new run begins where one ended too early."""
     processes = 2 if case == "two processes" else 1
     died: collections.Counter[str] = collections.Counter()
     starts, runs, number = 0, [], 0
@@ -352,6 +353,11 @@ def try_case(case: str, folder: Path, *, steps: Sequence[int], kills: int, seed:
     return Row(case, dict(killed.kills), killed.starts, len(killed.runs), count, odd, seconds)
 
 
+def before(file: Path | None) -> dict[str, Row]:
+    """The lines of the table that a file holds already: cases may be tried one after the other."""
+    return {each["case"]: Row(**each) for each in json.loads(file.read_text())} if file and file.is_file() else {}
+
+
 def table(rows: list[Row]) -> str:
     """The table as Markdown."""
     lines = ["| case | " + " | ".join(MOMENTS) + " | kills | starts | runs | differences |"]
@@ -368,9 +374,10 @@ def page(rows: list[Row], command: str) -> str:
     versions = f"jax {jax.__version__}, Python {sys.version.split()[0]}, CPU"
     return (
         f"# Runs that were killed\n\n{time.strftime('%Y-%m-%d', time.gmtime())}, {versions}. Written by\n\n"
-        f"    {command}\n\nwhich says what is killed and what is compared. A column counts SIGKILLs at that moment; `starts` are "
-        "all starts of the\nruns of a case; `differences` are entries of parameters, optimizer state, progress, metrics, kept "
-        f"responses and evaluations\nthat are not bit for bit those of the run that was left alone.\n\n{table(rows)}\n"
+        f"    {command}\n\nwhich says what is killed and what is compared. A column counts SIGKILLs at that moment;\n"
+        "`starts` are all starts of the runs of a case; `differences` are entries of parameters, optimizer state,\n"
+        "progress, metrics, kept responses and evaluations that are not bit for bit those of the run left alone.\n\n"
+        f"{table(rows)}\n"
     )
 
 
@@ -382,29 +389,29 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, nargs=3, default=(5, 3, 5), help="of each phase; default 5 3 5")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--folder", type=Path, help="where the runs are kept; default: a temporary folder")
-    parser.add_argument("--json", type=Path, help="also write the table as JSON")
+    parser.add_argument("--json", type=Path, help="also write the table as JSON, beside other cases there")
     parser.add_argument("--markdown", type=Path, help="also write it as a page")
     args = parser.parse_args(arguments)
     for unknown in [case for case in args.cases if case not in CASES]:
         parser.error(f"expected a case among {', '.join(CASES)}, got {unknown!r}")
     folder = args.folder or Path(tempfile.mkdtemp(prefix="crash_test-"))
     folder.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for case in args.cases or CASES:
-        rows.append(try_case(case, folder, steps=args.steps, kills=args.kills, seed=args.seed))
-        row = rows[-1]
+    command = " ".join(["python scripts/crash_test.py", *(sys.argv[1:] if arguments is None else arguments)])
+    rows, asked = before(args.json), args.cases or list(CASES)
+    for case in asked:
+        row = rows[case] = try_case(case, folder, steps=args.steps, kills=args.kills, seed=args.seed)
         print(f"{case}: {sum(row.kills.values())} kills, {row.starts} starts, {row.seconds:.0f} s", flush=True)
         for odd in row.differences[:20]:
             print(f"  differs: {odd}", flush=True)
-    print(table(rows))
-    if args.json:
-        args.json.write_text(json.dumps([row._asdict() for row in rows], indent=1) + "\n")
-    if args.markdown:
-        command = " ".join(["python scripts/crash_test.py", *(sys.argv[1:] if arguments is None else arguments)])
-        args.markdown.write_text(page(rows, command))
-    if args.folder is None and not any(row.differences for row in rows):
+        if args.json:
+            args.json.write_text(json.dumps([each._asdict() for each in rows.values()], indent=1) + "\n")
+        if args.markdown:
+            args.markdown.write_text(page(list(rows.values()), command))
+    print(table(list(rows.values())))
+    odd = any(rows[case].differences for case in asked)
+    if args.folder is None and not odd:
         shutil.rmtree(folder)
-    return int(any(row.differences for row in rows))
+    return int(odd)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """Change files at random and read them: `python scripts/fuzz.py [TARGET ...] [--cases N] [--seed S]`.
 
-Everything that the package reads from a disk is a target: weights, configurations, tokenizers, chat templates, data sets,
-settings, checkpoints, logs. A case is a good file with some of its bytes or JSON values changed. It must be read, or refused
-by a ValueError (one line, exit code 2). Anything else is a fault: another exception, a killed process, more than `LIMIT_S`
-seconds, or more than `ROOM_BYTES` of memory beyond what the reader needs for the good file; the files are a few kB large.
+Everything that the package reads from a disk is a target: weights, configurations, tokenizers, chat templates, data
+sets, settings, checkpoints, logs. A case is a good file with some of its bytes or JSON values changed. It must be
+read, or refused by a ValueError (one line, exit code 2). Anything else is a fault: another exception, a killed
+process, more than `LIMIT_S` seconds, or more than `ROOM_BYTES` of memory beyond what the reader needs for the good
+file; the files are a few kB large.
 
     python scripts/fuzz.py --json fuzz.json        # all targets, 13,100 cases: about half an hour
     python scripts/fuzz.py yaml --only 117         # one case again, with its traceback
@@ -489,7 +490,7 @@ def attempt(target: Target, folder: Path) -> tuple[str, str]:
 
 
 def work(name: str, seed: int, cases: Iterator[int], out: Any) -> None:
-    """Try cases in this process, with a limit of its memory; a line of JSON says each is begun, and what became of it."""
+    """Try cases in this process, with a limit of its memory; lines of JSON say which is begun, and how it ended."""
     warnings.simplefilter("ignore")
     target = TARGETS[name]
     with tempfile.TemporaryDirectory(prefix="fuzz-") as place:

@@ -1,4 +1,4 @@
-"""Runs that are killed at any moment lose nothing: `scripts/crash_test.py`, a short run of it, and what it would see."""
+"""Runs that are killed at any moment lose nothing: a short run of `scripts/crash_test.py`, and what it would see."""
 
 import json
 import sys
@@ -35,7 +35,7 @@ def test_a_run_that_was_killed_at_each_kind_of_moment_is_the_run_that_was_not(tm
 
 
 def test_one_changed_bit_is_a_difference(crash_test):
-    """The comparison sees the last bit of a parameter, a missing line, and a value of the log; it does not see clocks."""
+    """The comparison sees the last bit of a parameter, a missing line, and a value of the log; no clocks."""
     params = np.arange(4, dtype=np.float32)
     records = {"metrics": [{"step": 1, "loss/total": 0.5}], "evaluations": [], "samples": []}
     alone = {"state": params, "progress.phase": 1}, records

@@ -1,5 +1,5 @@
-"""Files that are damaged or made to harm: read rightly, or refused in one line. Each fault that was found is a test here, and
-`scripts/fuzz.py` looks for more."""
+"""Files that are damaged or made to harm: read rightly, or refused in one line. Each fault that was found is a test
+here, and `scripts/fuzz.py` looks for more."""
 
 import json
 import re
@@ -105,7 +105,8 @@ def test_a_number_of_hundreds_of_digits_is_not_shown():
 
 
 ODD = [
-    {"phases": 1.0}, {"phases": [1]}, {"phases": [{}]}, {"phases": [{"step": "1"}]}, {"starts": "x"}, {"starts": [None]},
+    {"phases": 1.0}, {"phases": [1]}, {"phases": [{}]}, {"phases": [{"step": "1"}]}, {"starts": "x"},
+    {"starts": [None]},
     {"starts": [{"versions": []}]}, {"starts": [{"time": 1e300}]}, {"time": "now"}, {"time": -1}, {"state": []},
     {"step": None}, {"phase": {}}, {"reason": 3},
 ]  # fmt: skip

@@ -70,7 +70,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def _written_out(node: Any, known: dict[Any, int]) -> int:
-    """Count the values of a YAML node with a copy of an anchor's wherever it is named: nine lines can mean a billion."""
+    """Count the values of a YAML node with a copy of an anchor's wherever it is named: nine lines may be a billion."""
     if node not in known:
         children = node.value if isinstance(node, yaml.SequenceNode | yaml.MappingNode) else []
         pairs = isinstance(node, yaml.MappingNode)

@@ -21,6 +21,8 @@ from tsopsd_jax.metric_names import HELD, SKIPPED
 from tsopsd_jax.rundir import files
 
 STATUS_FILE = "status.json"
+STALL_FILE = "stall-{}.txt"
+"""What a process that makes no progress waits for, with its stacks; the number is the process's."""
 RUNNING, ENDED, STOPPED, GUARD, FAILED = "running", "ended", "stopped", "guard", "failed"
 """States: a run that was killed still reads `running`, since nobody was left to say so."""
 _YEAR_9999 = 253_370_764_800
