@@ -9,8 +9,8 @@ from typing import Any
 
 from tsopsd_jax.commands import exit_codes
 from tsopsd_jax.config import claim
+from tsopsd_jax.display.foreign_text import one_line
 from tsopsd_jax.display.numbers import duration, finite
-from tsopsd_jax.display.screen import one_line
 from tsopsd_jax.metric_names import REWARD_FAILED, SKIPPED
 from tsopsd_jax.rundir import object_store, status
 from tsopsd_jax.rundir.lock import is_held

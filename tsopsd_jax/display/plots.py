@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from tsopsd_jax.display.foreign_text import CONTROLS, TURNS
+
 COLOURS = {
     "page": "#ffffff",
     "ink": "#1c2024",
@@ -263,7 +265,7 @@ def thinned(values: np.ndarray) -> np.ndarray:
 def _for_page(svg: str) -> str:
     """Strip an SVG file to its bare element, sized by the page,
     its colours the page's variables (so it follows a dark theme)."""
-    svg = svg[svg.index("<svg") :]
+    svg = re.sub(f"[{CONTROLS}{TURNS}]", "\ufffd", svg[svg.index("<svg") :])  # a phase's name may hold any
     # The date would make equal runs unequal pages.
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     head, rest = svg.split(">", 1)

@@ -4,9 +4,8 @@ another character set."""
 import codecs
 import io
 import os
-import re
 import sys
-from typing import Any, TextIO
+from typing import TextIO
 
 PLAIN = {"±": "+-", "─": "-", "–": "-", "→": "->", "≥": ">=", "…": "...", "●": "*", "✓": "+", "✗": "x"}
 """Spellings of the characters that are shown, for character sets that lack them; others become `?`."""
@@ -23,28 +22,6 @@ codecs.register_error("tsopsd.plain", _plain)
 def in_ascii(text: str, encoding: str) -> str:
     """Write `text` in the characters that `encoding` has."""
     return text.encode(encoding, "tsopsd.plain").decode(encoding)
-
-
-LONGEST_LINE = 2_000
-"""Characters of a foreign text that are shown in one line."""
-_UNSAFE = re.compile(
-    "[\x00-\x1f\x7f-\x9f"  # control characters: escape sequences, line ends, bells
-    "\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069"  # marks that turn the direction of text, and line ends of Unicode
-    "\ud800-\udfff]"  # halves of characters, which no stream can write
-)
-
-
-def one_line(text: Any) -> str:
-    """Write a text that a model, a file or a program made as one line that does nothing to a terminal.
-
-    White space becomes one space, what could move the cursor, recolour, turn the text round or not be written at all
-    becomes its escape such as `\\x1b`, and a long text loses its middle.
-    """
-    line = " ".join(str(text).split())
-    if len(line) > LONGEST_LINE:
-        left_out = len(line) - LONGEST_LINE
-        line = f"{line[: LONGEST_LINE * 3 // 4]} [... {left_out:,} characters ...] {line[-LONGEST_LINE // 4 :]}"
-    return _UNSAFE.sub(lambda found: ascii(found[0])[1:-1], line)
 
 
 class _Raw(io.FileIO):

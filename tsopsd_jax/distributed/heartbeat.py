@@ -58,7 +58,7 @@ def tick(doing: str | None = None) -> None:
 
 
 def report_stalls(file: Path | None) -> None:
-    """Write what the main thread waits for, with the stacks of all threads, to `file` when it is noticed; the file is removed
+    """Write what the main thread waits for, with the stacks of all threads, to `file`; it is removed
     when the thread goes on. None: nowhere."""
     _Main.report = file
     _clear_report()

@@ -2,6 +2,7 @@
 with the settings that they were begun with."""
 
 import json
+import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, TextIO
 
 from tsopsd_jax.rundir import files
 
+_ESCAPED = re.compile("[\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 BEGUN = "begun"
 """Key of the time at which a file was begun; it stands among the settings and is none."""
 
@@ -88,6 +90,8 @@ def claim_output(out: Path, settings: Mapping[str, Any]) -> None:
 
 
 def append(file: TextIO, line: Mapping[str, Any]) -> None:
-    """Append a line and flush it, so that what was sampled is kept."""
-    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    """Append a line and flush it, so that what was sampled is kept. A text that UTF-8 cannot hold, or that some readers
+    would take for two lines, is written with escapes."""
+    text = json.dumps(line, ensure_ascii=False)
+    file.write((json.dumps(line) if _ESCAPED.search(text) else text) + "\n")
     file.flush()

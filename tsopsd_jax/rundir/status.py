@@ -25,6 +25,8 @@ STALL_FILE = "stall-{}.txt"
 """What a process that makes no progress waits for, with its stacks; the number is the process's."""
 RUNNING, ENDED, STOPPED, GUARD, FAILED = "running", "ended", "stopped", "guard", "failed"
 """States: a run that was killed still reads `running`, since nobody was left to say so."""
+LONGEST_REASON = 4_000
+"""Characters of a reason that are kept: it may quote what a model wrote."""
 _YEAR_9999 = 253_370_764_800
 """The latest time that is taken for one, in seconds since 1970."""
 PACKAGES = ("tsopsd-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
@@ -65,12 +67,12 @@ class Status:
 
     def phase_ended(self, phase: str, step: int, reason: str) -> None:
         """Write why a phase ended after `step`."""
-        self._said["phases"].append({"phase": phase, "step": step, "reason": reason})
+        self._said["phases"].append({"phase": phase, "step": step, "reason": reason[:LONGEST_REASON]})
         self.write()
 
     def state(self, state: str, reason: str | None = None) -> None:
         """Write that the run is in `state` now, and why."""
-        self._said |= {"state": state, "reason": reason}
+        self._said |= {"state": state, "reason": reason and reason[:LONGEST_REASON]}
         self.write()
 
     def write(self) -> None:
