@@ -500,7 +500,8 @@ def work(name: str, seed: int, cases: Iterator[int], out: Any) -> None:
         kind, words = attempt(target, bad)
         assert kind == "read", f"{name}: the good file is {kind}: {words}"
         pages = int(Path("/proc/self/statm").read_text().split()[0])
-        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + ROOM_BYTES,) * 2)
+        limit = pages * resource.getpagesize() + ROOM_BYTES
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         for case in cases:
             print(json.dumps(["begun", case]), file=out, flush=True)
             damage(good, bad, files, dice_of(name, seed, case))

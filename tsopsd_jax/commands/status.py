@@ -113,9 +113,9 @@ def _time_left_s(settings: Mapping[str, Any], last: Mapping[str, Any], pace_s: f
     here = without_round(str(last.get("phase")))
     if pace_s is None or here not in names or settings.get("cycle"):
         return None
-    limits = [(phase.get("stop") or {}).get("steps") for phase in phases[names.index(here) :]]
-    taken = finite(last.get("phase_step"))
-    if taken is None or not all(isinstance(limit, int) for limit in limits):
+    asked = [(phase.get("stop") or {}).get("steps") for phase in phases[names.index(here) :]]
+    limits, taken = [limit for limit in asked if isinstance(limit, int)], finite(last.get("phase_step"))
+    if taken is None or len(limits) < len(asked):
         return None
     return max(0.0, sum(limits) - taken) * pace_s
 
