@@ -1,9 +1,9 @@
 """Watch a long run's memory, files and threads: `python scripts/soak.py [--steps 600] [--json FILE]`.
 
-The demo's three phases with few prompts, evaluated and saved all along. After each step the process's resident memory,
-open files and threads are noted. What counts is the growth after the first third of the steps, when all programs are
-compiled and all buffers made: the slope of a line through the rest, per 1,000 steps. The exit code is 0 if memory grows by
-less than `MOST_BYTES` in 1,000 steps, and files and threads do not.
+The demo's three phases with few prompts, evaluated and saved all along. After each step the process's resident
+memory, open files and threads are noted. What counts is the growth after the first third of the steps, when all
+programs are compiled and all buffers made: the slope of a line through the rest, per 1,000 steps. The exit code is
+0 if memory grows by less than `MOST_BYTES` in 1,000 steps, and files and threads do not.
 """
 
 import argparse

@@ -25,7 +25,7 @@ DEEP = "[" * 100_000
 
 
 def test_changed_files_are_read_or_refused_in_one_line():
-    """A short run over all targets; the long one is in benchmarks/results/fuzz.json."""
+    """A short run over all targets; the long one is in benchmarks/results/fuzz_cpu.json."""
     said = run_script("fuzz.py", "--cases", "18", "--seed", "7")
     assert re.search(r"^342 cases, 0 faults$", said, flags=re.MULTILINE), said
 

@@ -13,7 +13,7 @@ from tsopsd_jax.data.chat_worker import LONGEST_TURN
 from tsopsd_jax.rewards.workers import CutOff, StartError, WorkerPool
 
 _PROGRAM = Path(__file__).with_name("chat_worker.py")
-LIMIT_S = 10.0
+_LIMIT_S = 10.0
 """Seconds in which a template must be rendered."""
 CHATS = ("none", "direct", "thinking")
 """none: the bare text, for base models; direct, thinking: a user's turn, `enable_thinking` false or true."""
@@ -73,7 +73,7 @@ def _rendered(template: str, messages: Sequence[Mapping[str, str]], options: Map
 @functools.cache
 def _workers() -> WorkerPool:
     """The processes that render templates; the first one is started when it is first asked."""
-    return WorkerPool([sys.executable, "-P", str(_PROGRAM)], wall_s=LIMIT_S, environment={"HF_HUB_OFFLINE": "1"})
+    return WorkerPool([sys.executable, "-P", str(_PROGRAM)], wall_s=_LIMIT_S, environment={"HF_HUB_OFFLINE": "1"})
 
 
 def _without_clock(template: str) -> str:

@@ -4,6 +4,7 @@
 written as null.
 """
 
+import io
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,7 @@ from tsopsd_jax.rundir.trackers import Tracker, open_mirrors
 METRICS_FILE = "metrics.jsonl"
 EVALUATIONS_FILE = "evaluations.jsonl"
 SAMPLES_FILE = "samples.jsonl"
+NONFINITE_FOLDER, MAX_NONFINITE = "nonfinite", 3
 MEASURED = ("avg_at_k", "pass_at_k", "length_mean_tokens", "truncated_fraction", "entropy_nats")
 """Measurements of an evaluation that mirrors show."""
 NOT_MIRRORED = ("step", "time_s", "phase_step")
@@ -84,6 +86,16 @@ class RunLog:
             file.writelines(map(_encode, plain))
         for mirror in self._mirrors:
             mirror.show_samples(SAMPLES_FILE, plain[0]["step"], plain)
+
+    def write_nonfinite(self, step: int, words: str, rows: Mapping[str, np.ndarray]) -> None:
+        """Keep the suspected rows of an update that was not finite in `nonfinite/step-N.npz`, with what was found; the
+        first `MAX_NONFINITE` of a run."""
+        folder = self.run_dir / NONFINITE_FOLDER
+        folder.mkdir(exist_ok=True)
+        if len(list(folder.glob("*.npz"))) < MAX_NONFINITE:
+            content = io.BytesIO()
+            np.savez_compressed(content, found=np.array(words), **rows)
+            files.replace(folder / f"step-{step}.npz", [content.getvalue()])
 
     def write_evaluation(self, record: Mapping[str, Any]) -> None:
         """Add an evaluated stage, as `append_evaluation` does, and mirror what was measured as `evaluation/NAME`."""
