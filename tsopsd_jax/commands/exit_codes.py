@@ -53,8 +53,9 @@ def explain(command: str, error: BaseException) -> int:
         return INTERRUPTED
     if isinstance(error, OSError):
         from tsopsd_jax.rundir.checkpoints import SaveError  # here: `--help` is quick
+        from tsopsd_jax.rundir.object_store import StoreError
 
-        if isinstance(error, SaveError) or error.errno in _FULL:
+        if isinstance(error, SaveError | StoreError) or error.errno in _FULL:
             print(f"tsopsd {command}: {one_line(error)}", file=sys.stderr)
             return COULD_NOT_WRITE
     traceback.print_exception(error)

@@ -23,7 +23,7 @@ class NonFinite(NamedTuple):
     words: str
     """In a line: parameters with their layers, statistics with their rows, gradients with their layers."""
     rows: dict[str, np.ndarray]
-    """The batch's rows that are suspected, `MAX_SUSPECTS` at most: row, and the batch's fields and statistics of each."""
+    """The suspected rows of the batch, `MAX_SUSPECTS` at most: row, and its fields and statistics."""
 
 
 def locate(
