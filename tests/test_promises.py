@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "docs" / name for name in ("reliability.md", "security.md")]
 
 
-def tests_of(file: Path) -> set[str]:
+def functions_of(file: Path) -> set[str]:
     return {node.name for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.FunctionDef)}
 
 
@@ -22,7 +22,7 @@ def test_each_promise_names_a_test_that_exists():
         named = re.findall(r"`(tests/\w+\.py)::(\w+)`", row)
         assert named, f"no test holds: {row}"
         for file, test in named:
-            assert test in tests_of(ROOT / file), f"{file} has no {test}"
+            assert test in functions_of(ROOT / file), f"{file} has no {test}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

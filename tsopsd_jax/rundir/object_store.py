@@ -116,7 +116,7 @@ def _write(to: epath.Path, content: bytes) -> None:
             to.parent.mkdir(parents=True, exist_ok=True)
             to.write_bytes(content)
             return
-        except Exception as error:  # each store's client has errors of its own
+        except Exception as error:  # whatever its client raises
             if attempt == ATTEMPTS - 1:
                 words = " ".join(str(error).split())[:300]
                 raise StoreError(
