@@ -61,13 +61,6 @@ MUTANTS = [
         "test_hostile_text.py -k 'by_hand or terminal'",
     ),
     Mutant(
-        "anchors are counted once",
-        "config/strict.py",
-        "    return known[node]\n",
-        "    return known.pop(node, 1) and 1\n",
-        "test_hostile_files.py -k billion",
-    ),
-    Mutant(
         "a write to the store is tried once",
         "rundir/object_store.py",
         "if attempt == ATTEMPTS - 1:",

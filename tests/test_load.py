@@ -136,7 +136,7 @@ class Torn:
 def test_half_a_line_on_a_full_disk_is_cut_off_by_the_next_start(tmp_path):
     with RunLog(tmp_path, last_step=0, tracker=Tracker(tensorboard=False)) as log:
         log.write(line(1))
-        log._file = Torn(log._file)
+        log._file = Torn(log._file)  # pyright: ignore[reportAttributeAccessIssue]
         with pytest.raises(OSError, match="No space left on device"):
             log.write(line(2))
     assert not (tmp_path / "metrics.jsonl").read_bytes().endswith(b"\n")

@@ -64,12 +64,13 @@ def test_a_weight_that_is_not_finite_is_named_skipped_counted_and_stops_the_run(
 
 def test_an_advantage_that_is_not_finite_is_named_by_its_row_and_learning_goes_on(trainer_in, tmp_path, monkeypatch):
     """The one in the second step alone; the third step learns again, from the policy that the first one left."""
+    from tsopsd_jax.judge import groups
     from tsopsd_jax.train import phase_step
 
-    calls, make = [], phase_step.to_batch
+    calls, make = [], groups.to_batch
 
-    def to_batch(groups, **options):
-        batch = make(groups, **options)
+    def to_batch(judged, **options):
+        batch = make(judged, **options)
         calls.append(len(calls))
         if len(calls) in (2, 3):  # the second step's, and once more where it is located
             batch = dataclasses.replace(batch, advantage=np.where(np.arange(8)[:, None] == 5, np.inf, batch.advantage))

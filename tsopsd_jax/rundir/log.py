@@ -94,7 +94,7 @@ class RunLog:
         folder.mkdir(exist_ok=True)
         if len(list(folder.glob("*.npz"))) < MAX_NONFINITE:
             content = io.BytesIO()
-            np.savez_compressed(content, found=np.array(words), **rows)
+            np.savez_compressed(content, found=np.array(words), **rows)  # pyright: ignore[reportArgumentType] - names
             files.replace(folder / f"step-{step}.npz", [content.getvalue()])
 
     def write_evaluation(self, record: Mapping[str, Any]) -> None:
