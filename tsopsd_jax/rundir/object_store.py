@@ -27,6 +27,7 @@ FILES = (
     "tracker.json",
     "report.html",
     "events/*",
+    "nonfinite/*",
 )
 """Files that are copied, as patterns."""
 ATTEMPTS, PAUSE_S = 6, 0.5
