@@ -196,14 +196,17 @@ def small_weights(folder: Path) -> str:
 
     from tsopsd_jax.model import Qwen3, Qwen3Config, save_pretrained
 
-    sizes = {
-        "hidden_size": 24,
-        "intermediate_size": 16,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "head_dim": 4,
-    }
-    model = Qwen3(Qwen3Config(vocab_size=29, num_hidden_layers=1, rope_theta=1e4, **sizes))
+    config = Qwen3Config(
+        vocab_size=29,
+        hidden_size=24,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=4,
+        rope_theta=1e4,
+    )
+    model = Qwen3(config)
     save_pretrained(folder, model, jax.tree.map(lambda s: jnp.ones(s.shape), model.param_shapes()))
     return "model.safetensors"
 
