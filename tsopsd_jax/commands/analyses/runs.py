@@ -8,6 +8,7 @@ from tsopsd_jax.analysis.trajectories import Span, Trajectory, read_trajectory
 from tsopsd_jax.config.restore import resolved_config
 from tsopsd_jax.rundir import object_store
 from tsopsd_jax.rundir.log import read_evaluations, read_metrics
+from tsopsd_jax.train.cycle import without_round
 
 
 def add_runs(parser: argparse.ArgumentParser, *, several: bool) -> None:
@@ -39,7 +40,8 @@ def chosen_span(run: Trajectory, run_dir: Path, phase: str | None) -> Span:
         ValueError: the log has none.
     """
     wanted = [phase] if phase is not None else reheating_phases(run_dir)
-    span = next((span for span in run.spans if span.phase in wanted), None)
+    # In a cycle `reheat` is the first of `reheat#1`, `reheat#2`, ...; each can be asked for by itself.
+    span = next((span for span in run.spans if {span.phase, without_round(span.phase)} & {*wanted}), None)
     if span is None:
         have = ", ".join(dict.fromkeys(span.phase for span in run.spans))
         raise ValueError(
