@@ -1,8 +1,9 @@
-"""Figures of the analyses: panels of curves, histograms, bars or matrices with a caption; as one PNG file, each panel as SVG, as JSON."""
+"""Figures of the analyses: panels of curves, histograms, bars or matrices with a caption; as PNG, SVG and JSON."""
 
 import contextlib
 import io
 import textwrap
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -111,7 +112,8 @@ def _styled(width_in: float, height_in: float, colour: str) -> Iterator[Any]:
     import matplotlib.style
     from matplotlib.figure import Figure as Canvas
 
-    with matplotlib.style.context(["default", STYLE], after_reset=True):
+    with matplotlib.style.context(["default", STYLE], after_reset=True), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a name may have characters that the measuring font lacks
         yield Canvas(figsize=(width_in, height_in), layout="constrained", facecolor=colour)
 
 
@@ -179,7 +181,7 @@ def _fields(panel: Mapping[str, Any]) -> dict[str, Any]:
         fields[name] = np.asarray(fields[name], np.float64)
     if "curves" in fields:
         fields["curves"] = [
-            Curve(name, *(None if each is None else np.asarray(each, np.float64) for each in arrays))
+            Curve(name, *(np.asarray(each, np.float64) for each in arrays if each is not None))
             for name, *arrays in fields["curves"]
         ]
         fields["strips"] = [Strip(*strip) for strip in fields["strips"]]

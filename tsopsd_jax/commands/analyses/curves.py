@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 
 from tsopsd_jax.analysis.trajectories import Band, Trajectory, band_of
-from tsopsd_jax.commands.analyses.runs import add_runs, evaluations_of, shades, trajectory_of
+from tsopsd_jax.commands.analyses.runs import add_runs, evaluations_of, reheating_phases, shades, trajectory_of
 from tsopsd_jax.display.figures import Chart, Curve, Figure, Strip
 from tsopsd_jax.metric_names import ENTROPY, GRAD_NORM, LENGTH, REWARD
+from tsopsd_jax.train.cycle import without_round
 
 LOGGED = {
     "reward": (REWARD, "Reward", "mean reward"),
@@ -61,7 +62,7 @@ def over_steps(
         name: {"runs": [run_dirs[at] for at in members]} for name, members in groups.items()
     }
     alike = len({tuple(each.spans) for each in runs}) == 1
-    phases = {"shaded": shades(runs[0])} if alike else {"strips": _strips(runs, groups)}
+    phases = {"shaded": shades(runs[0])} if alike else {"strips": _strips(run_dirs, runs, groups)}
     for key, (metric, title, unit) in LOGGED.items():
         curves = []
         for name, members in groups.items():
@@ -77,16 +78,20 @@ def over_steps(
     if alike:
         caption += " Shaded: the phases."
     elif phases["strips"]:
-        caption += " Bars at the foot: the phases without a reward, in the colour of their run; of several runs the darker the more of them."
+        caption += (
+            " Bars at the foot: phases that learn without a reward, in the colour of their run; of several "
+            "runs the darker the more of them."
+        )
     return {"curves": report, "phases": _phases(runs)}, Figure(charts, caption)
 
 
-def _strips(runs: Sequence[Trajectory], groups: dict[str, list[int]]) -> list[Strip]:
-    """The phases of each run in which no step has a reward: they reheat or cool."""
+def _strips(run_dirs: Sequence[str], runs: Sequence[Trajectory], groups: dict[str, list[int]]) -> list[Strip]:
+    """The phases of each run that learn without a reward: they reheat or cool."""
     strips = []
     for curve, members in enumerate(groups.values()):
-        for run in (runs[at] for at in members):
-            spans = [span for span in run.spans if not np.isfinite(run.within(span).column(REWARD)).any()]
+        for at in members:
+            reheating = reheating_phases(run_dirs[at])
+            spans = [span for span in runs[at].spans if without_round(span.phase) in reheating]
             strips += [Strip(curve, span.first - 0.5, span.last + 0.5, 1 / len(members)) for span in spans]
     return strips
 
