@@ -10,6 +10,7 @@ import jax
 
 from tsopsd_jax.analysis.batches import GivenBatch, batches_of
 from tsopsd_jax.analysis.distributions import OnMesh
+from tsopsd_jax.commands.generate import digest
 from tsopsd_jax.commands.policies import PolicySource, add_policies, policy_of
 from tsopsd_jax.commands.responses import Responses, read_responses
 from tsopsd_jax.data import Tokenizer
@@ -68,6 +69,8 @@ class Pair(NamedTuple):
     mesh: jax.sharding.Mesh
     tokens_at_once: int
     facts: dict[str, Any]
+    settings: dict[str, Any]
+    """All that the measures depend on, but for an analysis's own options."""
 
     def parts(self, table: LiveTable, doing: str = "comparing") -> Iterator[GivenBatch]:
         """The responses in batches; the table shows how many went by."""
@@ -100,4 +103,10 @@ def open_pair(args: argparse.Namespace) -> Pair:
         "responses": len(responses.answered),
         "encoded_again": responses.encoded_again,
     }
-    return Pair(*policies, responses, mesh, args.tokens_at_once, facts)
+    settings = {
+        "policies": [{**each.source, "dtype": each.dtype} for each in (before, after)],
+        "responses_sha256": digest([f"{list(one.prompt)} {list(one.response)}" for one in responses.answered]),
+        "tokens_at_once": args.tokens_at_once,
+        "rows": row_multiple(mesh),
+    }
+    return Pair(*policies, responses, mesh, args.tokens_at_once, facts, settings)
