@@ -50,7 +50,7 @@ def seconds_of(run: Callable[[], Any]) -> float:
 
 
 class Turns:
-    """Yields a batch again and again, timing what an analysis does until it asks for the next; before each, the passes."""
+    """Yields a batch again and again, timing what an analysis does with it; before each, the passes."""
 
     def __init__(self, part: GivenBatch, passes: Callable[[], Any], rounds: int):
         self.part, self.passes, self.rounds = part, passes, rounds

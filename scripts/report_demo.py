@@ -71,7 +71,7 @@ def analyse(run: Path, ends: dict[str, int], between: list[int], work: Path) -> 
     """Every analysis of `tsopsd analyse`, into one folder."""
     out = work / "analyses"
     before, after = f"{run}@{ends['rl']}", f"{run}@{ends['reheat']}"
-    responses = ("--responses", work / "responses" / "countdown:test" / "collapsed.jsonl")
+    responses = ("--responses", work / "responses" / "countdown-test" / "collapsed.jsonl")
     two = ("--before", before, "--after", after)
     recooled = cool(run, work, ends["reheat"])
     middle = [f"{run}@{step}" for step in between[1:-1]]

@@ -7,12 +7,13 @@ import jax
 import numpy as np
 import pytest
 
+from tsopsd_jax.analysis import batches
 from tsopsd_jax.cli import main
 from tsopsd_jax.commands.analyse import ANALYSES
 from tsopsd_jax.config.places import DEMO_CONFIG
 from tsopsd_jax.data import Tokenizer
 from tsopsd_jax.model import load_pretrained, save_pretrained
-from tsopsd_jax.rundir import resumable_jsonl
+from tsopsd_jax.rundir import resumable_jsonl, unfinished
 
 MODEL = DEMO_CONFIG.parent / "countdown-tiny"
 TEXTS = {"3 5 7 9 -> 24 :": "3 + 5 = 8 ; 7 + 9 = 16 ; 8 + 16 = 24", "2 4 6 8 -> 20 :": "2 + 4 = 6 ; 6 + 6 = 12"}
@@ -88,6 +89,51 @@ def test_distributions_of_ids_and_of_text(heated, responses, tmp_path):
     again = analyse("distributions", tmp_path / "text", *two, "--responses", responses)
     assert (found["encoded_again"], again["encoded_again"]) == (0, 2)
     assert again["tokens"] == found["tokens"] - 1
+
+
+class StopError(Exception):
+    """What interrupts an analysis in a test."""
+
+
+@pytest.mark.parametrize("name", ["distributions", "representations"])
+def test_an_interrupted_analysis_goes_on_from_its_batches(name, heated, tmp_path, monkeypatch):
+    """16 responses of 8 devices' rows are two batches: interrupted at the second, only the second is computed again."""
+    lines = [json.dumps({"prompt_ids": [1, 2], "response_ids": [3 + at, 4, 5]}) for at in range(16)]
+    responses = tmp_path / "r.jsonl"
+    responses.write_text("\n".join(lines) + "\n")
+    options = ["--before", MODEL, "--after", heated / "after", "--responses", responses, "--tokens-at-once", 512]
+    expected = analyse(name, tmp_path / "at once", *options)
+    monkeypatch.setattr(unfinished, "SAVE_EVERY_S", 0.0)
+    real = batches._part
+
+    def part(sequences, which, width):
+        if which[0] > 0 and stops:
+            raise StopError
+        return real(sequences, which, width)
+
+    monkeypatch.setattr(batches, "_part", part)
+    out, stops = tmp_path / "out", True
+    with pytest.raises(StopError):
+        main(["analyse", name, "--out", str(out), *map(str, options)])
+    file = out / f"{name}.unfinished.npz"
+    with np.load(file) as saved:
+        assert saved["batches"] == 1
+    stops = False
+    # Other settings do not go on from it, and leave nothing of it.
+    other = analyse(name, tmp_path / "other", *options, "--first", 8)
+    shutil.copyfile(file, tmp_path / "other" / file.name)
+    assert analyse(name, tmp_path / "other", *options, "--first", 8) == other
+    assert not (tmp_path / "other" / file.name).exists()
+    with np.load(file) as saved:
+        arrays = {key: saved[key] for key in saved.files}
+    assert analyse(name, out, *options) == expected
+    assert not file.exists()
+    # That it is taken up is seen where it says something else.
+    changed, says = {"distributions": ("forward_kl_nats", "forward_kl_nats"), "representations": ("xy.0.0", "matrix")}[
+        name
+    ]
+    np.savez(file, **arrays | {changed: 0 * arrays[changed]})
+    assert analyse(name, out, *options)[says] != expected[says]
 
 
 def test_representations_of_a_policy_with_itself(responses, tmp_path):
