@@ -16,6 +16,7 @@ from tsopsd_jax.commands.responses import Responses, read_responses
 from tsopsd_jax.data import Tokenizer
 from tsopsd_jax.display.live_table import LiveTable
 from tsopsd_jax.distributed.sharding import make_mesh, row_multiple
+from tsopsd_jax.model.hf_config import read_config
 
 
 def add_computing(parser: argparse.ArgumentParser, *, tokens_at_once: int) -> None:
@@ -60,6 +61,13 @@ def check_computing(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')}: expected at least 1, got {value}")
 
 
+def responses_for(policy: PolicySource, args: argparse.Namespace) -> Responses:
+    """Read the file of `--responses` with the policy's tokenizer."""
+    tokenizer = Tokenizer.load(policy.folder, chat=policy.chat)
+    vocab_size = read_config(policy.folder / "config.json").vocab_size
+    return read_responses(args.responses, tokenizer, vocab_size=vocab_size, first=args.first)
+
+
 class Pair(NamedTuple):
     """Two policies on one mesh, and the responses at which they are compared."""
 
@@ -91,7 +99,7 @@ def open_pair(args: argparse.Namespace) -> Pair:
     """
     check_computing(args)
     before, after = (policy_of(text, dtype=args.dtype, chat=args.chat) for text in (args.before, args.after))
-    responses = read_responses(args.responses, Tokenizer.load(after.folder, chat=after.chat), first=args.first)
+    responses = responses_for(after, args)
     mesh = make_mesh(tensor=args.tensor)
     policies = on_mesh(before, mesh), on_mesh(after, mesh)
     sizes = [each.model.vocab_size for each in policies]
