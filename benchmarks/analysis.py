@@ -1,7 +1,7 @@
 """What analyses of two policies cost beside the two forward passes that they need.
 
     python benchmarks/analysis.py --out benchmarks/results/analysis_cpu.json [--model configs/models/Qwen3-0.6B]
-        [--rows 2] [--width 256] [--rounds 3]
+        [--layers 4] [--rows 2] [--width 256] [--rounds 5]
 
 A model of the given shape with random weights stands for both policies (two forward passes are computed all the same);
 the second half of each row is its response. In one process and in turns: the two passes, then the same batch by
@@ -10,6 +10,7 @@ each response token, tile by tile, and the sum of their exponentials; one of the
 """
 
 import argparse
+import dataclasses
 import json
 import statistics
 import time
@@ -27,7 +28,7 @@ from tsopsd_jax.analysis.distributions import OnMesh, compare_tokens
 from tsopsd_jax.analysis.representations import layer_similarity
 from tsopsd_jax.distributed.sharding import make_mesh, put, row_sharding
 from tsopsd_jax.head import batch_stats
-from tsopsd_jax.model import Qwen3
+from tsopsd_jax.model import Qwen3, Qwen3Config
 from tsopsd_jax.model.hf_config import read_config
 from tsopsd_jax.types import Batch
 
@@ -78,9 +79,9 @@ class Turns:
         }
 
 
-def measure(folder: Path, rows: int, width: int, rounds: int, which: list[str]) -> list[dict[str, Any]]:
+def measure(config: Qwen3Config, rows: int, width: int, rounds: int, which: list[str]) -> list[dict[str, Any]]:
     """A row for each analysis."""
-    mesh, config = make_mesh(), read_config(folder / "config.json")
+    mesh = make_mesh()
     dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     model = Qwen3(config, compute_dtype=dtype, mesh=mesh)
     params = jax.jit(model.init)(jax.random.key(0))
@@ -116,15 +117,23 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--model", type=Path, default=Path(__file__).parents[1] / "configs/models/Qwen3-0.6B")
+    parser.add_argument("--layers", type=int, default=4, help="of the model; fewer make the head a larger part")
     parser.add_argument("--rows", type=int, default=2)
     parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", nargs="+", default=["distributions", "representations"])
     args = parser.parse_args()
-    cases = measure(args.model, args.rows, args.width, args.rounds, args.only)
+    shape = dataclasses.replace(read_config(args.model / "config.json"), num_hidden_layers=args.layers)
+    cases = measure(shape, args.rows, args.width, args.rounds, args.only)
     for case in cases:
         took = f"{case['analysis_s']:.2f} s, passes {case['passes_s']:.2f} s"
         print(f"{case['analysis']}: {took}, ratio {case['ratio']:.2f}")
     if args.out:
-        settings = {"model": args.model.name, "rows": args.rows, "width": args.width, "jax": jax.__version__}
+        settings = {
+            "model": args.model.name,
+            "layers": args.layers,
+            "rows": args.rows,
+            "width": args.width,
+            "jax": jax.__version__,
+        }
         args.out.write_text(json.dumps({**about(), **settings, "cases": cases}, indent=1) + "\n")

@@ -235,7 +235,7 @@ def test_analyses_of_several_runs_say_whose_they_are(runs, tmp_path):
         analysed(tmp_path / name / "analyses", "reversal", drawn=True)
     out = tmp_path / "page.html"
     assert main(["report", *runs, "--out", str(out)]) == 0
-    assert re.findall(r"<h2>Reversal, (.*?):", out.read_text("utf-8")) == ["r-0", "r-1"]
+    assert re.findall(r"<h2>Reversal, (.*?)</h2>", out.read_text("utf-8")) == ["r-0", "r-1"]
 
 
 def test_a_run_without_configuration_or_evaluations(runs, tmp_path):

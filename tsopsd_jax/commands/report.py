@@ -161,7 +161,8 @@ def analysis_sections(folders: Sequence[Path]) -> list[Section]:
         for folder in folders:
             if (folder / f"{name}.json").is_file():
                 where = f", {folder.parent.name}" if len(folders) > 2 and folder.name == "analyses" else ""
-                sections.append(Section(f"{name.capitalize()}{where}: {about}", SEE[name], _body(folder, name)))
+                says = f"{about[0].upper()}{about[1:]}. {SEE[name]}"
+                sections.append(Section(name.capitalize() + where, says, _body(folder, name)))
     return sections
 
 
