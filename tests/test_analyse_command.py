@@ -271,6 +271,24 @@ def test_cost_of_a_run(run_dir, tmp_path):
     assert found["reheating_share_of_the_rest"] == pytest.approx(40 / 60)
 
 
+def test_analyses_of_a_cyclic_run(run_dir, tmp_path):
+    """In the log the phases of a cycle have their round: `reheat#1`, `reheat#2`."""
+    cyclic = tmp_path / "cyclic"
+    shutil.copytree(run_dir, cyclic)
+    lines = [json.loads(each) for each in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        line["phase"] = {"rl": "rl#1", "reheat": "reheat#1", "rl-again": "rl#2"}[line["phase"]]
+    write(cyclic / "metrics.jsonl", lines)
+    found = analyse("cost", tmp_path, cyclic)[str(cyclic)]
+    assert [(p["phase"], p["reheats"]) for p in found["phases"]] == [
+        ("rl#1", False),
+        ("reheat#1", True),
+        ("rl#2", False),
+    ]
+    assert analyse("jump", tmp_path, cyclic)["phase"] == "reheat#1"
+    assert analyse("jump", tmp_path, cyclic, "--phase", "rl#2")["phase"] == "rl#2"
+
+
 def test_accuracy_over_the_checkpoints_of_reheating(run_dir, tmp_path):
     found = analyse("reasoning", tmp_path, run_dir)
     assert [point["step"] for point in found["accuracy"]["b"]] == [10, 20, 30]  # the phase began after step 10
