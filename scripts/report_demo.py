@@ -13,7 +13,7 @@ from tsopsd_jax.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "report_demo"
-SHOWN = ("distributions", "reasoning", "reversal")
+SHOWN = ("curves", "distributions", "reversal")
 """Analyses whose PNG stands beside the page."""
 BENCHMARK = ("--benchmarks", "countdown:test", "--first", "512", "--max-tokens", "19", "--slots", "1024")
 
@@ -82,7 +82,7 @@ def analyse(run: Path, ends: dict[str, int], between: list[int], work: Path) -> 
         "distributions": (*two, *responses),
         "forks": (*two, "--between", *middle, *responses, "--slots", 1024),
         "jump": (run,),
-        "temperatures": ("--before", before, *responses),
+        "temperatures": ("--before", before, *responses, "--first", 256),
         "reversal": (*two, "--recooled", recooled),
         "cost": (run,),
         "table": (work / "table",),

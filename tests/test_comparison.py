@@ -9,7 +9,7 @@ import pytest
 
 from tsopsd_jax.cli import main
 from tsopsd_jax.commands.report import same_but_seed
-from tsopsd_jax.display.comparison import RunLog, accuracy_table, final_table, final_values
+from tsopsd_jax.display.comparison import ComparedRun, accuracy_table, final_table, final_values
 from tsopsd_jax.display.figure_html import values_table
 from tsopsd_jax.display.figures import (
     Bars,
@@ -66,7 +66,7 @@ def test_final_values_by_hand():
     lines = [{"policy/entropy_nats": at, "reward/mean": None, "rollout/tokens": 1000, "time/step_s": 36.0}
              for at in range(7)]  # fmt: skip
     lines[1]["reward/mean"] = 0.25
-    found = final_values(RunLog(lines, [evaluation("a", 0.1, 0.2), evaluation("b", 0.5, 0.75)]))
+    found = final_values(ComparedRun(lines, [evaluation("a", 0.1, 0.2), evaluation("b", 0.5, 0.75)]))
     assert found["entropy, nats"] == 4.0  # (2 + 3 + 4 + 5 + 6) / 5
     assert found["reward"] == 0.25  # the one step that measured it
     assert np.isnan(found["accuracy, %"])
@@ -76,7 +76,7 @@ def test_final_values_by_hand():
 
 def test_seeds_are_a_mean_with_its_deviation():
     def run(reward):
-        return RunLog(lines_of(2, **{"reward/mean": reward}), [])
+        return ComparedRun(lines_of(2, **{"reward/mean": reward}), [])
 
     head, both, alone = cells(final_table({"seeds": [run(0.25), run(0.75)], "<b>": [run(0.5)]}))
     at = head.index("reward")
@@ -89,14 +89,14 @@ def test_seeds_are_a_mean_with_its_deviation():
 def test_accuracies_in_the_layout_of_table_1():
     first = [evaluation("base", 0.25, 0.5), evaluation("end", 0.75, 1.0), evaluation("end", 0.9, 0.9, phase_step=3)]
     other = [evaluation("base", 0.35, 0.6), evaluation("base", 0.5, 0.5, benchmark="b")]
-    found = cells(accuracy_table({"x": [RunLog([], first), RunLog([], other)]}))
+    found = cells(accuracy_table({"x": [ComparedRun([], first), ComparedRun([], other)]}))
     assert found == [
         ["run, stage", "toy avg@8/pass@8", "b avg@8/pass@8", "average avg/pass"],
         # toy: (25 + 35) / 2 and (50 + 60) / 2; the average: (30 + 50) / 2 and (55 + 50) / 2
         ["x base", "30.00/55.00", "50.00/50.00", "40.00/52.50"],
         ["x end", "75.00/100.00", "-", "-"],
     ]
-    assert accuracy_table({"x": [RunLog([], [])]}) == ""
+    assert accuracy_table({"x": [ComparedRun([], [])]}) == ""
 
 
 def test_runs_that_differ_in_their_seed_alone_are_one_group():

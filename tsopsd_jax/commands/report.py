@@ -15,7 +15,7 @@ from tsopsd_jax.commands.analyse import ANALYSES
 from tsopsd_jax.commands.analyses.curves import groups_asked, over_steps
 from tsopsd_jax.config import claim
 from tsopsd_jax.display.comparison import (
-    RunLog,
+    ComparedRun,
     Section,
     accuracy_table,
     add_sections,
@@ -95,7 +95,7 @@ def _write_one(args: argparse.Namespace) -> str:
 def _write_several(args: argparse.Namespace) -> str:
     with contextlib.ExitStack() as stack:
         folders = [stack.enter_context(object_store.opened(run_dir)) for run_dir in args.run_dirs]
-        logs = [RunLog(read_metrics(folder), read_evaluations(folder)) for folder in folders]
+        logs = [ComparedRun(read_metrics(folder), read_evaluations(folder)) for folder in folders]
         names = _names(args.run_dirs)
         groups = same_but_seed([_settings(folder) for folder in folders], names)
         runs = [read_trajectory(name, log.lines) for name, log in zip(names, logs, strict=True)]

@@ -16,7 +16,7 @@ LAST_STEPS = 5
 """A final value is the mean of a metric's last values, this many."""
 
 
-class RunLog(NamedTuple):
+class ComparedRun(NamedTuple):
     """What a run wrote: the lines of metrics.jsonl and of evaluations.jsonl."""
 
     lines: Sequence[Mapping[str, Any]]
@@ -31,7 +31,7 @@ class Section(NamedTuple):
     body: str
 
 
-def final_values(run: RunLog) -> dict[str, float]:
+def final_values(run: ComparedRun) -> dict[str, float]:
     """The values that a run ended with, by the titles of their columns; NaN where it has none."""
     found = {
         "steps": float(len(run.lines)),
@@ -65,7 +65,7 @@ def _total(lines: Iterable[Mapping[str, Any]], key: str) -> float:
     return float(np.sum(values)) if values else math.nan
 
 
-def final_table(groups: Mapping[str, Sequence[RunLog]]) -> str:
+def final_table(groups: Mapping[str, Sequence[ComparedRun]]) -> str:
     """A row of final values for each group: of one run its own, of several the mean and the standard deviation."""
     found = {name: [final_values(run) for run in runs] for name, runs in groups.items()}
     titles = list(dict.fromkeys(title for runs in found.values() for values in runs for title in values))
@@ -91,7 +91,7 @@ def _mean(values: Sequence[float], form: str) -> str:
     return f'{mean} <span class="muted">± {format(float(np.std(known, ddof=1)), form)}</span>'
 
 
-def accuracy_table(groups: Mapping[str, Sequence[RunLog]]) -> str:
+def accuracy_table(groups: Mapping[str, Sequence[ComparedRun]]) -> str:
     """The layout of the paper's table 1: rows are groups and stages, cells avg@k/pass@k of benchmarks in %.
 
     Stages are the evaluations between phases. Of several runs the numbers are means. Empty if nothing was evaluated.

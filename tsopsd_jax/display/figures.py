@@ -128,7 +128,7 @@ def write_png(figure: Figure, path: Path) -> None:
     columns = min(figure.columns, len(figure.panels))
     rows = -(-len(figure.panels) // columns)
     width_in, height_in = PANEL_IN[0] * columns, PANEL_IN[1] * rows
-    caption = textwrap.fill(figure.caption, int(17.5 * width_in))
+    caption = textwrap.fill(figure.caption, int(16 * width_in))
     below_in = 0.16 * (caption.count("\n") + 1) + 0.15
     with _styled(width_in, height_in + below_in, "white") as canvas:
         engine: Any = canvas.get_layout_engine()

@@ -153,7 +153,8 @@ def _figure(found: dict[str, Forks], note: str) -> Figure:
     curves = [
         Curve(name, *_smooth(each.logp_by_position_nats, each.rollouts_by_position)) for name, each in found.items()
     ]
-    panels = [Chart("(a) Log-probability of the tokens drawn", "token position", "mean log-probability, nats", curves)]
+    title = "(a) Log-probability of the tokens drawn"
+    panels = [Chart(title, "token position", "mean log-probability, nats", curves, whole_x=True)]
     at = np.arange(1, len(found) + 1)
     for title, label, key in (
         ("(b) Edit distance to the greedy rollout", "share of the longer one", "edit_distance"),
