@@ -109,4 +109,4 @@ def run(work: Path) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("work", type=Path, metavar="WORK")
-    run(parser.parse_args().work.resolve())
+    run(parser.parse_args().work)

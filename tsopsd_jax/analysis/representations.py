@@ -27,6 +27,9 @@ from tsopsd_jax.distributed.sharding import put, replicated, row_sharding
 from tsopsd_jax.rundir.unfinished import Unfinished
 from tsopsd_jax.types import Batch, PyTree
 
+WIDTH_TOKENS = 64
+"""Places for a row's response tokens are a multiple of this, so that few programs are compiled."""
+
 
 class Sums:
     """Sums over tokens for some pairs of layers: X^T Y, the states themselves, and how many tokens they are of.
@@ -101,12 +104,18 @@ def _programs(policies: tuple[OnMesh, OnMesh], mesh: Mesh) -> tuple[_Batched, _B
         return jnp.einsum("BLD,BLE->DE", x, y, precision="highest", preferred_element_type=jnp.float32)
 
     def programs(policy: OnMesh) -> _Batched:
-        def states(params: PyTree, batch: Batch, shift: Array) -> Array:
+        def states(params: PyTree, batch: Batch, shift: Array, width: int) -> Array:
             found = policy.model.layer_states(params, batch.tokens).astype(jnp.float32)
-            return jnp.where(batch.mask[None, :, :, None], found - shift[:, None, None, :], 0.0)
+            # Response tokens first in each row, and no more places than there are: products are what costs.
+            at = jnp.argsort(~batch.mask, axis=1, stable=True)[:, :width]
+            found = jnp.take_along_axis(found, at[None, :, :, None], axis=2)
+            there = jnp.take_along_axis(batch.mask, at, axis=1)
+            return jnp.where(there[None, :, :, None], found - shift[:, None, None, :], 0.0)
 
         return _Batched(
-            jax.jit(states), jax.jit(total, out_shardings=everywhere), jax.jit(product, out_shardings=everywhere)
+            jax.jit(states, static_argnums=3),
+            jax.jit(total, out_shardings=everywhere),
+            jax.jit(product, out_shardings=everywhere),
         )
 
     return programs(policies[0]), programs(policies[1])
@@ -189,10 +198,11 @@ def _add_batch(
     mesh: Mesh,
 ) -> None:
     """Add a batch to the sums of X with Y, X with itself and Y with itself: "xy", "xx", "yy"."""
-    batch, tokens = put(part.batch, row_sharding(mesh)), int(np.sum(np.asarray(part.batch.mask)))
+    batch, lengths = put(part.batch, row_sharding(mesh)), np.sum(np.asarray(part.batch.mask), axis=1)
+    width = min(part.batch.mask.shape[1], -(-int(lengths.max()) // WIDTH_TOKENS) * WIDTH_TOKENS)
     states, totals = dict[str, Array](), dict[str, np.ndarray]()
     for name, policy, program, shift in zip("xy", policies, programs, shifts, strict=True):
-        states[name] = program.states(policy.params, batch, put(shift, replicated(mesh)))
+        states[name] = program.states(policy.params, batch, put(shift, replicated(mesh)), width)
         totals[name] = jax.device_get(program.total(states[name]))
     product = programs[0].product
     for (a, b), sums in all_sums.items():
@@ -200,7 +210,7 @@ def _add_batch(
         sums.add(
             totals[a],
             totals[b],
-            tokens,
+            int(lengths.sum()),
             lambda i, j, x=x, y=y: jax.device_get(product(x, y, np.int32(i), np.int32(j))),
         )
 
