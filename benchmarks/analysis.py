@@ -23,24 +23,22 @@ import jax.numpy as jnp
 import numpy as np
 from peers import about
 
-from tsopsd_jax.analysis.batches import GivenBatch
+from tsopsd_jax.analysis.batches import Answered, GivenBatch, batches_of
 from tsopsd_jax.analysis.distributions import OnMesh, compare_tokens
 from tsopsd_jax.analysis.representations import layer_similarity
 from tsopsd_jax.distributed.sharding import make_mesh, put, row_sharding
 from tsopsd_jax.head import batch_stats
 from tsopsd_jax.model import Qwen3, Qwen3Config
 from tsopsd_jax.model.hf_config import read_config
-from tsopsd_jax.types import Batch
 
 TILE_TOKENS = 256
 
 
 def given(vocab_size: int, rows: int, width: int) -> GivenBatch:
     """Rows of random tokens, the second half of each its response."""
-    tokens = np.random.default_rng(0).integers(0, vocab_size, (rows, width)).astype(np.int32)
-    mask = np.broadcast_to(np.arange(width) >= width // 2, tokens.shape)
-    zero = np.zeros(mask.shape, np.float32)
-    return GivenBatch(Batch(tokens, mask, zero, zero), np.arange(rows))
+    tokens = np.random.default_rng(0).integers(0, vocab_size, (rows, width)).tolist()
+    answered = [Answered(row[: width // 2], row[width // 2 :]) for row in tokens]
+    return next(batches_of(answered, tokens_at_once=rows * width, multiple=1, limit=width))
 
 
 def seconds_of(run: Callable[[], Any]) -> float:
