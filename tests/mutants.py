@@ -712,6 +712,13 @@ MUTANTS = [
         "test_analyse_command.py -k interrupted",
     ),
     Mutant(
+        "representations: the places of prompts come first",
+        "analysis/representations.py",
+        "at = jnp.argsort(~batch.mask, axis=1, stable=True)[:, :width]",
+        "at = jnp.argsort(batch.mask, axis=1, stable=True)[:, :width]",
+        "test_analysis.py -k layers_on_a_mesh",
+    ),
+    Mutant(
         "reversal: the projection on the cooling",
         "analysis/reversal.py",
         "reverse_projection=-product / heated2,",
