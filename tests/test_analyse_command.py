@@ -286,7 +286,7 @@ def test_analyses_of_a_cyclic_run(run_dir, tmp_path):
         ("rl#2", False),
     ]
     assert analyse("jump", tmp_path, cyclic)["phase"] == "reheat#1"
-    assert analyse("jump", tmp_path, cyclic, "--phase", "rl#2")["phase"] == "rl#2"
+    assert analyse("jump", tmp_path, cyclic, "--phase", "rl#1")["phase"] == "rl#1"
 
 
 def test_accuracy_over_the_checkpoints_of_reheating(run_dir, tmp_path):
