@@ -800,8 +800,8 @@ MUTANTS = [
     Mutant(
         "CKA of prompts and padding too",
         "analysis/representations.py",
-        "return jnp.where(batch.mask[None, :, :, None], found",
-        "return jnp.where(batch.mask[None, :, :, None] | True, found",
+        "return jnp.where(there[None, :, :, None], found",
+        "return jnp.where(there[None, :, :, None] | True, found",
         "test_analysis.py -k layers_on_a_mesh",
     ),
     Mutant(
