@@ -105,7 +105,7 @@ def draw_panels(
         axes[-1].set_xlabel("step", color=COLOURS["muted"], labelpad=3)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="svg", transparent=True)
-    return _for_page(buffer.getvalue().decode("utf-8", "replace"))
+    return for_page(buffer.getvalue().decode("utf-8", "replace"), COLOURS)
 
 
 def _draw_panel(axis: Any, panel: Panel, step: np.ndarray, segments: Sequence[Stretch], *, title_pt: float) -> None:
@@ -260,15 +260,21 @@ def thinned(values: np.ndarray) -> np.ndarray:
     return np.unique(extremes)
 
 
-def _for_page(svg: str) -> str:
-    """Strip an SVG file to its bare element, sized by the page,
-    its colours the page's variables (so it follows a dark theme)."""
+def for_page(svg: str, colours: Mapping[str, str]) -> str:
+    """Strip an SVG file to its bare element, sized by the page, its colours the page's variables.
+
+    So it follows a dark theme.
+
+    Args:
+        svg: the file's text.
+        colours: name of a CSS variable -> the colour, `#rrggbb`, that becomes it.
+    """
     svg = svg[svg.index("<svg") :]
     # The date would make equal runs unequal pages.
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     head, rest = svg.split(">", 1)
     head = re.sub(r'\s(?:width|height|version|xmlns(?::xlink)?)="[^"]*"', "", head)
-    names = {value: name for name, value in COLOURS.items()}
+    names = {value: name for name, value in colours.items()}
 
     def variables(style: re.Match[str]) -> str:
         return re.sub(
