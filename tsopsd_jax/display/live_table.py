@@ -114,8 +114,8 @@ class LiveTable:
     """Shows the steps of a run as they come: a live table on a terminal, else a line every `every` steps.
 
     Used as a context manager, in which it also shows what the main thread says by `heartbeat.tick`. `stream`: where to
-    write, standard output by default. It is the live table if the stream is a terminal that takes Unicode. What is shown
-    may come from several threads.
+    write, standard output by default. It is the live table if the stream is a terminal that takes Unicode. Several
+    threads may call it.
     """
 
     def __init__(self, *, stream: TextIO | None = None, every: int = 10):

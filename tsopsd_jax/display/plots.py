@@ -26,8 +26,8 @@ COLOURS = {
     "amber": "#e69f00",
     "slate": "#64748b",
 }
-"""The names of the page's CSS variables, with their values in the light theme. Lines and areas have the colours of Okabe and
-Ito, told apart by people with any kind of colour vision."""
+"""The names of the page's CSS variables, with their values in the light theme. Lines and areas have the colours of
+Okabe and Ito, told apart by people with any kind of colour vision."""
 
 LINE_COLOURS = ("blue", "orange", "teal", "violet", "amber", "sky", "slate")
 
@@ -224,7 +224,9 @@ def _draw_series(axis: Any, series: Series, step: np.ndarray, segments: Sequence
     raw = thinned(values)
     look = ({"linewidth": 0.6} if raw.size > MAX_DOTS else
             {"linestyle": "", "marker": ".", "markersize": 3, "markeredgewidth": 0})  # fmt: skip
-    axis.plot(step[raw], values[raw], color=colour, alpha=0.4, **look)
+    axis.plot(
+        *_with_gaps(step[raw], values[raw], np.cumsum(~np.isfinite(values))[raw]), color=colour, alpha=0.4, **look
+    )
     smooth = smoothed(np.log(values) if logarithmic else values, segments)
     smooth = np.exp(smooth) if logarithmic else smooth
     kept = np.unique(np.linspace(0, len(step) - 1, MAX_POINTS).round().astype(int))
@@ -234,8 +236,14 @@ def _draw_series(axis: Any, series: Series, step: np.ndarray, segments: Sequence
     return True
 
 
+def _with_gaps(x: np.ndarray, y: np.ndarray, missing: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Put NaN between neighbours where values are missing, so that no line bridges it; `missing` counts them so far."""
+    gaps = np.flatnonzero(np.diff(missing)) + 1
+    return np.insert(x.astype(float), gaps, np.nan), np.insert(y, gaps, np.nan)
+
+
 def _draw_stack(axis: Any, parts: Sequence[Series], step: np.ndarray, segments: Sequence[Stretch]) -> list[Series]:
-    """Draw the moving means of the parts as areas one on the other, the first at the bottom; returns those with a value."""
+    """Draw the moving means of the parts as areas, the first at the bottom; returns the parts that have a value."""
     drawn = [series for series in parts if np.isfinite(series.values).any()]
     kept = np.unique(np.linspace(0, len(step) - 1, MAX_POINTS).round().astype(int))
     below = np.zeros(len(kept))
@@ -266,6 +274,7 @@ def _draw_lines(axis: Any, lines: Mapping[str, float]) -> None:
             va="top" if under else "bottom",
             color=COLOURS["ink"],
             fontsize=7.5,
+            bbox={"facecolor": COLOURS["page"], "alpha": 0.75, "edgecolor": "none", "pad": 0.5},
         )
 
 
@@ -290,7 +299,8 @@ def _shade(axis: Any, step: np.ndarray, segments: Sequence[Stretch], phase_colou
 
 
 def _placed_names(step: np.ndarray, segments: Sequence[Stretch]) -> list[tuple[Stretch, float, int]]:
-    """Choose for a phase's name its centre over its span, as a share of the width, and one of two rows, or leave it out."""
+    """Choose a place for each phase's name: its centre over its span, as a share of the width, and one of two rows. A
+    name without room is left out."""
     width_pt = WIDTH_IN * 72 - LEFT_PT - RIGHT_PT
     per_step_pt = width_pt / (step[-1] - step[0] + 1)
     taken_pt = [-math.inf, -math.inf]
@@ -354,7 +364,8 @@ def thinned(values: np.ndarray) -> np.ndarray:
 
 
 def for_page(svg: str, colours: Mapping[str, str]) -> str:
-    """Strip an SVG file to its bare element, sized by the page, its colours the page's variables (so it follows a dark theme).
+    """Strip an SVG file to its bare element, sized by the page, its colours the page's variables (so it follows a dark
+    theme).
 
     Args:
         svg: the file's text.

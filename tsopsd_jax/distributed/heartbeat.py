@@ -60,7 +60,7 @@ def tick(doing: str | None = None) -> None:
 
 @contextlib.contextmanager
 def heard_by(listener: Callable[[str], None]) -> Iterator[None]:
-    """Inside the block let `listener` hear, in the main thread, what that thread does: now, and at each tick that says it."""
+    """Inside the block let `listener` hear what the main thread does: now, and in that thread at each such tick."""
     before, _Main.listener = _Main.listener, listener
     listener(_Main.doing)
     try:

@@ -166,6 +166,14 @@ def read_samples(run_dir: str | Path) -> list[dict[str, Any]]:
     return files.read_objects(Path(run_dir) / SAMPLES_FILE)
 
 
+def shortened(text: str, characters: int) -> str:
+    """Keep of a longer text three quarters of so many characters from its beginning, the rest from its end."""
+    if len(text) <= characters:
+        return text
+    head, tail = characters * 3 // 4, characters // 4
+    return f"{text[:head]} [... {len(text) - head - tail:,} characters ...] {text[-tail:]}"
+
+
 def _identity(evaluation: Mapping[str, Any]) -> str:
     fields = ("stage", "step", "benchmark", "samples", "sampling")
     return json.dumps([evaluation.get(field) for field in fields], sort_keys=True)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from tsopsd_jax.judge.scoring import Decode
+from tsopsd_jax.rundir.log import shortened
 from tsopsd_jax.train.metrics import Drawn
 
 LONGEST_CHARACTERS = 20_000
@@ -61,9 +62,9 @@ def samples_of(drawn: Drawn, *, groups: int, group: int, decode: Decode) -> list
                 {
                     "which": which,
                     "problem": scored.asked[row].id,
-                    "prompt": _shortened(decode(tokens[:prompt_end].tolist())),
-                    "response": _shortened(decode(tokens[prompt_end:end].tolist())),
-                    "answer": _shortened(scored.asked[row].answer),
+                    "prompt": shortened(decode(tokens[:prompt_end].tolist()), LONGEST_CHARACTERS),
+                    "response": shortened(decode(tokens[prompt_end:end].tolist()), LONGEST_CHARACTERS),
+                    "answer": shortened(scored.asked[row].answer, LONGEST_CHARACTERS),
                     "reward": float(reward[row]),
                     "accuracy": verdict.accuracy,
                     "rewards": dict(verdict.parts),
@@ -74,13 +75,6 @@ def samples_of(drawn: Drawn, *, groups: int, group: int, decode: Decode) -> list
                 }
             )
     return kept
-
-
-def _shortened(text: str) -> str:
-    if len(text) <= LONGEST_CHARACTERS:
-        return text
-    head, tail = LONGEST_CHARACTERS * 3 // 4, LONGEST_CHARACTERS // 4
-    return f"{text[:head]} [... {len(text) - head - tail:,} characters ...] {text[-tail:]}"
 
 
 def kept_samples(
