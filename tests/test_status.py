@@ -170,4 +170,4 @@ def test_the_page_shows_what_the_run_ran_on(tmp_path):
     (run_dir / "status.json").write_text(json.dumps(said))
     page = Page(run_dir)
     assert "Running, or killed: last heard of after step 3, 1970-01-02 01:00" in page.text
-    assert page.rows(1) == [["1970-01-02 00:00", "0", "&lt;b&gt;pod-7", "8 x TPU v5e, 2 processes", "jax 0.10.2", "–"]]
+    assert page.rows(-1) == [["1970-01-02 00:00", "0", "&lt;b&gt;pod-7", "8 x TPU v5e, 2 processes", "jax 0.10.2", "–"]]

@@ -1,0 +1,135 @@
+"""A run on a real terminal: signals are answered at once, and libraries write elsewhere than into the table."""
+
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tsopsd_jax.commands import exit_codes
+from tsopsd_jax.train import signals
+from tsopsd_jax.train.perf import Pace
+
+PROGRAM = """
+import hashlib, logging, os, sys, warnings
+from pathlib import Path
+from tsopsd_jax.distributed import heartbeat
+from tsopsd_jax.display.live_table import LiveTable
+from tsopsd_jax.train import signals
+
+signals.GRACE_S = float(sys.argv[2])
+with LiveTable() as table, table.without_messages(Path(sys.argv[1])):
+    stop = signals.StopRequest(table.note, table.close)
+    with stop.heard():
+        warnings.warn("a warning of Python")
+        logging.getLogger("library").warning("a line of logging")
+        os.write(2, b"a line of C++\\n")
+        print("ours", file=sys.stderr)
+        table.step({"step": 1, "phase": "rl", "policy/entropy_nats": 0.5})
+        heartbeat.tick("updating")
+        # One call that no signal ends, as a compilation is.
+        hashlib.pbkdf2_hmac("sha256", b"", b"", int(float(sys.argv[3])))
+        print("over", stop.number)
+"""
+
+
+class Terminal:
+    """A program on a terminal of 80 columns, and what it wrote there so far."""
+
+    def __init__(self, *command):
+        self._screen, theirs = pty.openpty()
+        env = os.environ | {"TERM": "xterm-256color", "COLUMNS": "80", "LINES": "24"}
+        self.program = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=env)
+        os.close(theirs)
+        self.text = ""
+
+    def read_until(self, text, seconds=60.0):
+        """Read until `text` was written, or the program's end if that is None; returns the seconds that it took."""
+        began = time.monotonic()
+        while text is None or text not in self.text:
+            assert time.monotonic() - began < seconds, self.text
+            if not select.select([self._screen], [], [], 0.1)[0]:
+                continue
+            try:
+                data = os.read(self._screen, 65536)
+            except OSError:  # nobody has the terminal any more
+                break
+            self.text += re.sub(r"\x1b\[[0-9;]*[mKA]", "", data.decode())
+        return time.monotonic() - began
+
+
+@pytest.fixture
+def terminal():
+    made = []
+
+    def start(*command):
+        made.append(Terminal(sys.executable, *command))
+        return made[-1]
+
+    yield start
+    for each in made:
+        each.program.kill()
+        each.program.wait()
+
+
+def test_a_signal_is_answered_while_nothing_else_can_be(terminal, tmp_path):
+    """The main thread is in a call of minutes; a second signal ends the process all the same."""
+    screen = terminal("-c", PROGRAM, str(tmp_path / "messages.log"), "0.3", "2e9")
+    screen.read_until("updating")
+    time.sleep(0.2)  # in which it enters the call
+    screen.program.send_signal(signal.SIGINT)
+    screen.read_until("SIGINT: finishing the step; again to stop now", 5.0)
+    assert screen.program.poll() is None
+    screen.program.send_signal(signal.SIGINT)
+    screen.read_until(None, 10.0)
+    assert screen.program.wait() == exit_codes.INTERRUPTED == signals.EXIT_INTERRUPTED
+    assert "interrupted; the same command goes on from the last checkpoint" in screen.text
+    assert "Traceback" not in screen.text
+    assert screen.text.rindex("\x1b[?25h") > screen.text.rindex("\x1b[?25l")  # the cursor is shown again
+
+
+def test_the_table_is_kept_from_what_libraries_write(terminal, tmp_path):
+    messages = tmp_path / "messages.log"
+    screen = terminal("-c", PROGRAM, str(messages), "60", "1e6")
+    screen.read_until("updating")
+    screen.program.send_signal(signal.SIGTERM)
+    screen.read_until(None)
+    assert screen.program.wait() == 0
+    assert "over 15" in screen.text  # SIGTERM, heard by the loop once the call was over
+    assert "SIGTERM: finishing the step" in screen.text
+    assert "ours" in screen.text
+    for text in ("a warning of Python", "a line of logging", "a line of C++"):
+        assert text not in screen.text
+        assert text in messages.read_text()
+    assert f"messages of libraries are in {messages}" in " ".join(screen.text.split())
+
+
+def test_messages_that_nobody_wrote_leave_no_file(tmp_path):
+    from tsopsd_jax.display.screen import library_messages
+
+    before = os.fstat(2).st_ino
+    with library_messages(tmp_path / "messages.log"):
+        os.write(2, b"one\n")
+    with library_messages(tmp_path / "messages.log"):
+        os.write(2, b"two\n")
+    assert (tmp_path / "messages.log").read_text() == "one\ntwo\n"
+    assert os.fstat(2).st_ino == before
+
+
+def test_the_time_left_is_without_the_first_step():
+    pace = Pace()
+    pace.add(500.0)  # programs were compiled
+    assert pace.left_s(10) is None
+    pace.add(3.0)
+    assert pace.left_s(10) == 30.0
+    for seconds in (4.0, 100.0):  # a step of another shape
+        pace.add(seconds)
+    assert pace.left_s(10) == 40.0  # the median of 3, 4 and 100
+    for _ in range(9):
+        pace.add(2.0)
+    assert pace.left_s(10) == 20.0  # of the latest nine
