@@ -267,7 +267,7 @@ def test_every_metric_has_a_panel_or_is_said_to_stay_the_same(tmp_path):
     }
     assert "The same in every step: rollout/tokens 1000, rollout/groups_kept_fraction 0.5." in page.text
     own = next(group for group in groups if group.startswith("Your own"))
-    assert "<th class=\"n\">my/curiosity</th>" in own
+    assert '<th class="n">my/curiosity</th>' in own
     assert '<td class="name">20</td><td class="n">28.5</td>' in own  # step 20: 19 * 1.5
 
 
@@ -391,7 +391,9 @@ def test_a_poor_run_still_gives_a_page(tmp_path, lines, config):
 
 def test_a_run_of_one_step_shows_points(tmp_path):
     page = Page(write_run(tmp_path / "run", steps_of_a_run((1, 0, 0))))
-    assert len(re.findall(r"<use [^>]*style=\"fill: var\(--blue\)", page.figure("Entropy"))) == 3  # the shade, the step, its mean
+    assert (
+        len(re.findall(r"<use [^>]*style=\"fill: var\(--blue\)", page.figure("Entropy"))) == 3
+    )  # the shade, the step, its mean
     assert page.rows(0)[0][2] == "1"
 
 
@@ -424,7 +426,8 @@ def test_a_long_run_with_long_responses_gives_a_small_page(tmp_path):
     lines = steps_of_a_run((12_000, 15, 8_000))
     lines[5_000]["optim/grad_norm"] = 1e6
     long = [
-        {"prompt": f"{at}" + "<&" * 5000, "response": "<&" * 20_000, "answer": "1", "correct": at % 2 == 0} for at in range(8)
+        {"prompt": f"{at}" + "<&" * 5000, "response": "<&" * 20_000, "answer": "1", "correct": at % 2 == 0}
+        for at in range(8)
     ]
     records = [evaluation(f"after {at}", at, examples=long) for at in range(30)]
     page = Page(write_run(tmp_path / "run", lines, records, CONFIG + "x: " + "long " * 100_000))

@@ -8,11 +8,18 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
+import jax
+import numpy as np
 import pytest
 
 from tsopsd_jax.commands import exit_codes
+from tsopsd_jax.display import live_page as live_page_module
+from tsopsd_jax.display.live_page import LivePage
+from tsopsd_jax.distributed import heartbeat
 from tsopsd_jax.train import signals
+from tsopsd_jax.train.compile_ahead import Compilations
 from tsopsd_jax.train.perf import Pace
 
 PROGRAM = """
@@ -35,6 +42,21 @@ with LiveTable() as table, table.without_messages(Path(sys.argv[1])):
         # One call that no signal ends, as a compilation is.
         hashlib.pbkdf2_hmac("sha256", b"", b"", int(float(sys.argv[3])))
         print("over", stop.number)
+"""
+
+
+COMPILES = """
+import sys, time
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from tsopsd_jax import cli
+
+def run(_):
+    ThreadPoolExecutor(1, thread_name_prefix="compile").submit(time.sleep, 300)
+    return int(sys.argv[2])
+
+cli._module = lambda name: SimpleNamespace(add=lambda parser: parser.add_argument("code"), run=run)
+sys.exit(cli.program())
 """
 
 
@@ -119,6 +141,57 @@ def test_messages_that_nobody_wrote_leave_no_file(tmp_path):
         os.write(2, b"two\n")
     assert (tmp_path / "messages.log").read_text() == "one\ntwo\n"
     assert os.fstat(2).st_ino == before
+
+
+def test_a_process_that_a_signal_ends_does_not_wait_for_a_compilation():
+    done = subprocess.run([sys.executable, "-c", COMPILES, "report", "4"], timeout=60, check=False)
+    assert done.returncode == exit_codes.INTERRUPTED
+    with pytest.raises(subprocess.TimeoutExpired):  # any other end is an orderly one
+        subprocess.run([sys.executable, "-c", COMPILES, "report", "0"], timeout=3, check=False)
+
+
+def test_compilations_of_the_main_thread_are_said_and_timed():
+    said = []
+    compilations = Compilations()
+    heartbeat.tick("step 3: updating")
+    with heartbeat.heard_by(said.append), compilations.told():
+        jax.jit(lambda x: x * 3.25)(np.float32(1.0))
+        there = compilations.seconds
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(lambda: jax.jit(lambda x: x * 4.25)(np.float32(1.0))).result()
+        assert compilations.seconds == there
+    assert said == ["step 3: updating", "step 3: updating (compiling)", "step 3: updating"]
+    assert there > 0
+    jax.jit(lambda x: x * 5.25)(np.float32(1.0))
+    assert compilations.seconds == there
+
+
+def live_page(run_dir, times, said):
+    """A page every 100 s; `times` are what the clock shows each time it is looked at."""
+    clock = iter(times)
+    return LivePage(run_dir, every_s=100, say=said.append, clock=lambda: next(clock))
+
+
+def test_the_page_is_written_when_due_and_never_for_over_a_hundredth_of_the_time(monkeypatch, tmp_path):
+    written = []
+    monkeypatch.setattr(live_page_module, "write_report", written.append)
+    # Made at 0; asked at 99 (early), at 100 (takes 2 s: a hundredth of 200 s, so due at 302), at 301 and 302.
+    page = live_page(tmp_path, [0.0, 99.0, 100.0, 102.0, 301.0, 302.0, 302.5], [])
+    for expected in (0, 1, 1, 2):
+        page()
+        assert len(written) == expected
+    never = LivePage(tmp_path, every_s=None, say=written.append, clock=lambda: 1e9)
+    never()
+    assert len(written) == 2
+
+
+def test_a_page_that_cannot_be_written_is_said_once_and_ends_nothing(tmp_path):
+    said = []
+    page = live_page(tmp_path, [0.0, 100.0, 100.0, 200.0, 200.0], said)
+    page()  # there is no metrics.jsonl
+    page()
+    assert len(said) == 1
+    assert said[0].startswith("warning: the page was not written (ValueError: expected a run directory")
 
 
 def test_the_time_left_is_without_the_first_step():

@@ -364,8 +364,9 @@ def thinned(values: np.ndarray) -> np.ndarray:
 
 
 def for_page(svg: str, colours: Mapping[str, str]) -> str:
-    """Strip an SVG file to its bare element, sized by the page, its colours the page's variables (so it follows a dark
-    theme).
+    """Strip an SVG file to its bare element, sized by the page, its colours the page's variables.
+
+    So it follows a dark theme.
 
     Args:
         svg: the file's text.

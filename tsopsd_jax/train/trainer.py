@@ -297,8 +297,6 @@ class Trainer:
         if stage is None:
             return False
 
-        heartbeat.tick(f"evaluating {stage}")
-
         def watch(progress: Any) -> None:
             self.table.sampling(progress)
             self._leave("left the evaluation of")  # no step is lost: the next start evaluates again
