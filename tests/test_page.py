@@ -8,9 +8,9 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from tsopsd_jax.display import plots
+from tsopsd_jax.display import series
 from tsopsd_jax.display.page import write_report
-from tsopsd_jax.display.plots import Stretch, smoothed, thinned
+from tsopsd_jax.display.series import Stretch, smoothed, thinned
 
 CONFIG = """\
 seed: 3
@@ -468,7 +468,7 @@ def test_smoothing_is_a_mean_within_a_phase():
 
 
 def test_thinning_keeps_the_extremes(monkeypatch):
-    monkeypatch.setattr(plots, "MAX_POINTS", 4)
+    monkeypatch.setattr(series, "MAX_POINTS", 4)
     # Two stretches, of 0..5 and 6..11 less the NaN at 3: lowest and highest of each
     values = np.array([5.0, 9.0, 4.0, np.nan, 1.0, 6.0, 2.0, 2.5, 8.0, 2.2, 0.0, 3.0])
     np.testing.assert_array_equal(thinned(values), [1, 4, 8, 10])

@@ -29,7 +29,7 @@ from tsopsd_jax.distributed import heartbeat
 from tsopsd_jax.display.live_table import LiveTable
 from tsopsd_jax.train import signals
 
-signals.GRACE_S = float(sys.argv[2])
+signals.LEAVING_S = float(sys.argv[2])
 with LiveTable() as table, table.without_messages(Path(sys.argv[1])):
     stop = signals.StopRequest(table.note, table.close)
     with stop.heard():

@@ -72,7 +72,9 @@ def test_a_run_says_at_all_times_what_it_does(trainer_in, tmp_path):
     steps = [[f"step {n}", f"step {n}: sampling", f"step {n}: verifying", f"step {n}: updating"] for n in (1, 2, 3)]
     again = [text for step in steps for text in step]  # dynamic sampling may ask for more in a step
     assert [text for text in dict.fromkeys(told) if "step" in text][: len(again)] == again
-    reheats = [text for n in (4, 5) for text in (f"step {n}", f"step {n}: sampling and updating", f"step {n}: verifying")]
+    reheats = [
+        text for n in (4, 5) for text in (f"step {n}", f"step {n}: sampling and updating", f"step {n}: verifying")
+    ]
     at = told.index("preparing phase reheat")
     assert told[at - 2 : at] == ["saving a checkpoint", "evaluating after rl"]
     assert told[at + 1 : at + 7] == reheats

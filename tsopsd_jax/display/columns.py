@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tsopsd_jax.display.numbers import finite
-from tsopsd_jax.display.plots import Stretch
+from tsopsd_jax.display.series import Stretch
 from tsopsd_jax.rundir.log import read_metrics
 
 PLACES = ("step", "phase_step")
 """Numbers of a line that say where it stands and measure nothing."""
-UNITS = (
+METRIC_UNITS = (
     ("tokens_per_s", "tokens/s"),
     ("tokens_per_s_per_device", "tokens/s per device"),
     ("_nats", "nats"),
@@ -65,7 +65,7 @@ def read_columns(run_dir: Path) -> Metrics:
 
 def unit_of(key: str) -> str:
     """The unit that a metric's name tells, or nothing."""
-    return next((unit for end, unit in UNITS if key.endswith(end)), "")
+    return next((unit for end, unit in METRIC_UNITS if key.endswith(end)), "")
 
 
 def _number(value: Any) -> float:

@@ -29,14 +29,14 @@ class LivePage:
         say: Callable[[str], None],
         clock: Callable[[], float] = time.monotonic,
     ):
-        self._run_dir, self._every_s, self._say, self._clock = run_dir, every_s, say, clock
+        self._run_dir, self.every_s, self._say, self._clock = run_dir, every_s, say, clock
         self._due_s = None if every_s is None else clock() + every_s
         self._failed = False
 
     def __call__(self) -> None:
         """Write the page if that is due; called by the process that writes the log, after it logged a step."""
         began = self._clock()
-        if self._every_s is None or self._due_s is None or began < self._due_s:
+        if self.every_s is None or self._due_s is None or began < self._due_s:
             return
         heartbeat.tick("writing the page")
         try:
@@ -47,4 +47,4 @@ class LivePage:
                 self._say(f"warning: the page was not written ({text}); the run goes on")
             self._failed = True
         ended = self._clock()
-        self._due_s = ended + max(self._every_s, (ended - began) / COST)
+        self._due_s = ended + max(self.every_s, (ended - began) / COST)

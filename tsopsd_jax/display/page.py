@@ -15,7 +15,7 @@ from tsopsd_jax.display.columns import Metrics, read_columns
 from tsopsd_jax.display.html_parts import details, escape, shorten, table
 from tsopsd_jax.display.numbers import DASH, count, duration, finite, fixed
 from tsopsd_jax.display.panels import COURSE, course_panels, exact_values, figures, more_metrics
-from tsopsd_jax.display.plots import Stretch
+from tsopsd_jax.display.series import Stretch
 from tsopsd_jax.metric_names import ACCURACY, ENTROPY, ROLLOUT_S, SKIPPED, TOKENS, TOKENS_PER_S, UPDATES
 from tsopsd_jax.rundir import files
 from tsopsd_jax.rundir.log import read_evaluations, read_samples

@@ -39,7 +39,7 @@ GROUPS = {
     "time": "Speed",
 }
 """First part of a metric's name -> the group of its panel; others are the user's own."""
-OWN = "Your own metrics"
+OWN_METRICS = "Your own metrics"
 MAX_PANELS = 80
 MAX_EXACT_ROWS = 60
 LOGARITHMIC_FROM = 1000.0
@@ -107,10 +107,10 @@ def _k(evaluations: Sequence[Mapping[str, Any]]) -> str:
 
 def grouped(metrics: Metrics) -> dict[str, list[str]]:
     """The metrics that the course does not show, by group: the library's groups first, then what is the user's own."""
-    groups: dict[str, list[str]] = {name: [] for name in [*GROUPS.values(), OWN]}
+    groups: dict[str, list[str]] = {name: [] for name in [*GROUPS.values(), OWN_METRICS]}
     for key in metrics.columns:
         if key not in (*COURSE, *PLACES, "time_s"):
-            groups[GROUPS.get(key.split("/")[0], OWN)].append(key)
+            groups[GROUPS.get(key.split("/")[0], OWN_METRICS)].append(key)
     return {name: keys for name, keys in groups.items() if keys}
 
 

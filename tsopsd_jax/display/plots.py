@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tsopsd_jax.display.numbers import count
+from tsopsd_jax.display.series import MAX_POINTS, Stretch, smoothed, thinned, with_gaps
 
 COLOURS = {
     "page": "#ffffff",
@@ -31,8 +32,6 @@ Okabe and Ito, told apart by people with any kind of colour vision."""
 
 LINE_COLOURS = ("blue", "orange", "teal", "violet", "amber", "sky", "slate")
 
-MAX_POINTS = 400
-"""Points drawn of a series: more than a panel has pixels to tell apart."""
 MAX_DOTS = 150
 """Steps up to which each is a dot; more are a thin line."""
 
@@ -44,6 +43,7 @@ HEIGHT_PT, FIRST_HEIGHT_PT = 92.0, 112.0
 """Height of a panel's axes, and of the first one's."""
 BETWEEN_PT, BELOW_PT = 30.0, 28.0
 ROW_PT = 12.0
+LINE_LABEL_PT = 10.0  # height of a line's label
 LABEL_POINT_PT = 4.9  # width of a character of a phase's label
 
 STYLE = {
@@ -62,14 +62,6 @@ STYLE = {
     "ytick.minor.size": 0,
     "axes.formatter.useoffset": False,
 }
-
-
-class Stretch(NamedTuple):
-    """Steps `first <= index < end` of the log, taken in one go of one phase."""
-
-    phase: str
-    first: int
-    end: int
 
 
 class Series(NamedTuple):
@@ -178,10 +170,13 @@ def _draw_panel(axis: Any, panel: Panel, step: np.ndarray, segments: Sequence[St
     else:
         axis.yaxis.get_major_locator().set_params(nbins=5)
     axis.yaxis.set_major_formatter(lambda value, _: tick_label(value))
-    _draw_lines(axis, panel.lines)
+    lines = dict(sorted(panel.lines.items(), key=lambda item: item[1])[:4])
+    for value in lines.values():
+        axis.axhline(value, color=COLOURS["ink"], linewidth=0.9, linestyle=(0, (4, 3)), alpha=0.65)
     lowest, highest = axis.dataLim.intervaly
     if not panel.logarithmic and lowest >= 0:
         axis.set_ylim(0, 1.07 * highest or 1.0)
+    _label_lines(axis, lines)
     for row, series in enumerate(drawn[:MAX_LEGEND]):
         column, line = row % 2, row // 2
         axis.annotate(
@@ -224,9 +219,7 @@ def _draw_series(axis: Any, series: Series, step: np.ndarray, segments: Sequence
     raw = thinned(values)
     look = ({"linewidth": 0.6} if raw.size > MAX_DOTS else
             {"linestyle": "", "marker": ".", "markersize": 3, "markeredgewidth": 0})  # fmt: skip
-    axis.plot(
-        *_with_gaps(step[raw], values[raw], np.cumsum(~np.isfinite(values))[raw]), color=colour, alpha=0.4, **look
-    )
+    axis.plot(*with_gaps(step[raw], values[raw], np.cumsum(~np.isfinite(values))[raw]), color=colour, alpha=0.4, **look)
     smooth = smoothed(np.log(values) if logarithmic else values, segments)
     smooth = np.exp(smooth) if logarithmic else smooth
     kept = np.unique(np.linspace(0, len(step) - 1, MAX_POINTS).round().astype(int))
@@ -234,12 +227,6 @@ def _draw_series(axis: Any, series: Series, step: np.ndarray, segments: Sequence
     marker = "o" if np.isfinite(smooth[kept]).sum() < 3 else ""
     axis.plot(step[kept], smooth[kept], linestyle=dash, color=colour, linewidth=1.6, marker=marker, markersize=4)
     return True
-
-
-def _with_gaps(x: np.ndarray, y: np.ndarray, missing: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Put NaN between neighbours where values are missing, so that no line bridges it; `missing` counts them so far."""
-    gaps = np.flatnonzero(np.diff(missing)) + 1
-    return np.insert(x.astype(float), gaps, np.nan), np.insert(y, gaps, np.nan)
 
 
 def _draw_stack(axis: Any, parts: Sequence[Series], step: np.ndarray, segments: Sequence[Stretch]) -> list[Series]:
@@ -258,16 +245,17 @@ def _draw_stack(axis: Any, parts: Sequence[Series], step: np.ndarray, segments: 
     return drawn
 
 
-def _draw_lines(axis: Any, lines: Mapping[str, float]) -> None:
-    ordered = sorted(lines.items(), key=lambda item: item[1])[:4]
+def _label_lines(axis: Any, lines: Mapping[str, float]) -> None:
+    """Name horizontal lines at their right ends, above each, or below it where the next one is close."""
+    low, high = axis.get_ylim()
+    ordered = sorted(lines.items(), key=lambda item: item[1])
     for at, (label, value) in enumerate(ordered):
-        axis.axhline(value, color=COLOURS["ink"], linewidth=0.9, linestyle=(0, (4, 3)), alpha=0.65)
-        # Labels of close lines stand apart: the lowest under its line, the others above.
-        under = at == 0 and len(ordered) > 1
+        after = ordered[at + 1][1] if at + 1 < len(ordered) else math.inf
+        under = (after - value) / (high - low) * HEIGHT_PT < LINE_LABEL_PT
         axis.annotate(
             label,
             (1, value),
-            (-2, -3 if under else 3),
+            (-2, -2 if under else 2),
             xycoords=("axes fraction", "data"),
             textcoords="offset points",
             ha="right",
@@ -333,34 +321,6 @@ def _write_names(axis: Any, names: Sequence[tuple[Stretch, float, int]], phase_c
             fontweight="bold",
             fontsize=8,
         )
-
-
-def smoothed(values: np.ndarray, segments: Sequence[Stretch]) -> np.ndarray:
-    """Return the centred moving mean of `values`, [N] -> [N], over a 25th of each segment, never across its ends,
-    NaN left out."""
-    result = np.full(len(values), np.nan)
-    for _, first, end in segments:
-        part = values[first:end]
-        half = (end - first) // 50
-        known = np.isfinite(part)
-        total = np.concatenate([[0.0], np.cumsum(np.where(known, part, 0.0))])
-        counted = np.concatenate([[0], np.cumsum(known)])
-        at = np.arange(end - first)
-        low, high = np.maximum(at - half, 0), np.minimum(at + half + 1, end - first)
-        found = counted[high] - counted[low]
-        mean = (total[high] - total[low]) / np.maximum(found, 1)
-        result[first:end] = np.where(found > 0, mean, np.nan)
-    return result
-
-
-def thinned(values: np.ndarray) -> np.ndarray:
-    """Indices of at most `MAX_POINTS` finite values: the lowest and the highest of each stretch of steps."""
-    finite = np.flatnonzero(np.isfinite(values))
-    if finite.size <= MAX_POINTS:
-        return finite
-    stretches = np.array_split(finite, MAX_POINTS // 2)
-    extremes = [at[pick(values[at])] for at in stretches for pick in (np.argmin, np.argmax)]
-    return np.unique(extremes)
 
 
 def for_page(svg: str, colours: Mapping[str, str]) -> str:

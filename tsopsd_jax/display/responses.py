@@ -17,7 +17,7 @@ MAX_SAMPLES = 24
 
 
 def compared(evaluations: Sequence[Mapping[str, Any]]) -> str:
-    """Of some problems all responses, a column for each stage: what they became, and how many are alike."""
+    """Show all responses to some problems, a column for each stage: what they became, and how many are alike."""
     latest = {(str(each.get("stage")), str(each.get("benchmark"))): each for each in evaluations}
     problems: dict[tuple[str, str], dict[str, Mapping[str, Any]]] = {}
     for (stage, benchmark), record in latest.items():

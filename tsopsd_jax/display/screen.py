@@ -102,7 +102,8 @@ def library_messages(file: Path) -> Iterator[None]:
     before = root.handlers[:]
     root.handlers[:] = [handler]
     logging.captureWarnings(True)
-    os.dup2(handler.stream.fileno(), 2)
+    with file.open("ab") as out:
+        os.dup2(out.fileno(), 2)
     try:
         yield
     finally:

@@ -82,14 +82,14 @@ class Compilations:
         """Say by `heartbeat.tick` when the thread that calls this compiles, inside the block."""
         ours = threading.get_ident()
 
-        def begins(event: str, _began_s: float, **_facts: object) -> None:
+        def begins(event: str, value: float, **_facts: str | int) -> None:  # noqa: ARG001 - JAX's signature
             if event == COMPILING and threading.get_ident() == ours:
                 self._said.enter_context(heartbeat.within("compiling"))
 
-        def ends(event: str, seconds: float, **_facts: object) -> None:
+        def ends(event: str, duration_secs: float, **_facts: str | int) -> None:
             if event == COMPILING and threading.get_ident() == ours:
                 self._said.close()
-                self.seconds += seconds
+                self.seconds += duration_secs
 
         jax.monitoring.register_scalar_listener(begins)
         jax.monitoring.register_event_duration_secs_listener(ends)

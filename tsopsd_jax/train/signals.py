@@ -12,7 +12,7 @@ from tsopsd_jax.distributed import processes
 
 EXIT_INTERRUPTED = 4
 """Exit code of a process that a signal stopped (`commands.exit_codes`)."""
-GRACE_S = 10.0
+LEAVING_S = 10.0
 """Time that a second signal leaves the main thread to end by itself."""
 
 
@@ -41,7 +41,7 @@ class StopRequest:
     @contextlib.contextmanager
     def heard(self) -> Iterator[None]:
         """Keep signals for the loop inside the block, in the main thread. A second one does not wait for the loop:
-        KeyboardInterrupt, or after `GRACE_S` the end of the process with `EXIT_INTERRUPTED`."""
+        KeyboardInterrupt, or after `LEAVING_S` the end of the process with `EXIT_INTERRUPTED`."""
         previous = {number: signal.signal(number, self._take) for number in (signal.SIGTERM, signal.SIGINT)}
         woken, wakes = socket.socketpair()
         wakes.setblocking(False)
@@ -66,7 +66,7 @@ class StopRequest:
                 seen += 1
                 if seen == 1:
                     self._answer(f"{signal.Signals(got[0]).name}: finishing the step; again to stop now")
-                elif not self._left.wait(GRACE_S):
+                elif not self._left.wait(LEAVING_S):
                     self._abandon()
                     self._answer("interrupted; the same command goes on from the last checkpoint")
                     os._exit(EXIT_INTERRUPTED)
