@@ -356,9 +356,12 @@ def test_hostile_text_stays_text(tmp_path):
     lines = steps_of_a_run((3, 1, 1))
     for line in lines[3:]:
         line["phase"] = HOSTILE
+        line[HOSTILE] = line["step"]
     lines[0]["phase"] = "$x^{$"  # not for matplotlib's mathematics to read
     bad = {"prompt": HOSTILE, "response": HOSTILE * 3, "answer": HOSTILE, "correct": True}
-    record = evaluation(HOSTILE, 5, benchmark=HOSTILE, sampling={HOSTILE: HOSTILE}, examples=[bad])
+    short = {"prompt": "<img src=x>", "responses": [{"response": "<script>2</script>", "correct": 1, "count": "<b>"}]}
+    examples = [bad, short, {"prompt": "<b>", "response": "<b>"}, {"responses": [3, {}]}]
+    record = evaluation(HOSTILE, 5, benchmark=HOSTILE, sampling={HOSTILE: HOSTILE}, examples=examples)
     config = json.dumps({"phases": [{"name": HOSTILE, "outcome": HOSTILE, "objective": {"name": HOSTILE}}]})
     run = write_run(tmp_path / "<b>run&", lines, [record], config)
     kept = {"step": HOSTILE, "phase": HOSTILE, "which": HOSTILE, "reward": HOSTILE, **bad}

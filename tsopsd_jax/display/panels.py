@@ -95,8 +95,8 @@ def evaluation_panel(evaluations: Sequence[Mapping[str, Any]]) -> Panel | None:
             points = sorted((step, 100 * x) for step, x in values.items() if step is not None and x is not None)
             if points:
                 at, percent = np.asarray(points, float).T
-                label = benchmark if len(benchmark) <= 16 else benchmark[:15] + "…"
-                series.append(Series(f"{name}@{_k(ours)} {label}", percent, colour, at=at, dashed=name == "pass"))
+                label = f"{name}@{_k(ours)} {benchmark}"
+                series.append(Series(label, percent, colour, at=at, dashed=name == "pass"))
     return Panel("Evaluations", "%", series) if series else None
 
 

@@ -43,6 +43,7 @@ HEIGHT_PT, FIRST_HEIGHT_PT = 92.0, 112.0
 """Height of a panel's axes, and of the first one's."""
 BETWEEN_PT, BELOW_PT = 30.0, 28.0
 ROW_PT = 12.0
+MAX_PHASE = 28
 LINE_LABEL_PT = 10.0  # height of a line's label
 LABEL_POINT_PT = 4.9  # width of a character of a phase's label
 
@@ -142,7 +143,12 @@ def draw_panels(
 
 def _draw_panel(axis: Any, panel: Panel, step: np.ndarray, segments: Sequence[Stretch], *, title_pt: float) -> None:
     for text, x, where, look in (
-        (panel.title, 0, "figure fraction", {"fontsize": 10, "fontweight": "bold", "color": COLOURS["ink"]}),
+        (
+            drawable(panel.title, 44),
+            0,
+            "figure fraction",
+            {"fontsize": 10, "fontweight": "bold", "color": COLOURS["ink"]},
+        ),
         (panel.unit, 1, "axes fraction", {"ha": "right", "color": COLOURS["muted"]}),
     ):
         axis.annotate(
@@ -180,7 +186,7 @@ def _draw_panel(axis: Any, panel: Panel, step: np.ndarray, segments: Sequence[St
     for row, series in enumerate(drawn[:MAX_LEGEND]):
         column, line = row % 2, row // 2
         axis.annotate(
-            f"{DASHED_KEY if series.dashed else KEY} {series.name}" if series.name else "",
+            f"{DASHED_KEY if series.dashed else KEY} {drawable(series.name, 26)}" if series.name else "",
             (column / 2, 1),
             (0, title_pt - ROW_PT * (line + 1)),
             xycoords="axes fraction",
@@ -294,7 +300,7 @@ def _placed_names(step: np.ndarray, segments: Sequence[Stretch]) -> list[tuple[S
     taken_pt = [-math.inf, -math.inf]
     placed = []
     for segment, (begin, end) in zip(segments, _spans(step, segments), strict=True):
-        half_pt = len(_phase_label(segment)) * LABEL_POINT_PT / 2 + 3
+        half_pt = len(drawable(segment.phase, MAX_PHASE)) * LABEL_POINT_PT / 2 + 3
         centre_pt = ((begin + end) / 2 - step[0] + 0.5) * per_step_pt
         centre_pt = min(max(centre_pt, half_pt), width_pt - half_pt)
         row = next((row for row in (0, 1) if taken_pt[row] <= centre_pt - half_pt), None)
@@ -304,14 +310,16 @@ def _placed_names(step: np.ndarray, segments: Sequence[Stretch]) -> list[tuple[S
     return placed
 
 
-def _phase_label(segment: Stretch) -> str:
-    return segment.phase if len(segment.phase) <= 28 else segment.phase[:27] + "…"
+def drawable(text: str, most: int) -> str:
+    """Cut a text to so many characters, all of which a font can be asked for."""
+    text = text.encode("utf-8", "replace").decode()
+    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def _write_names(axis: Any, names: Sequence[tuple[Stretch, float, int]], phase_colours: Mapping[str, str]) -> None:
     for segment, centre, row in names:
         axis.annotate(
-            _phase_label(segment),
+            drawable(segment.phase, MAX_PHASE),
             (centre, 1),
             (0, 4 + 11 * row),
             xycoords="axes fraction",
