@@ -257,7 +257,9 @@ def test_every_metric_has_a_panel_or_is_said_to_stay_the_same(tmp_path):
         each |= {"rollout/cache_peak_bytes": 2**20 * (at + 1), "note": "text"}
     page = Page(write_run(tmp_path / "run", lines))
     assert ">share</text>" not in page.figure("optim/learning_rate")
-    assert ">MiB</text>" in page.figure("rollout/cache_peak_bytes")
+    memory = page.figure("rollout/cache_peak_bytes")
+    assert ">MiB</text>" in memory
+    assert re.findall(r">(\d+)</text>", memory)[-3:] == ["10", "15", "20"]  # of 1 to 20 MiB
     groups = re.split("<h3>", page.source.split("<h2>All metrics</h2>")[1].split("<h2>")[0])[1:]
     titles = {group.split("</h3>")[0]: re.findall('aria-label="(.*?) over', group) for group in groups}
     assert titles == {

@@ -153,8 +153,11 @@ class LiveTable:
     def status(self, text: str) -> None:
         """Show what is being done now; on a log, a line a minute."""
         with self._lock:
-            self._doing = text
             self._view.status(text)
+
+    def _hear(self, doing: str) -> None:
+        self._doing = doing
+        self.status(doing)
 
     def note(self, text: str) -> None:
         """Write a message that stays: above the live table, or as a line of its own."""
@@ -184,7 +187,7 @@ class LiveTable:
 
     def __enter__(self) -> "LiveTable":
         self._view.open()
-        self._heard.enter_context(heartbeat.heard_by(self.status))
+        self._heard.enter_context(heartbeat.heard_by(self._hear))
         return self
 
     def __exit__(

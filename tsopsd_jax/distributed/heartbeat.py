@@ -60,9 +60,8 @@ def tick(doing: str | None = None) -> None:
 
 @contextlib.contextmanager
 def heard_by(listener: Callable[[str], None]) -> Iterator[None]:
-    """Inside the block let `listener` hear what the main thread does: now, and in that thread at each such tick."""
+    """Inside the block let `listener` hear, in the main thread, what that thread says that it does."""
     before, _Main.listener = _Main.listener, listener
-    listener(_Main.doing)
     try:
         yield
     finally:
