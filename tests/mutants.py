@@ -96,6 +96,13 @@ MUTANTS = [
         "test_evaluate.py -k alike",
     ),
     Mutant(
+        "the page of a run that goes on is as old as its status",
+        "display/run_status.py",
+        'return {**status, "step": step, "phase": phase, "time": time_s}',
+        "return status",
+        "test_status.py -k up_to_its_log",
+    ),
+    Mutant(
         "the page is written however long that takes",
         "display/live_page.py",
         "max(self.every_s, (ended - began) / COST)",

@@ -18,7 +18,7 @@ from tsopsd_jax.display.panels import COURSE, course_panels, exact_values, figur
 from tsopsd_jax.display.series import Stretch
 from tsopsd_jax.metric_names import ACCURACY, ENTROPY, ROLLOUT_S, SKIPPED, TOKENS, TOKENS_PER_S, UPDATES
 from tsopsd_jax.rundir import files
-from tsopsd_jax.rundir.log import read_evaluations, read_samples
+from tsopsd_jax.rundir.log import METRICS_FILE, read_evaluations, read_samples
 from tsopsd_jax.rundir.status import read_status
 from tsopsd_jax.train.cycle import without_round
 
@@ -38,7 +38,13 @@ def write_report(run_dir: str | Path, out: Path | None = None) -> Path:
     config_text = config_path.read_text("utf-8", errors="replace") if config_path.is_file() else ""
     config = _parse_config(config_text)
     plan = {str(phase.get("name")): phase for phase in config["phases"]}
-    evaluations, status = read_evaluations(run_dir), read_status(run_dir)
+    evaluations = read_evaluations(run_dir)
+    status = run_status.caught_up(
+        read_status(run_dir),
+        step=int(metrics.step[-1]),
+        phase=metrics.segments[-1].phase,
+        time_s=(run_dir / METRICS_FILE).stat().st_mtime,
+    )
     colours = _phase_colours(metrics.segments, plan)
     template = resources.files("tsopsd_jax").joinpath("assets", "page.html").read_text("utf-8")
     page = string.Template(template).substitute(

@@ -252,11 +252,11 @@ def _draw_stack(axis: Any, parts: Sequence[Series], step: np.ndarray, segments: 
 
 
 def _label_lines(axis: Any, lines: Mapping[str, float]) -> None:
-    """Name horizontal lines at their right ends, above each, or below it where the next one is close."""
+    """Name horizontal lines at their right ends, above each, or below it where the next one or the top is close."""
     low, high = axis.get_ylim()
     ordered = sorted(lines.items(), key=lambda item: item[1])
     for at, (label, value) in enumerate(ordered):
-        after = ordered[at + 1][1] if at + 1 < len(ordered) else math.inf
+        after = ordered[at + 1][1] if at + 1 < len(ordered) else high
         under = (after - value) / (high - low) * HEIGHT_PT < LINE_LABEL_PT
         axis.annotate(
             label,
