@@ -642,6 +642,13 @@ MUTANTS = [
         "test_model_card.py -k bar_in_a_name",
     ),
     Mutant(
+        "a model card tells where the author keeps functions",
+        "commands/model_card.py",
+        "return Path(name).name if is_own(name) else name",
+        "return name",
+        "test_model_card.py -k without",
+    ),
+    Mutant(
         "a store's client may raise what it likes",
         "rundir/object_store.py",
         "    except Exception as error:  # each",
