@@ -123,8 +123,7 @@ def _data(data: DataSettings) -> str:
 
 
 def _function(name: str) -> str:
-    """A name of the library as it is, one's own as `file.py:function`: a publication does not tell where the author keeps
-    files."""
+    """A name of the library as it is, one's own as `file.py:function`: a publication does not tell where files are kept."""
     return Path(name).name if is_own(name) else name
 
 
