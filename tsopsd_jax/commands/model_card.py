@@ -123,7 +123,7 @@ def _data(data: DataSettings) -> str:
 
 
 def _function(name: str) -> str:
-    """A name of the library as it is, one's own as `file.py:function`: a publication does not tell where files are kept."""
+    """A name of the library as it is, one's own as `file.py:function`: a publication does not tell where files lie."""
     return Path(name).name if is_own(name) else name
 
 
