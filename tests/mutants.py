@@ -803,6 +803,27 @@ MUTANTS = [
         "test_model_card.py -k bar_in_a_name",
     ),
     Mutant(
+        "a model card tells where the author keeps functions",
+        "commands/model_card.py",
+        "return Path(name).name if is_own(name) else name",
+        "return name",
+        "test_model_card.py -k without",
+    ),
+    Mutant(
+        "the check promises a control an entropy that the loss does not report",
+        "testing.py",
+        "names | {LOSS, GRAD_NORM}",
+        'names | {LOSS, GRAD_NORM, "policy/entropy_nats"}',
+        "test_testing.py -k control_may_read",
+    ),
+    Mutant(
+        "the check keeps what every update reports from a control",
+        "testing.py",
+        "names | {LOSS, GRAD_NORM}",
+        "names",
+        "test_testing.py -k control_may_read",
+    ),
+    Mutant(
         "a store's client may raise what it likes",
         "rundir/object_store.py",
         "    except Exception as error:  # each",
