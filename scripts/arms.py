@@ -8,10 +8,12 @@ the table.
 """
 
 import argparse
+import contextlib
 import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -38,24 +40,41 @@ def overrides(config_file: Path, steps: int | None) -> list[str]:
     return [f"phases.{phase.name}.{each}" for phase in load_config(config_file, []).phases for each in settings]
 
 
-def run_arm(name: str, run_dir: Path, *, minutes: float | None, settings: list[str]) -> str:
-    """Run an arm until its schedule is done or the time is over; say how it ended."""
-    config = load_config(ARMS / f"{name}.yaml", settings)
-    timer = None
+@contextlib.contextmanager
+def limited(minutes: float | None) -> Iterator[threading.Event]:
+    """Ask this process to stop, by a signal, after so many minutes in the block, and set the event; None: never."""
+    over = threading.Event()
+
+    def stop() -> None:
+        over.set()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    timer = threading.Timer(60 * (minutes or 0), stop)
     if minutes is not None:
-        timer = threading.Timer(60 * minutes, os.kill, (os.getpid(), signal.SIGTERM))
+        timer.start()
     try:
-        with open_trainer(config, run_dir, LiveTable(stream=sys.stderr)) as trainer:
-            if timer is not None:
-                timer.start()
-            trainer.run()
-    except Interrupted:
-        return "time is over"
+        yield over
+    finally:
+        timer.cancel()
+
+
+def run_arm(name: str, run_dir: Path, *, minutes: float | None, settings: list[str]) -> str:
+    """Run an arm until its schedule is done or the time is over; say how it ended.
+
+    Raises:
+        Interrupted: a signal of somebody else.
+    """
+    config = load_config(ARMS / f"{name}.yaml", settings)
+    try:
+        with open_trainer(config, run_dir, LiveTable(stream=sys.stderr)) as trainer, limited(minutes) as over:
+            try:
+                trainer.run()
+            except Interrupted:
+                if not over.is_set():
+                    raise
+                return "time is over"
     except GuardError as reason:
         return f"guard: {reason}"
-    finally:
-        if timer is not None:
-            timer.cancel()
     return "done"
 
 
@@ -88,11 +107,13 @@ def main(arguments: list[str] | None = None) -> None:
     table = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for name in args.arms or known:
         settings = [*overrides(ARMS / f"{name}.yaml", args.steps), *args.set]
-        ended = run_arm(name, args.out / name, minutes=minutes, settings=settings)
+        try:
+            ended = run_arm(name, args.out / name, minutes=minutes, settings=settings)
+        except Interrupted as reason:
+            sys.exit(f"{reason}; the same command goes on")
         table.append(f"| {' | '.join(row(name, args.out / name, ended))} |")
-    text = "\n".join(table)
-    (args.out / "table.md").write_text(text + "\n", encoding="utf-8")
-    print(text)
+        (args.out / "table.md").write_text("\n".join(table) + "\n", encoding="utf-8")
+    print("\n".join(table))
 
 
 if __name__ == "__main__":

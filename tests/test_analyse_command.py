@@ -7,12 +7,13 @@ import jax
 import numpy as np
 import pytest
 
+from tsopsd_jax.analysis import batches
 from tsopsd_jax.cli import main
 from tsopsd_jax.commands.analyse import ANALYSES
 from tsopsd_jax.config.places import DEMO_CONFIG
 from tsopsd_jax.data import Tokenizer
 from tsopsd_jax.model import load_pretrained, save_pretrained
-from tsopsd_jax.rundir import resumable_jsonl
+from tsopsd_jax.rundir import resumable_jsonl, unfinished
 
 MODEL = DEMO_CONFIG.parent / "countdown-tiny"
 TEXTS = {"3 5 7 9 -> 24 :": "3 + 5 = 8 ; 7 + 9 = 16 ; 8 + 16 = 24", "2 4 6 8 -> 20 :": "2 + 4 = 6 ; 6 + 6 = 12"}
@@ -90,6 +91,52 @@ def test_distributions_of_ids_and_of_text(heated, responses, tmp_path):
     assert again["tokens"] == found["tokens"] - 1
 
 
+class StopError(Exception):
+    """What interrupts an analysis in a test."""
+
+
+@pytest.mark.parametrize("name", ["distributions", "representations"])
+def test_an_interrupted_analysis_goes_on_from_its_batches(name, heated, tmp_path, monkeypatch):
+    """16 responses of 8 devices' rows are two batches: interrupted at the second, only the second is computed again."""
+    # 127 is an id that the model may draw and the tokenizer has no token for.
+    lines = [json.dumps({"prompt_ids": [1, 2], "response_ids": [3 + at, 127, 5]}) for at in range(16)]
+    responses = tmp_path / "r.jsonl"
+    responses.write_text("\n".join(lines) + "\n")
+    options = ["--before", MODEL, "--after", heated / "after", "--responses", responses, "--tokens-at-once", 512]
+    expected = analyse(name, tmp_path / "at once", *options)
+    monkeypatch.setattr(unfinished, "SAVE_EVERY_S", 0.0)
+    real = batches._part
+
+    def part(sequences, which, width):
+        if which[0] > 0 and stops:
+            raise StopError
+        return real(sequences, which, width)
+
+    monkeypatch.setattr(batches, "_part", part)
+    out, stops = tmp_path / "out", True
+    with pytest.raises(StopError):
+        main(["analyse", name, "--out", str(out), *map(str, options)])
+    file = out / f"{name}.unfinished.npz"
+    with np.load(file) as saved:
+        assert saved["batches"] == 1
+    stops = False
+    # Other settings do not go on from it, and leave nothing of it.
+    other = analyse(name, tmp_path / "other", *options, "--first", 8)
+    shutil.copyfile(file, tmp_path / "other" / file.name)
+    assert analyse(name, tmp_path / "other", *options, "--first", 8) == other
+    assert not (tmp_path / "other" / file.name).exists()
+    with np.load(file) as saved:
+        arrays = {key: saved[key] for key in saved.files}
+    assert analyse(name, out, *options) == expected
+    assert not file.exists()
+    # That it is taken up is seen where it says something else.
+    changed, says = {"distributions": ("forward_kl_nats", "forward_kl_nats"), "representations": ("xy.0.0", "matrix")}[
+        name
+    ]
+    np.savez(file, **arrays | {changed: 0 * arrays[changed]})
+    assert analyse(name, out, *options)[says] != expected[says]
+
+
 def test_representations_of_a_policy_with_itself(responses, tmp_path):
     found = analyse("representations", tmp_path, "--before", MODEL, "--after", MODEL, "--responses", responses)
     assert found["diagonal_min"] == pytest.approx(1.0, abs=1e-12)
@@ -122,7 +169,7 @@ def test_temperatures_of_a_policy(responses, tmp_path):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ('{"prompt_ids": [1], "response_ids": [999]}', "line 1: a token id is beyond the tokenizer's 109 entries"),
+        ('{"prompt_ids": [1], "response_ids": [999]}', "line 1: a token id is beyond the model's 128 entries"),
         ('{"prompt_ids": [1], "response_ids": ["x"]}', "line 1: expected lists of token ids"),
         ('{"response": "1"}', "line 1: expected prompt_ids and response_ids, or prompt and response as text"),
         ("", "expected at least one response"),
@@ -222,6 +269,24 @@ def test_cost_of_a_run(run_dir, tmp_path):
         ("rl-again", False, 5, 512),
     ]
     assert found["reheating_share_of_the_rest"] == pytest.approx(40 / 60)
+
+
+def test_analyses_of_a_cyclic_run(run_dir, tmp_path):
+    """In the log the phases of a cycle have their round: `reheat#1`, `reheat#2`."""
+    cyclic = tmp_path / "cyclic"
+    shutil.copytree(run_dir, cyclic)
+    lines = [json.loads(each) for each in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        line["phase"] = {"rl": "rl#1", "reheat": "reheat#1", "rl-again": "rl#2"}[line["phase"]]
+    write(cyclic / "metrics.jsonl", lines)
+    found = analyse("cost", tmp_path, cyclic)[str(cyclic)]
+    assert [(p["phase"], p["reheats"]) for p in found["phases"]] == [
+        ("rl#1", False),
+        ("reheat#1", True),
+        ("rl#2", False),
+    ]
+    assert analyse("jump", tmp_path, cyclic)["phase"] == "reheat#1"
+    assert analyse("jump", tmp_path, cyclic, "--phase", "rl#1")["phase"] == "rl#1"
 
 
 def test_accuracy_over_the_checkpoints_of_reheating(run_dir, tmp_path):

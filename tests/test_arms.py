@@ -1,15 +1,21 @@
 """The paper's arms: each differs from its base in what it claims and in nothing else; the README's lines are valid."""
 
+import contextlib
+import importlib.util
+import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from tsopsd_jax.config import load_config, overlay, strict
 from tsopsd_jax.config.build import make_phase
+from tsopsd_jax.train.signals import StopRequest, leave
 
 PAPER = Path(__file__).resolve().parents[1] / "configs" / "paper"
 BASES = ("qwen3_4b", "qwen3_8b")
@@ -153,10 +159,50 @@ def test_a_toy_arm_is_the_demo_but_for_what_it_says(name):
     allowed = [
         r"data\.sample|cycle|phases\.[\w-]+",
         r"phases\.(rl|reheat)\.(outcome|stop|guard|learning_rate_control)(\..+)?",
-        r"phases\.rl\.objective(\..+)?|phases\.reheat\.(objective\.hyperparameters\.direction|prompts_per_step)",
+        r"phases\.rl\.objective(\..+)?|phases\.reheat\.(prompts_per_step|reference)",
+        r"phases\.reheat\.objective\.hyperparameters\.(direction|teacher|teacher_temperature)",
         r"phases\.rl-again\.(objective\.hyperparameters\.policy_temperature|sampling\.sampling_temperature)",
     ]
     assert [key for key in changes if not re.fullmatch("|".join(allowed), key)] == []
+
+
+@pytest.fixture
+def arms(monkeypatch):
+    """The script, whose trainer waits for a signal, or sends itself one first, as a person would."""
+    spec = importlib.util.spec_from_file_location("arms", ROOT / "scripts" / "arms.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sent = []
+
+    class Waits:
+        def run(self):
+            asked = StopRequest()
+            with asked.heard():
+                for number in sent:
+                    os.kill(os.getpid(), number)
+                while not asked.asked():
+                    time.sleep(0.01)
+            leave(asked.asked(), "saved step 3")
+
+    def open_trainer(_config, run_dir, _observer):
+        run_dir.mkdir(exist_ok=True)
+        (run_dir / "metrics.jsonl").touch()
+        return contextlib.nullcontext(Waits())
+
+    monkeypatch.setattr(module, "open_trainer", open_trainer)
+    return module, sent
+
+
+def test_an_arm_ends_by_its_time_and_the_script_by_a_persons_signal(arms, tmp_path, capsys):
+    module, sent = arms
+    module.main(["dapo", "rr", "--minutes", "0.001", "--out", str(tmp_path)])
+    rows = capsys.readouterr().out.splitlines()[2:]
+    assert [row.split(" | ")[0] for row in rows] == ["| dapo", "| rr"]
+    assert all(row.endswith("| time is over |") for row in rows)
+    assert (tmp_path / "table.md").read_text().splitlines()[2:] == rows
+    sent.append(signal.SIGINT)
+    with pytest.raises(SystemExit, match="SIGINT: saved step 3; the same command goes on"):
+        module.main(["dapo", "rr", "--minutes", "5", "--out", str(tmp_path)])
 
 
 @pytest.mark.slow

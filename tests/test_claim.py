@@ -190,7 +190,10 @@ def test_what_makes_another_run_may_not_change(setting, run, reached):
 def test_the_machines_settings_change_without_a_word(run, reached):
     reached(2)
     assert (
-        claim.claim(run, config_of("checkpoint_every_steps=3", "keep_checkpoints=5", "tracker.wandb={project: p}"))
+        claim.claim(
+            run,
+            config_of("checkpoint_every_steps=3", "keep_checkpoints=5", "page_every_s=9", "tracker.wandb={project: p}"),
+        )
         == []
     )
     assert claim.claim(run, config_of("checkpoint_every_steps=3", "evaluation.rows_at_once=3")) == [

@@ -4,6 +4,7 @@ trip."""
 import argparse
 import errno
 import gc
+import io
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -20,10 +22,12 @@ import pytest
 import yaml
 
 from tsopsd_jax.cli import main
+from tsopsd_jax.commands import train
 from tsopsd_jax.commands.train import run_config, transitions
 from tsopsd_jax.config import load_config
 from tsopsd_jax.config.build import divide_cpu
 from tsopsd_jax.config.places import DEMO_CONFIG
+from tsopsd_jax.display.live_table import LiveTable
 from tsopsd_jax.model import load_pretrained
 from tsopsd_jax.model.packaged import PACKAGED_MODEL
 from tsopsd_jax.rewards import verify_countdown
@@ -118,6 +122,24 @@ def test_running_it_again_says_that_it_is_done(finished, capsys):
     assert demo(finished) == 0
     assert "is done: 3 steps" in capsys.readouterr().out
     assert (finished / "metrics.jsonl").read_bytes() == before
+
+
+def test_an_evaluation_keeps_all_responses_to_a_few_problems(finished):
+    for record in read_evaluations(finished):
+        assert len(record["examples"]) == 2  # of two problems
+        for example in record["examples"]:
+            counts = [each["count"] for each in example["responses"]]
+            assert sum(counts) == record["samples"]
+            assert counts == sorted(counts, reverse=True)
+            assert len({each["response"] for each in example["responses"]}) == len(counts)
+
+
+def test_a_run_that_goes_on_says_where(finished):
+    stream = io.StringIO()
+    for step, phase in ((2, "rl-again"), (0, "rl"), (3, None)):
+        trainer = SimpleNamespace(run_state=SimpleNamespace(step=step), phase_name=phase)
+        train._tell_resumed(trainer, finished, LiveTable(stream=stream))
+    assert stream.getvalue().splitlines() == ["resumed at step 2 of rl-again", f"{finished} is done: 3 steps"]
 
 
 def test_a_run_from_python_is_the_run_of_the_command(finished, tmp_path):

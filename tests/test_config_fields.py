@@ -283,6 +283,7 @@ EFFECTS: dict[str, tuple] = {
     "keep_checkpoints": ("7", lambda run: run.keep_checkpoints),
     "samples.every_steps": ("7", lambda run: run.samples),
     "samples.groups": ("7", lambda run: run.samples),
+    "page_every_s": ("7", lambda run: run.after_step.every_s),
     "tracker.tensorboard": ("false", lambda run: run.tracker),
     "tracker.module": ("trackio", lambda run: run.tracker),
     "tracker.wandb.project": ("other", lambda run: run.tracker, "tracker.wandb.project=mine"),

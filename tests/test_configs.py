@@ -241,6 +241,7 @@ def test_plain_is_the_reverse_of_build():
         ({"seed": -1}, ["seed must be >= 0 and < 2**32, got -1"]),
         ({"seed": 2**32}, ["seed must be >= 0 and < 2**32, got 4294967296"]),
         ({"keep_checkpoints": 0}, ["keep_checkpoints must be at least 1, got 0"]),
+        ({"page_every_s": 0}, ["page_every_s must be at least 1, got 0"]),
         (
             {"phases__0__responses_per_prompt": 1},
             ["phases.0", "responses_per_prompt", "expected at least 2 where there is a reward, got 1"],

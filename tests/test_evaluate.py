@@ -6,6 +6,7 @@ import pytest
 
 from tsopsd_jax.evaluation.evaluate import (
     Response,
+    alike,
     evaluation_key,
     every_row,
     paired_bootstrap,
@@ -85,3 +86,15 @@ def test_bootstrap_of_a_known_case():
     assert flat == (0.25, 0.25, 0.25)
     assert both.mean == 0.375
     assert both.high - both.low == pytest.approx((first.high - first.low) / 2)
+
+
+def test_responses_that_are_alike_are_counted():
+    texts = ["a", "b", "a", "c" * 5000, "a", "b"]
+    got = alike([Response(row, text, 1, True, text == "b", 0.0) for row, text in enumerate(texts)])
+    assert [(each["response"][:4], each["correct"], each["count"]) for each in got] == [
+        ("a", False, 3),
+        ("b", True, 2),
+        ("cccc", False, 1),
+    ]
+    # Of 5,000 characters 3,000 from the beginning and 1,000 from the end are kept.
+    assert got[2]["response"] == "c" * 3000 + " [... 1,000 characters ...] " + "c" * 1000

@@ -1,5 +1,6 @@
 """The objective of the README, loaded by the name that a configuration gives it."""
 
+import dataclasses
 import importlib
 import re
 import runpy
@@ -97,7 +98,7 @@ def test_the_page_runs_its_three_phases(monkeypatch, tmp_path):
 
 # ------------------------------------------------------------------ the gallery: known methods as a user writes them
 
-GALLERY = {name: f"{ROOT}/examples/{name}.py:{name}" for name in ("cispo", "dr_grpo", "gspo", "sapo")}
+GALLERY = {name: f"{ROOT}/examples/{name}.py:{name}" for name in ("cispo", "dr_grpo", "gspo", "held_entropy", "sapo")}
 
 
 @pytest.mark.parametrize("name", GALLERY)
@@ -164,6 +165,24 @@ def test_dr_grpo_by_hand():
     value, gradient = two_rows("dr_grpo", [[9.0, 2.0, 0.5], [9.0, 4.0, 9.0]], max_tokens=10)
     assert float(value) == pytest.approx(0.315)
     assert jnp.allclose(gradient, jnp.asarray([[0.0, 0.0, -0.025], [0.0, 0.4, 0.0]]), atol=1e-6)
+
+
+def test_held_entropy_by_hand():
+    # -r A - 0.1 H: row 1: ratios 1 and 1: -1 - 1 - 0.1 (0.5 + 0.25); row 2: 2 - 0.1 x 1. Sum -0.175 over 3 tokens.
+    objective = make_objective(GALLERY["held_entropy"], {"target_nats": 0.2, "step": 0.01})
+    batch = Batch.of(
+        tokens=jnp.zeros((2, 3), jnp.int32),
+        mask=jnp.asarray([[False, True, True], [False, True, False]]),
+        advantage=jnp.asarray([[1.0] * 3, [-2.0] * 3]),
+        old_logp=jnp.full((2, 3), -1.0),
+    )
+    stats = {"logp": jnp.full((2, 3), -1.0), "entropy": jnp.asarray([[9.0, 0.5, 0.25], [9.0, 1.0, 9.0]])}
+    out = objective.loss(stats, dataclasses.replace(batch, knobs={"coefficient": jnp.float32(0.1)}))
+    assert float(out.loss.value) == pytest.approx(-0.175 / 3)
+    turn = objective.control.update
+    assert turn({"coefficient": 0.1}, {"policy/entropy_nats": 0.19})["coefficient"] == pytest.approx(0.11)
+    assert turn({"coefficient": 0.1}, {"policy/entropy_nats": 0.2})["coefficient"] == pytest.approx(0.09)
+    assert turn({"coefficient": 0.005}, {"policy/entropy_nats": 0.2}) == {"coefficient": 0.0}
 
 
 @pytest.mark.parametrize("name", ["gspo", "dr_grpo"])

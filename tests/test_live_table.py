@@ -7,6 +7,8 @@ import pytest
 
 from tsopsd_jax.display.live_table import LiveTable, Trend, results_table
 from tsopsd_jax.display.numbers import duration
+from tsopsd_jax.distributed import heartbeat
+from tsopsd_jax.rollout import Progress
 
 
 class Terminal(io.StringIO):
@@ -118,13 +120,12 @@ def test_a_terminal_shows_the_latest_rows_under_the_phase(terminal):
         for step in range(1, 41):
             table.step(line(step, "collapse", **{"reward/accuracy_fraction": 0.425}), time_left_s=125)
     frame = last_frame(terminal)
-    assert frame[0].rstrip() == "● collapse   until entropy < 0.08 nats"
+    assert frame[0].rstrip() == "● collapse   2m 05s left   until entropy < 0.08 nats"
     assert "█" in frame[1]
     assert "0.0125 to 0.5 nats" in frame[1]  # 0.5 / 40 and 0.5 / 1
     rows = [text for text in frame if text.startswith("collapse")]
     assert [int(row.split()[1]) for row in rows] == list(range(29, 41))  # the latest 12
     assert "42.5%" in rows[-1]
-    assert rows[-1].rstrip().endswith("2m 05s")
     assert all(len(text) <= 100 for text in frame)
 
 
@@ -169,15 +170,99 @@ def test_an_error_inside_leaves_the_terminal_usable(terminal):
 
 def test_the_trend_halves_its_resolution_when_full():
     trend = Trend()
-    for value in range(130):
+    for value in range(258):
         trend.add(float(value), "cyan")
-    # 64 buckets are full at 64 values and merge to 32 pairs; full again at 128 they merge to 32 fours, the
-    # first (0+1+2+3)/4 = 1.5; 128 and 129 open the 33rd: (128+129)/2 = 128.5, written 128 (half to even)
+    # 128 buckets are full at 128 values and merge to 64 pairs; full again at 256 they merge to 64 fours, the
+    # first (0+1+2+3)/4 = 1.5; 256 and 257 open the 65th: (256+257)/2 = 256.5, written 256 (half to even)
     text = trend.text().plain
-    assert text.endswith("1.5 to 128 nats")
-    assert len(text.split("  ")[0]) == 33
+    assert text.endswith("1.5 to 256 nats")
+    assert len(text.split("  ")[0]) == 65
     assert text[0] == "▁"
-    assert text[32] == "█"
+    assert text[64] == "█"
+
+
+def test_the_trend_is_as_wide_as_there_is_room():
+    trend = Trend()
+    for value in range(1, 11):
+        trend.add(float(value), "cyan" if value < 10 else "red")
+    # 10 buckets in at most 4 characters: joined by threes, 1-3, 4-6, 7-9 and 10 alone; means 2, 5, 8, 10
+    text = trend.text(4)
+    assert text.plain.endswith("  2 to 10 nats")
+    assert len(text.plain.split("  ")[0]) == 4
+    assert [span.style for span in text.spans[:4]] == ["cyan", "cyan", "cyan", "red"]
+    assert len(trend.text(10).plain.split("  ")[0]) == 10
+
+
+VALUES = {
+    "rollout/tokens_per_s": 123_456.0,
+    "optim/grad_norm": 1.23e-5,
+    "rollout/length_mean_tokens": 8192.0,
+    "reward/accuracy_fraction": 1.0,
+    "rollout/truncated_fraction": 0.125,
+    "rollout/groups_kept_fraction": 0.5,
+    "time/step_s": 61.25,
+}
+
+
+@pytest.mark.parametrize(
+    ("columns", "titles"),
+    [
+        (80, "phase step entropy reward acc. length grad tok/s"),
+        (100, "phase step entropy (nats) reward accuracy length grad norm tokens/s"),
+        (140, "phase step entropy (nats) reward accuracy length grad norm tokens/s cut off groups kept step (s)"),
+    ],
+)
+def test_nothing_is_cut_whatever_the_width(terminal, monkeypatch, columns, titles):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    with LiveTable(stream=terminal) as table:
+        table.phase("rl-again", "entropy < 0.08 nats")
+        for step in range(100_000, 100_300):
+            table.step(line(step, "rl-again", **VALUES), time_left_s=125)
+    frame = last_frame(terminal)
+    assert max(map(len, frame)) <= columns
+    assert "…" not in "".join(frame)
+    assert frame[1].rstrip().endswith("nats")
+    [head] = [text for text in frame if text.startswith("phase")]
+    assert head.split() == titles.split()
+    assert frame[-1].split()[:2] == ["rl-again", "100299"]
+    assert ("12.5%" in frame[-1]) == (columns == 140)
+
+
+def test_what_the_main_thread_does_is_shown(terminal):
+    with LiveTable(stream=terminal) as table:
+        heartbeat.tick("step 7: updating")
+        with heartbeat.within("compiling"):
+            assert last_frame(terminal)[-1].rstrip() == "step 7: updating (compiling)"
+        assert last_frame(terminal)[-1].rstrip() == "step 7: updating"
+        heartbeat.tick("evaluating base")
+        table.sampling(Progress(rows=8, finished=2, tokens=1500, seconds=3.0))
+        # two of eight in 3 s: six more in 9 s
+        assert last_frame(terminal)[-1].rstrip() == "evaluating base: 2 of 8 responses, 1,500 tokens, 9s left"
+        table.sampling(Progress(rows=8, finished=0, tokens=900, seconds=3.0))
+        assert last_frame(terminal)[-1].rstrip() == "evaluating base: 0 of 8 responses, 900 tokens"
+    shown = terminal.getvalue()
+    heartbeat.tick("nobody hears")
+    assert terminal.getvalue() == shown
+
+
+def test_the_table_of_a_resumed_run_is_that_of_one_that_went_on(terminal, log):
+    lines = [line(step, "rl" if step < 20 else "reheat") for step in range(1, 31)]
+    with LiveTable(stream=terminal) as table:
+        for each in lines[:25]:
+            table.step(each)
+        for each in lines[25:]:
+            table.step(each)
+    went_on = last_frame(terminal)
+    terminal.truncate(0)
+    with LiveTable(stream=terminal) as table:
+        table.restore(lines[:25])
+        for each in lines[25:]:
+            table.step(each)
+    assert last_frame(terminal) == went_on
+    with LiveTable(stream=log, every=1) as table:
+        table.restore(lines[:25])
+        table.step(lines[25])
+    assert [text.split()[1] for text in log.getvalue().splitlines()] == ["step", "26"]
 
 
 def test_a_flat_trend():

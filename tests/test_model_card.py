@@ -48,9 +48,9 @@ EVALUATIONS = [
 ]
 
 
-def card(**changes) -> str:
+def card(config: Config = CONFIG, **changes) -> str:
     facts = {"base": BaseModel("base"), "licence": {}, "step": 3, "dtype": "bfloat16", "metrics": METRICS}
-    return model_card(CONFIG, **({**facts, "evaluations": EVALUATIONS} | changes))
+    return model_card(config, **({**facts, "evaluations": EVALUATIONS} | changes))
 
 
 def test_front_matter():
@@ -74,6 +74,31 @@ def test_what_was_done_up_to_the_exported_step():
     assert "rl-again" not in text  # begins after the exported step
     assert "seed 5" in text
     assert "- Problems: name jsonl, verifier math, path sums.jsonl, first 9\n" in text
+    assert "secret" not in text
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"verifier": "/home/me/secret/reward.py:right"}, "verifier reward.py:right"),
+        (
+            {"verifier": {"accuracy": "math", "short": "secret/reward.py:short"}},
+            "verifier {'accuracy': 'math', 'short': 'reward.py:short'}",
+        ),
+        ({"template": "../secret/words.py:ask"}, "template words.py:ask"),
+        ({"template": "Sum/total: {problem}"}, "template Sum/total: {problem}"),
+    ],
+)
+def test_functions_of_ones_own_are_named_without_their_folder(settings, words):
+    config = dataclasses.replace(CONFIG, data=dataclasses.replace(CONFIG.data, **settings))
+    assert words in card(config)
+    assert "secret" not in card(config)
+
+
+def test_an_objective_of_ones_own_is_named_without_its_folder():
+    objective = dataclasses.replace(CONFIG.phases[0].objective, name="/home/me/secret/loss.py:renyi")
+    text = card(dataclasses.replace(CONFIG, phases=(dataclasses.replace(CONFIG.phases[0], objective=objective),)))
+    assert "| rl | loss.py:renyi | 2 |" in text
     assert "secret" not in text
 
 

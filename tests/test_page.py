@@ -8,9 +8,9 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from tsopsd_jax.display import plots
+from tsopsd_jax.display import series
 from tsopsd_jax.display.page import write_report
-from tsopsd_jax.display.plots import Stretch, smoothed, thinned
+from tsopsd_jax.display.series import Stretch, smoothed, thinned
 
 CONFIG = """\
 seed: 3
@@ -123,10 +123,15 @@ class Page(HTMLParser):
         cells = [re.findall(r"<td[^>]*>(.*?)</td>", row, re.DOTALL) for row in table.split("</tr>") if "<td" in row]
         return [[re.sub("<[^>]*>", "", cell) for cell in row] for row in cells]
 
-    def line_ends(self, panel):
-        """Data paths (SVG `d`) of the lines of panel number `panel`, counted from the top."""
-        axes = self.source.split(f'id="axes_{panel + 1}"')[1].split('id="axes_')[0]
-        return re.findall(r'<path d="(M[^"]*)"[^>]*style="fill: none; stroke: var\(--(?:blue|teal|slate)', axes)
+    def figure(self, title):
+        """The SVG of the panel of that title."""
+        [found] = [each for each in self.source.split("<figure")[1:] if f">{title}</text>" in each]
+        return found.split("</figure>")[0]
+
+    def lines(self, title):
+        """Data paths (SVG `d`) of the strong lines of a panel: the moving means, and evaluations."""
+        path = r'<path d="(M[^"]*)"[^>]*style="fill: none; [^"]*stroke: var\(--\w+\); stroke-width: 1\.[46]'
+        return re.findall(path, self.figure(title))
 
 
 @pytest.fixture
@@ -162,17 +167,14 @@ def test_phases(page):
 
 
 def test_plots_name_the_phases_and_the_thresholds(page):
-    svg = page.source.split("<svg")[1].split("</svg>")[0]
-    for text in (
-        "Entropy",
-        "Reward and accuracy",
-        "Gradient norm",
-        "Response length",
-        "collapse",
-        "reheat",
-        "continue",
-    ):
+    titles = ("Entropy", "Reward and accuracy", "Evaluations", "Gradient norm", "Response length", "Time of a step")
+    assert page.source.count("<figure") == len(titles)  # rollout/tokens, which never changes, has none
+    for title in titles:
+        assert f'aria-label="{title} over steps"' in page.source
+    svg = page.figure("Entropy")
+    for text in ("collapse", "reheat", "continue"):
         assert f">{text}</text>" in svg
+        assert f">{text}</text>" not in page.figure("Gradient norm")
     assert ">collapsed &lt; 0.08</text>" in svg
     assert ">recovered ≥ 0.12</text>" in svg
     assert svg.count("stroke-dasharray") == 2
@@ -181,21 +183,140 @@ def test_plots_name_the_phases_and_the_thresholds(page):
 
 
 def test_a_phase_without_reward_leaves_a_gap(page):
-    entropy, grad_norm = page.line_ends(0), page.line_ends(2)
-    assert [path.count("M") for path in entropy] == [1]
-    assert [path.count("M") for path in grad_norm] == [1]
-    assert [path.count("M") for path in page.line_ends(1)] == [2, 2]  # reward, accuracy: before and after
+    assert [path.count("M") for path in page.lines("Entropy")] == [1]
+    assert [path.count("M") for path in page.lines("Gradient norm")] == [1]
+    # reward, accuracy: before and after
+    assert [path.count("M") for path in page.lines("Reward and accuracy")] == [2, 2]
 
 
-def test_evaluations_and_responses(page):
-    assert page.rows(1)[3] == (
+def test_a_thin_line_does_not_bridge_a_gap(tmp_path):
+    page = Page(write_run(tmp_path / "run", steps_of_a_run((200, 15, 200))))
+    thin = re.findall(r'<path d="(M[^"]*)"[^>]*stroke-width: 0\.6', page.figure("Reward and accuracy"))
+    assert [path.count("M") for path in thin] == [2, 2]
+
+
+def test_evaluations(page):
+    assert page.rows(2)[3] == (
         ["continued", "105", "sums", "1,024", "8", "43.1 ± 0.6", "70.5", "41", "0.4", "0.123"]
         + ["temperature 1.0, top_p 0.7, top_k 0"]
     )
-    assert sum(tag == "details" for tag, _ in page.tags) == 4 * 2 + 1  # two responses a stage, and the configuration
-    assert page.text.count("✓ correct 1 + 1 =") == 4
-    assert page.text.count("✗ wrong 2 + 2 =") == 4
     assert "recovered_above_nats: 0.12" in page.text
+
+
+def test_evaluations_over_the_run_are_a_line_for_each_benchmark(tmp_path):
+    stages = (("base", 0), ("collapsed", 60), ("reheated", 75))
+    records = [evaluation(*stage, benchmark=name) for name in ("sums", "odds") for stage in stages]
+    page = Page(write_run(tmp_path / "run", evaluations=records))
+    figure = page.figure("Evaluations")
+    for text in ("avg@8 sums", "pass@8 sums", "avg@8 odds", "pass@8 odds"):
+        assert text in figure
+    # avg and pass of each benchmark, one colour for both; each through three stages: a beginning and two lines
+    paths = page.lines("Evaluations")
+    assert [path.count("L") for path in paths] == [2, 2, 2, 2]
+    assert figure.count("stroke-dasharray") == 2  # pass@k
+    # The first stage is before the first step, and in the picture.
+    first_x = {float(path.split()[1]) for path in paths}
+    left = float(re.search(r'<rect x="([\d.]+)"', figure)[1])
+    assert len(first_x) == 1
+    assert first_x.pop() > left
+
+
+def test_all_responses_to_a_problem_stand_side_by_side(tmp_path):
+    def responses(*texts):
+        return [{"response": text, "correct": right, "count": count} for text, right, count in texts]
+
+    before = [{"prompt": "1 + 1 =", "answer": "2", "responses": responses(("two", True, 2), ("three", False, 1))}]
+    after = [{"prompt": "1 + 1 =", "answer": "2", "responses": responses(("two", True, 3))}]
+    records = [evaluation("base", 0, examples=before), evaluation("collapsed", 60, examples=after)]
+    page = Page(write_run(tmp_path / "run", evaluations=records))
+    assert page.text.count("Responses to one problem") == 1
+    assert "base step 0 2 of 3 right, 2 different 2 × ✓ correct two ✗ wrong three" in page.text
+    assert "collapsed step 60 3 of 3 right, all alike 3 × ✓ correct two" in page.text
+    assert page.source.count('<div class="stages">') == 1
+    assert page.source.count('class="stage"') == 2
+
+
+def test_of_many_stages_the_first_and_the_last_are_shown(tmp_path):
+    records = [evaluation(f"stage {at}", at) for at in range(31)]
+    page = Page(write_run(tmp_path / "run", evaluations=records))
+    # 8 of 31, 30 / 7 = 4.3 apart: 0, 4, 9, 13, 17, 21, 26, 30; two problems
+    shown = re.findall(r'class="stage">(.*?) <span>', page.source)
+    assert shown == 2 * [f"stage {at}" for at in (0, 4, 9, 13, 17, 21, 26, 30)]
+    assert "23 stages between them are left out." in page.text
+
+
+def test_responses_of_older_runs_are_one_a_problem(page):
+    assert page.text.count("1 of 1 right ✓ correct It is 2.") == 4
+    assert page.text.count("0 of 1 right ✗ wrong It is 5.") == 4
+
+
+def test_every_metric_has_a_panel_or_is_said_to_stay_the_same(tmp_path):
+    lines = steps_of_a_run((10, 5, 5))
+    for at, each in enumerate(lines):
+        each |= {"optim/learning_rate": 1e-6 * (at + 1), "rollout/groups_kept_fraction": 0.5, "my/curiosity": at * 1.5}
+        each |= {"rollout/cache_peak_bytes": 2**20 * (at + 1), "note": "text"}
+    page = Page(write_run(tmp_path / "run", lines))
+    assert ">share</text>" not in page.figure("optim/learning_rate")
+    memory = page.figure("rollout/cache_peak_bytes")
+    assert ">MiB</text>" in memory
+    assert re.findall(r">(\d+)</text>", memory)[-3:] == ["10", "15", "20"]  # of 1 to 20 MiB
+    groups = re.split("<h3>", page.source.split("<h2>All metrics</h2>")[1].split("<h2>")[0])[1:]
+    titles = {group.split("</h3>")[0]: re.findall('aria-label="(.*?) over', group) for group in groups}
+    assert titles == {
+        "Sampling": ["rollout/cache_peak_bytes"],
+        "Update": ["optim/learning_rate"],
+        "Your own metrics": ["my/curiosity"],
+    }
+    assert "The same in every step: rollout/tokens 1000, rollout/groups_kept_fraction 0.5." in page.text
+    own = next(group for group in groups if group.startswith("Your own"))
+    assert '<th class="n">my/curiosity</th>' in own
+    assert '<td class="name">20</td><td class="n">28.5</td>' in own  # step 20: 19 * 1.5
+
+
+def test_exact_values_of_a_long_run_are_spread_over_it(tmp_path):
+    page = Page(write_run(tmp_path / "run", steps_of_a_run((600, 15, 30))))
+    assert "Exact values of 60 of 645 steps" in page.text
+    rows = page.rows(1)
+    assert (rows[0][0], rows[-1][0], len(rows)) == ("1", "645", 60)
+    assert rows[0][1] == "0.33"
+    # 644 / 59 = 10.9 apart: steps 601 and 612 are reheating steps, which have no reward
+    assert [(row[0], row[2]) for row in rows[54:58]] == [("590", "0.4"), ("601", "–"), ("612", "–"), ("623", "0.4")]
+
+
+def test_the_time_of_a_step_is_stacked(tmp_path):
+    lines = steps_of_a_run((10, 5, 5))
+    for each in lines:
+        each |= {"time/rollout_s": 2.0, "time/judge_s": 0.5, "time/update_s": 1.0, "time/step_s": 4.0}
+    figure = Page(write_run(tmp_path / "run", lines)).figure("Time of a step")
+    for name in ("sampling", "verifying", "update", "rest"):
+        assert f" {name}</text>" in figure
+    paths = dict(re.findall(r'<path id="(m\w+)" d="([^"]*)"', figure))
+    areas = re.findall(r'<use xlink:href="#(m\w+)"[^>]*style="fill: var\(--(\w+)\); fill-opacity: 0\.75', figure)
+    spans = {}
+    for name, colour in areas:
+        heights = [-float(y) for y in re.findall(r"[ML] \S+ (\S+)", paths[name])]
+        spans[colour] = (min(heights), max(heights))
+    second = spans["sky"][1] - spans["sky"][0]  # sampling takes 2 s
+    parts = {colour: (high - low) / second * 2.0 for colour, (low, high) in spans.items()}
+    # what is left of 4 s is 4 - 2 - 0.5 - 1 = 0.5 s
+    assert parts == pytest.approx({"sky": 2.0, "amber": 0.5, "blue": 1.0, "slate": 0.5}, rel=1e-3)
+    assert spans["amber"][0] == pytest.approx(spans["sky"][1])  # one on the other
+
+
+def test_nothing_but_tables_may_be_wider_than_the_page(page):
+    for match in re.finditer("<table", page.source):
+        assert page.source[: match.start()].endswith('<div class="scroll">')
+    style = page.source.split("<style>")[1].split("</style>")[0]
+    assert ".scroll { overflow-x: auto; }" in style
+    assert "minmax(min(100%, 400px), 1fr)" in style
+    widths = re.findall(r'<svg[^>]*viewBox="0 0 ([\d.]+)', page.source)
+    assert {float(width) for width in widths} == {374.4}  # 5.2 inches: letters of 8.5 pt have 10 pixels at 500
+
+
+def test_ids_of_figures_are_not_repeated(page):
+    ids = re.findall(r' id="([^"]*)"', page.source)
+    kinds = {re.sub("[0-9a-f]{8,}$", "", each) for each in ids}
+    assert kinds <= {"p", "m"}  # clip paths and marks, which are named by what they are
 
 
 def test_the_page_stands_alone(page):
@@ -237,9 +358,12 @@ def test_hostile_text_stays_text(tmp_path):
     lines = steps_of_a_run((3, 1, 1))
     for line in lines[3:]:
         line["phase"] = HOSTILE
+        line[HOSTILE] = line["step"]
     lines[0]["phase"] = "$x^{$"  # not for matplotlib's mathematics to read
     bad = {"prompt": HOSTILE, "response": HOSTILE * 3, "answer": HOSTILE, "correct": True}
-    record = evaluation(HOSTILE, 5, benchmark=HOSTILE, sampling={HOSTILE: HOSTILE}, examples=[bad])
+    short = {"prompt": "<img src=x>", "responses": [{"response": "<script>2</script>", "correct": 1, "count": "<b>"}]}
+    examples = [bad, short, {"prompt": "<b>", "response": "<b>"}, {"responses": [3, {}]}]
+    record = evaluation(HOSTILE, 5, benchmark=HOSTILE, sampling={HOSTILE: HOSTILE}, examples=examples)
     config = json.dumps({"phases": [{"name": HOSTILE, "outcome": HOSTILE, "objective": {"name": HOSTILE}}]})
     run = write_run(tmp_path / "<b>run&", lines, [record], config)
     kept = {"step": HOSTILE, "phase": HOSTILE, "which": HOSTILE, "reward": HOSTILE, **bad}
@@ -272,8 +396,9 @@ def test_a_poor_run_still_gives_a_page(tmp_path, lines, config):
 
 def test_a_run_of_one_step_shows_points(tmp_path):
     page = Page(write_run(tmp_path / "run", steps_of_a_run((1, 0, 0))))
-    entropy = page.source.split('id="axes_1"')[1].split('id="axes_2"')[0]
-    assert len(re.findall(r"<use [^>]*style=\"fill: var\(--blue\)", entropy)) == 3  # the shade, the step, its mean
+    assert (
+        len(re.findall(r"<use [^>]*style=\"fill: var\(--blue\)", page.figure("Entropy"))) == 3
+    )  # the shade, the step, its mean
     assert page.rows(0)[0][2] == "1"
 
 
@@ -306,14 +431,15 @@ def test_a_long_run_with_long_responses_gives_a_small_page(tmp_path):
     lines = steps_of_a_run((12_000, 15, 8_000))
     lines[5_000]["optim/grad_norm"] = 1e6
     long = [
-        {"prompt": "<&" * 5000, "response": "<&" * 20_000, "answer": "1", "correct": at % 2 == 0} for at in range(8)
+        {"prompt": f"{at}" + "<&" * 5000, "response": "<&" * 20_000, "answer": "1", "correct": at % 2 == 0}
+        for at in range(8)
     ]
     records = [evaluation(f"after {at}", at, examples=long) for at in range(30)]
     page = Page(write_run(tmp_path / "run", lines, records, CONFIG + "x: " + "long " * 100_000))
     assert len(page.source.encode()) < 1_500_000
     assert "characters left out" in page.text
     assert "More responses are in evaluations.jsonl." in page.text
-    assert ">1e+06</text>" in page.source  # the spike is within the scale, so it is among the points
+    assert ">1.0M</text>" in page.figure("Gradient norm")  # the spike is within the scale, so it is among the points
 
 
 @pytest.mark.parametrize(
@@ -347,7 +473,7 @@ def test_smoothing_is_a_mean_within_a_phase():
 
 
 def test_thinning_keeps_the_extremes(monkeypatch):
-    monkeypatch.setattr(plots, "MAX_POINTS", 4)
+    monkeypatch.setattr(series, "MAX_POINTS", 4)
     # Two stretches, of 0..5 and 6..11 less the NaN at 3: lowest and highest of each
     values = np.array([5.0, 9.0, 4.0, np.nan, 1.0, 6.0, 2.0, 2.5, 8.0, 2.2, 0.0, 3.0])
     np.testing.assert_array_equal(thinned(values), [1, 4, 8, 10])

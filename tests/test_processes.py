@@ -98,8 +98,8 @@ def train(file: Path, run: Path, *more: str, devices: int = 8) -> subprocess.Pop
     return spawn("-m", "tsopsd_jax", "train", str(file), "--run-dir", str(run), *more, devices=devices)
 
 
-def pair(file: Path, run: Path) -> list[subprocess.Popen]:
-    return [train(file, run, *each, "--heartbeat-s", str(HEARTBEAT_S), devices=4) for each in flags()]
+def pair(file: Path, run: Path, devices: int = 4) -> list[subprocess.Popen]:
+    return [train(file, run, *each, "--heartbeat-s", str(HEARTBEAT_S), devices=devices) for each in flags()]
 
 
 def ends(*processes: subprocess.Popen, codes: tuple[int, ...]) -> list[str]:
@@ -213,6 +213,67 @@ def test_a_death_ends_the_others_a_signal_to_one_stops_all_and_another_machine_g
     for a, b in zip(read_metrics(run), read_metrics(runs / "one"), strict=True):
         assert a["rollout/tokens"] == b["rollout/tokens"]
         assert a["policy/entropy_nats"] == pytest.approx(b["policy/entropy_nats"], rel=1e-3)
+
+
+REWARD = """
+from tsopsd_jax.rewards import verify_countdown
+
+def right_or_hopeful(response, answer, row):
+    return {"right": verify_countdown(response, answer), "hopeful": row["hope"] * len(response)}
+"""
+
+
+def config_of_methods(folder: Path) -> dict:
+    """Three steps of two updates, with a KL to the phase's start and rewards of a file's function."""
+    problems = distinct_problems(16, seed=7, held_out=False)
+    rows = [{"problem": p, "answer": a, "hope": 0.01 * i} for i, (p, a) in enumerate(problems)]
+    (folder / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "reward.py").write_text(REWARD)
+    return {
+        "model": {"path": PACKAGED_MODEL},
+        "data": {
+            "name": "jsonl",
+            "path": str(folder / "problems.jsonl"),
+            "verifier": f"{folder / 'reward.py'}:right_or_hopeful",
+            "max_prompt_tokens": 7,
+        },
+        "mesh": {"data": 2, "fsdp": 2},
+        "phases": [
+            {
+                "name": "rl",
+                "objective": {"name": "dapo", "hyperparameters": {"kl_coefficient": 0.5}},
+                "reference": "start",
+                "updates_per_rollout": 2,
+                "prompts_per_step": 8,
+                "responses_per_prompt": 4,
+                "max_response_tokens": 19,
+                "reward": {},
+                "optimizer": {"learning_rate": 1e-3, "epsilon": 1e-3},
+                "stop": {"steps": 3},
+            }
+        ],
+    }
+
+
+def test_two_processes_share_a_reference_rewards_of_ones_own_and_several_updates(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(config_of_methods(tmp_path)))
+    ends(train(file, tmp_path / "one", devices=4), codes=(0,))
+    ends(*pair(file, tmp_path / "pair", devices=2), codes=(0, 0))
+    lines = [read_metrics(tmp_path / name) for name in ("pair", "one")]
+    assert [line["step"] for line in lines[0]] == [1, 2, 3]
+    for two, one in zip(*lines, strict=True):
+        assert two.keys() == one.keys()
+        for name in ("rollout/tokens", "reward/mean", "reward/right_mean", "reward/hopeful_mean", "optim/updates"):
+            assert two[name] == one[name], (two["step"], name)
+        for name in ("loss/total", "policy/entropy_nats", "optim/grad_norm", "policy/reference_kl_nats",
+                     "last_update/reference_kl_nats", "last_update/ratio_variance"):  # fmt: skip
+            assert two[name] == pytest.approx(one[name], rel=1e-3, abs=1e-7), (two["step"], name)
+    first, *_, last = lines[0]
+    assert first["optim/updates"] == 2
+    assert first["reward/hopeful_mean"] > 0.1
+    assert 0 < first["last_update/reference_kl_nats"] < last["policy/reference_kl_nats"], "the reference stays"
+    assert last["last_update/ratio_variance"] > 1e-4
 
 
 WORKER = """

@@ -156,18 +156,33 @@ def test_a_signal_and_a_failure_are_told(trainer_in, tmp_path):
     assert (found["step"], found["phase"]) == (2, "rl")
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"state": "ru', '{"state": "?"}', '{"phases": [], "time": null}'])
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", '{"state": "running", "step": null}', '{"state": "ru', '{"state": "?"}', '{"phases": [], "time": null}'],
+)
 def test_a_poor_status_still_gives_a_page(text, tmp_path):
     run_dir = write_run(tmp_path / "run", steps_of_a_run((3, 1, 1)))
     (run_dir / "status.json").write_text(text)
     assert Page(run_dir).text
 
 
+def test_the_page_of_a_run_that_goes_on_is_up_to_its_log(tmp_path):
+    run_dir = write_run(tmp_path / "run", steps_of_a_run((3, 1, 1)))
+    os.utime(run_dir / "metrics.jsonl", (2 * 86400, 2 * 86400))
+    said = {"state": "running", "step": 3, "phase": "collapse", "time": 90000.0, "phases": []}
+    (run_dir / "status.json").write_text(json.dumps(said))
+    page = Page(run_dir)
+    assert "Running, or killed: last heard of after step 5, 1970-01-03 00:00" in page.text
+    assert page.rows(0)[-1][-2].endswith("running, not at its end")
+    (run_dir / "status.json").write_text(json.dumps(said | {"state": "stopped"}))
+    assert "Stopped after step 3;" in Page(run_dir).text
+
+
 def test_the_page_shows_what_the_run_ran_on(tmp_path):
     run_dir = write_run(tmp_path / "run", steps_of_a_run((3, 1, 1)))
     start = {"step": 0, "time": 86400.0, "host": "<b>pod-7", "devices": "8 x TPU v5e", "processes": 2, "commit": None}
-    said = {"state": "running", "step": 3, "time": 90000.0, "starts": [start | {"versions": {"jax": "0.10.2"}}]}
+    said = {"state": "running", "step": 5, "time": 90000.0, "starts": [start | {"versions": {"jax": "0.10.2"}}]}
     (run_dir / "status.json").write_text(json.dumps(said))
     page = Page(run_dir)
-    assert "Running, or killed: last heard of after step 3, 1970-01-02 01:00" in page.text
-    assert page.rows(1) == [["1970-01-02 00:00", "0", "&lt;b&gt;pod-7", "8 x TPU v5e, 2 processes", "jax 0.10.2", "–"]]
+    assert "Running, or killed: last heard of after step 5, 1970-01-02 01:00" in page.text
+    assert page.rows(-1) == [["1970-01-02 00:00", "0", "&lt;b&gt;pod-7", "8 x TPU v5e, 2 processes", "jax 0.10.2", "–"]]

@@ -265,6 +265,12 @@ def test_a_control_may_read_what_its_own_loss_reports():
     says(
         Objective(stats, token_loss, control=control), ", turn: ", "raised KeyError: 'own/logp'", "policy/entropy_nats"
     )
+    follows = Control({"x": 0.0}, lambda k, m: {"x": m["policy/entropy_nats"] + m["loss/total"] + m["optim/grad_norm"]})
+    assert objective_notes(Objective(stats, token_loss, tokenwise=True, control=follows)) == []
+    silent = named("own_loss", lambda s, b: LossOutput(token_loss(s, b).loss, {}))
+    says(
+        Objective(stats, silent, control=follows), "raised KeyError: 'policy/entropy_nats'", "metrics here are {'loss/"
+    )
     says(
         Objective(stats, token_loss, control=Control({"x": 0.0}, lambda k, m: {})), "finite numbers under ['x'], got {}"
     )

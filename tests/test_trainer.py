@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import gc
+import itertools
 import json
 import os
 import resource
@@ -28,6 +29,7 @@ from tiny_run import (
 
 from tsopsd_jax.data import Problem
 from tsopsd_jax.data.encode import encode_prompts
+from tsopsd_jax.distributed import heartbeat
 from tsopsd_jax.judge.groups import RewardRule
 from tsopsd_jax.learn.reference import ReferenceSource
 from tsopsd_jax.learn.update import make_optimizer
@@ -55,6 +57,32 @@ MEASURED = tuple(
     dataclasses.replace(phase, objective=with_start_kl(phase.objective), reference="start") for phase in SCHEDULE
 )
 """Checkpoints carry the start policy too."""
+
+
+def test_a_run_says_at_all_times_what_it_does(trainer_in, tmp_path):
+    """One after the other, compilations left out; and the time left is known from the second step on."""
+    phases = (rl_phase(), reheat_phase())
+    trainer = trainer_in(tmp_path, phases=phases, evaluate=True)
+    said, left, logged = [], [], []
+    trainer.after_step = lambda: logged.append(len(read_metrics(tmp_path)))
+    vars(trainer.table)["step"] = lambda line, left_s: left.append((line["phase_step"], left_s is not None))
+    with heartbeat.heard_by(said.append):
+        finish(trainer)
+    told = [text for text, _ in itertools.groupby(text for text in said if not text.endswith("(compiling)"))]
+    steps = [[f"step {n}", f"step {n}: sampling", f"step {n}: verifying", f"step {n}: updating"] for n in (1, 2, 3)]
+    again = [text for step in steps for text in step]  # dynamic sampling may ask for more in a step
+    assert [text for text in dict.fromkeys(told) if "step" in text][: len(again)] == again
+    reheats = [
+        text for n in (4, 5) for text in (f"step {n}", f"step {n}: sampling and updating", f"step {n}: verifying")
+    ]
+    at = told.index("preparing phase reheat")
+    assert told[at - 2 : at] == ["saving a checkpoint", "evaluating after rl"]
+    assert told[at + 1 : at + 7] == reheats
+    assert told[-1] == "writing the last checkpoint"
+    assert any(text == "step 1: updating (compiling)" for text in said)
+    assert left == [(1, False), (2, True), (3, True), (1, False), (2, True)]
+    assert logged == [1, 2, 3, 4, 5]
+    assert trainer.phase_name is None
 
 
 def test_resume_equals_uninterrupted_bit_for_bit(trainer_in, tmp_path):

@@ -2,6 +2,6 @@
 
 import sys
 
-from tsopsd_jax.cli import main
+from tsopsd_jax.cli import program
 
-sys.exit(main())
+sys.exit(program())

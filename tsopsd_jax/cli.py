@@ -9,6 +9,7 @@ import importlib
 import importlib.metadata
 import os
 import sys
+import threading
 from pathlib import Path
 
 from tsopsd_jax.commands import exit_codes
@@ -83,6 +84,20 @@ def main(argv: list[str] | None = None) -> int:
         return exit_codes.explain(args.command, error)
 
 
+def program() -> int:
+    """Run the command of this process's arguments; returns its exit code.
+
+    Python waits for threads before it ends, and one may compile for minutes the phases to come. After a signal nobody
+    waits for it.
+    """
+    code = main()
+    if code == exit_codes.INTERRUPTED and any(t.name.startswith("compile") for t in threading.enumerate()):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
 def _check_environment() -> None:
     if os.environ.get("JAX_ENABLE_X64", "").lower() in ("1", "true", "t", "yes", "y", "on"):
         raise ValueError(
@@ -102,4 +117,4 @@ def _expand_paths(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(program())

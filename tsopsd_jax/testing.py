@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.extend.core import Literal
 
-from tsopsd_jax.metric_names import ENTROPY
+from tsopsd_jax.metric_names import GRAD_NORM, LOSS
 from tsopsd_jax.objectives import Control, Objective
 from tsopsd_jax.objectives.toy import (
     VOCABULARY,
@@ -142,10 +142,10 @@ def _check_declarations(objective: Objective) -> None:
 
 
 def _check_turning(control: Control, names: set[str]) -> None:
-    """Numbers by name, before and after updates that report the entropy and the loss's own metrics."""
+    """Numbers by name, before and after updates that report the loss's own metrics and what every update does."""
     turned = control.init
     for value in (0.01, 1.0):
-        metrics = dict.fromkeys(sorted(names | {ENTROPY}), value)
+        metrics = dict.fromkeys(sorted(names | {LOSS, GRAD_NORM}), value)
         with _named(control.update, note=f"its metrics here are {metrics}"):
             turned = control.update(dict(turned), metrics)
         for knobs in (control.init, turned):

@@ -11,8 +11,9 @@ mean is a thousand times its spread keeps its digits. All pairs of layers take 8
 `memory_bytes` is done in more than one pass.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,11 @@ from jaxtyping import Array
 from tsopsd_jax.analysis.batches import GivenBatch
 from tsopsd_jax.analysis.distributions import OnMesh
 from tsopsd_jax.distributed.sharding import put, replicated, row_sharding
+from tsopsd_jax.rundir.unfinished import Unfinished
 from tsopsd_jax.types import Batch, PyTree
+
+WIDTH_TOKENS = 64
+"""Places for a row's response tokens are a multiple of this, so that few programs are compiled."""
 
 
 class Sums:
@@ -48,6 +53,17 @@ class Sums:
         self.tokens += tokens
         for i, j in self.products:
             self.products[i, j] = self.products[i, j] + np.asarray(product(i, j), np.float64)
+
+    def state(self, name: str) -> dict[str, Any]:
+        """All sums as arrays by names that begin with `name`."""
+        products = {f"{name}.{i}.{j}": product for (i, j), product in self.products.items()}
+        return products | {f"{name}.x": self.x_total, f"{name}.y": self.y_total, f"{name}.tokens": self.tokens}
+
+    def take(self, name: str, saved: Mapping[str, np.ndarray]) -> None:
+        """Go on from what `state` returned."""
+        self.products = {(i, j): saved[f"{name}.{i}.{j}"] for i, j in self.products}
+        self.x_total, self.y_total = saved[f"{name}.x"], saved[f"{name}.y"]
+        self.tokens = int(saved[f"{name}.tokens"])
 
     def squared_norms(self) -> dict[tuple[int, int], float]:
         """|X^T Y|^2 of the centred states, for each pair."""
@@ -88,12 +104,18 @@ def _programs(policies: tuple[OnMesh, OnMesh], mesh: Mesh) -> tuple[_Batched, _B
         return jnp.einsum("BLD,BLE->DE", x, y, precision="highest", preferred_element_type=jnp.float32)
 
     def programs(policy: OnMesh) -> _Batched:
-        def states(params: PyTree, batch: Batch, shift: Array) -> Array:
+        def states(params: PyTree, batch: Batch, shift: Array, width: int) -> Array:
             found = policy.model.layer_states(params, batch.tokens).astype(jnp.float32)
-            return jnp.where(batch.mask[None, :, :, None], found - shift[:, None, None, :], 0.0)
+            # Response tokens first in each row, and no more places than there are: products are what costs.
+            at = jnp.argsort(~batch.mask, axis=1, stable=True)[:, :width]
+            found = jnp.take_along_axis(found, at[None, :, :, None], axis=2)
+            there = jnp.take_along_axis(batch.mask, at, axis=1)
+            return jnp.where(there[None, :, :, None], found - shift[:, None, None, :], 0.0)
 
         return _Batched(
-            jax.jit(states), jax.jit(total, out_shardings=everywhere), jax.jit(product, out_shardings=everywhere)
+            jax.jit(states, static_argnums=3),
+            jax.jit(total, out_shardings=everywhere),
+            jax.jit(product, out_shardings=everywhere),
         )
 
     return programs(policies[0]), programs(policies[1])
@@ -118,6 +140,7 @@ def layer_similarity(
     *,
     mesh: Mesh,
     memory_bytes: int,
+    kept: Unfinished | None = None,
 ) -> np.ndarray:
     """Linear CKA of each layer of `before` with each of `after`, [L, L'], at the response tokens.
 
@@ -125,43 +148,79 @@ def layer_similarity(
         before, after: on the mesh.
         parts: (pass, passes) -> the batches, from the start.
         memory_bytes: for the sums, on the host.
+        kept: where the sums are saved from time to time, and gone on from; None: nowhere.
 
     Raises:
         ValueError: a layer whose states do not vary.
     """
-    mine, theirs = _programs((before, after), mesh)
+    programs = _programs((before, after), mesh)
     counts = before.model.config.num_hidden_layers, after.model.config.num_hidden_layers
     widths = before.model.config.hidden_size, after.model.config.hidden_size
     groups = groups_of(max(counts), 8 * max(widths) ** 2, memory_bytes)
     groups = [range(g.start, min(g.stop, counts[0])) for g in groups if g.start < counts[0]]
     shifts = _shifts(before, after, parts(0, len(groups)), mesh)
-    cross, own_x, own_y = np.zeros(counts), np.zeros(counts[0]), np.zeros(counts[1])
-    for number, group in enumerate(groups):
+    saved = kept.load() if kept else {}
+    norms = {
+        name: saved.get(name, np.zeros(shape))
+        for name, shape in (("cross", counts), ("x", counts[0]), ("y", counts[1]))
+    }
+    for number in range(int(saved.get("pass", 0)), len(groups)):
         # The layers of `after` with themselves go along with the passes, each with one of them.
         apart = range(number * counts[1] // len(groups), (number + 1) * counts[1] // len(groups))
-        sums = Sums((i, j) for i in group for j in range(counts[1]))
-        xx, yy = Sums((i, i) for i in group), Sums((j, j) for j in apart)
-        for part in parts(number, len(groups)):
-            batch, tokens = put(part.batch, row_sharding(mesh)), int(np.sum(np.asarray(part.batch.mask)))
-            x = mine.states(before.params, batch, put(shifts[0], replicated(mesh)))
-            y = theirs.states(after.params, batch, put(shifts[1], replicated(mesh)))
-            x_total, y_total = jax.device_get((mine.total(x), theirs.total(y)))
-            for each, a, b, totals in (
-                (sums, x, y, (x_total, y_total)),
-                (xx, x, x, (x_total, x_total)),
-                (yy, y, y, (y_total, y_total)),
-            ):
-                each.add(
-                    *totals,
-                    tokens,
-                    lambda i, j, a=a, b=b: jax.device_get(mine.product(a, b, np.int32(i), np.int32(j))),
-                )
-        for (i, j), norm in sums.squared_norms().items():
-            cross[i, j] = norm
-        for own, found in ((own_x, xx), (own_y, yy)):
-            for (i, _), norm in found.squared_norms().items():
-                own[i] = norm
-    return cka(cross, own_x, own_y)
+        group = groups[number]
+        all_sums = {
+            "xy": Sums((i, j) for i in group for j in range(counts[1])),
+            "xx": Sums((i, i) for i in group),
+            "yy": Sums((j, j) for j in apart),
+        }
+        done = int(saved.get("batches", 0))
+        for name, sums in all_sums.items() if saved else ():
+            sums.take(name, saved)
+        saved = {}
+        for batches, part in enumerate(itertools.islice(parts(number, len(groups)), done, None), start=done + 1):
+            _add_batch(all_sums, part, (before, after), programs, shifts, mesh)
+            if kept:
+                kept.save(lambda n=number, b=batches, sums=all_sums: _state(n, b, norms, sums))
+        for (i, j), norm in all_sums["xy"].squared_norms().items():
+            norms["cross"][i, j] = norm
+        for own in "xy":
+            for (i, _), norm in all_sums[own + own].squared_norms().items():
+                norms[own][i] = norm
+    return cka(norms["cross"], norms["x"], norms["y"])
+
+
+def _add_batch(
+    all_sums: Mapping[str, Sums],
+    part: GivenBatch,
+    policies: tuple[OnMesh, OnMesh],
+    programs: tuple[_Batched, _Batched],
+    shifts: Sequence[np.ndarray],
+    mesh: Mesh,
+) -> None:
+    """Add a batch to the sums of X with Y, X with itself and Y with itself: "xy", "xx", "yy"."""
+    batch, lengths = put(part.batch, row_sharding(mesh)), np.sum(np.asarray(part.batch.mask), axis=1)
+    width = min(part.batch.mask.shape[1], -(-int(lengths.max()) // WIDTH_TOKENS) * WIDTH_TOKENS)
+    states, totals = dict[str, Array](), dict[str, np.ndarray]()
+    for name, policy, program, shift in zip("xy", policies, programs, shifts, strict=True):
+        states[name] = program.states(policy.params, batch, put(shift, replicated(mesh)), width)
+        totals[name] = jax.device_get(program.total(states[name]))
+    product = programs[0].product
+    for (a, b), sums in all_sums.items():
+        x, y = states[a], states[b]
+        sums.add(
+            totals[a],
+            totals[b],
+            int(lengths.sum()),
+            lambda i, j, x=x, y=y: jax.device_get(product(x, y, np.int32(i), np.int32(j))),
+        )
+
+
+def _state(number: int, batches: int, norms: Mapping[str, np.ndarray], sums: Mapping[str, Sums]) -> dict[str, Any]:
+    """What a computation that stops after these batches of pass `number` has found."""
+    found = dict[str, Any](norms) | {"pass": number, "batches": batches}
+    for name, each in sums.items():
+        found |= each.state(name)
+    return found
 
 
 def _shifts(before: OnMesh, after: OnMesh, parts: Iterator[GivenBatch], mesh: Mesh) -> list[np.ndarray]:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from tsopsd_jax.commands import exit_codes
-from tsopsd_jax.display.figures import write_png
+from tsopsd_jax.display.figures import figure_as_json, write_png
 from tsopsd_jax.distributed import processes
 from tsopsd_jax.rundir import files
 from tsopsd_jax.rundir.log import strict_json
@@ -43,14 +43,19 @@ def _module(name: str):
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, write DIR/NAME.json and DIR/NAME.png, and print where they are and what they say."""
+    """Measure, write DIR/NAME.json and DIR/NAME.png, and print where they are and what they say.
+
+    DIR/NAME.figure.json is what the PNG shows, for `tsopsd report` to draw again.
+    """
     if args.out.exists() and not args.out.is_dir():
         raise ValueError(f"--out: expected a directory, got {args.out}, which is a file; name another")
     found, figure = _module(args.analysis).run(args)
     if processes.is_first():
         args.out.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(strict_json(found), indent=1, allow_nan=False) + "\n"
-        files.replace(args.out / f"{args.analysis}.json", [text.encode()])
+        figure_file = args.out / f"{args.analysis}.figure.json"
+        for file, content in ((args.out / f"{args.analysis}.json", found), (figure_file, figure_as_json(figure))):
+            text = json.dumps(strict_json(content), indent=1, allow_nan=False) + "\n"
+            files.replace(file, [text.encode()])
         write_png(figure, args.out / f"{args.analysis}.png")
         print(figure.caption)
         print(f"{args.out / args.analysis}.json and .png")

@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 import yaml
 
 from tsopsd_jax.config import Config, DataSettings, PhaseSettings
+from tsopsd_jax.data.prompts import PLACE
 from tsopsd_jax.display.live_table import results_table
+from tsopsd_jax.loading import is_own
 from tsopsd_jax.metric_names import ACCURACY, ENTROPY, GRAD_NORM, LENGTH, LOSS, REWARD, TRUNCATED
 from tsopsd_jax.model.hf import CARD
 from tsopsd_jax.train.cycle import without_round
@@ -110,8 +112,19 @@ def _data(data: DataSettings) -> str:
     }
     values = {name: value for name, value in vars(data).items() if value != default[name]}
     if data.path is not None:
-        values["path"] = Path(data.path).name  # a publication does not tell where the author keeps files
+        values["path"] = Path(data.path).name
+    verifier = data.verifier
+    values["verifier"] = (
+        _function(verifier) if isinstance(verifier, str) else {name: _function(x) for name, x in verifier.items()}
+    )
+    if data.template is not None and PLACE not in data.template:
+        values["template"] = _function(data.template)
     return _words(values)
+
+
+def _function(name: str) -> str:
+    """A name of the library as it is, one's own as `file.py:function`: a publication does not tell where files lie."""
+    return Path(name).name if is_own(name) else name
 
 
 def _phases(phases: Sequence[PhaseSettings], steps: Mapping[str, int]) -> str:
@@ -122,7 +135,7 @@ def _phases(phases: Sequence[PhaseSettings], steps: Mapping[str, int]) -> str:
             continue
         cells = [
             phase.name,
-            " ".join([phase.objective.name, _words(phase.objective.hyperparameters)]).strip(),
+            " ".join([_function(phase.objective.name), _words(phase.objective.hyperparameters)]).strip(),
             str(steps[phase.name]),
             f"{phase.prompts_per_step} prompts x {phase.responses_per_prompt} responses of at most "
             f"{phase.max_response_tokens} tokens" + _updates(phase),

@@ -26,13 +26,14 @@ class Responses(NamedTuple):
         )
 
 
-def read_responses(path: Path, tokenizer: Tokenizer, *, first: int | None = None) -> Responses:
+def read_responses(path: Path, tokenizer: Tokenizer, *, vocab_size: int, first: int | None = None) -> Responses:
     """Read the lines of a file of responses.
 
     A line has `prompt_ids` and `response_ids`; or `prompt` and `response` as text, which are encoded, with a stop token
     unless the line says `"stopped": false`.
 
     Args:
+        vocab_size: entries of the model, which may draw ids that the tokenizer has no token for.
         first: the first N lines only; None: all.
 
     Raises:
@@ -53,10 +54,8 @@ def read_responses(path: Path, tokenizer: Tokenizer, *, first: int | None = None
                     f"{', '.join(row)}; sample them anew with tsopsd generate"
                 )
             one, again = _encode(row, tokenizer), again + 1
-        if max(*one.prompt, *one.response, 0) >= tokenizer.vocab_size:
-            raise ValueError(
-                f"{path}, line {number}: a token id is beyond the tokenizer's {tokenizer.vocab_size} entries"
-            )
+        if max(*one.prompt, *one.response, 0) >= vocab_size:
+            raise ValueError(f"{path}, line {number}: a token id is beyond the model's {vocab_size} entries")
         answered.append(one)
     if not answered:
         raise ValueError(f"{path}: expected at least one response")

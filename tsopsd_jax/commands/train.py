@@ -16,6 +16,7 @@ from tsopsd_jax.config import Config, claim, load_config, strict
 from tsopsd_jax.config.build import Parts, divide_cpu, prepare
 from tsopsd_jax.config.places import cache_folder, digests_file, model_folder, use_compilation_cache
 from tsopsd_jax.config.references import reference_folders
+from tsopsd_jax.display.live_page import LivePage
 from tsopsd_jax.display.live_table import LiveTable, results_table
 from tsopsd_jax.display.page import write_report
 from tsopsd_jax.distributed import heartbeat, processes
@@ -28,6 +29,9 @@ from tsopsd_jax.train.phase import GuardError
 from tsopsd_jax.train.phase_step import Shared
 from tsopsd_jax.train.signals import Interrupted
 from tsopsd_jax.train.trainer import Trainer
+
+MESSAGES_FILE = "messages.log"
+"""What libraries had to say while a live table was shown."""
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -127,8 +131,7 @@ def run_config(
         table = LiveTable(stream=processes.console())
         opened = open_trainer(config, folder, table, accept_changed=accept_changed, profile_steps=profile_steps)
         with opened as trainer:
-            if trainer.progress.phase == len(config.phases):
-                print(f"{run_dir} is done: {int(trainer.state.step)} steps")
+            _tell_resumed(trainer, folder, table)
             trainer.run()
     except Interrupted as reason:
         print(f"{reason}; the same command goes on", file=sys.stderr)
@@ -205,13 +208,16 @@ def open_trainer(
     profile_steps: tuple[int, int] | None = None,
 ) -> Iterator[Trainer]:
     """A trainer in `run_dir`, resuming what stands there; no other process may run there meanwhile."""
-    use_compilation_cache(cache_folder(config))
-    _check_same(strict.plain(config), "configuration")
-    heartbeat.tick("reading the model's files and the data")
-    parts = prepare(config)
-    inputs = _inputs(config, parts)
-    with _claimed(config, run_dir, inputs, accept_changed) as changed:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(table)
+        use_compilation_cache(cache_folder(config))
+        _check_same(strict.plain(config), "configuration")
+        heartbeat.tick("reading the model's files and the data")
+        parts = prepare(config)
+        inputs = _inputs(config, parts)
+        changed = stack.enter_context(_claimed(config, run_dir, inputs, accept_changed))
         heartbeat.report_stalls(run_dir / STALL_FILE.format(jax.process_index()))
+        stack.enter_context(table.without_messages(run_dir / MESSAGES_FILE))
         trainer = Trainer(
             Shared.of(parts.model, parts.mesh, parts.task, seed=config.seed, references=parts.references),
             parts.phases,
@@ -226,15 +232,26 @@ def open_trainer(
             samples=config.samples,
             cycle=config.indices_of_cycle(),
             baseline_steps=config.baseline_steps,
+            after_step=LivePage(run_dir, every_s=config.page_every_s if processes.is_first() else None, say=table.note),
         )
-        with table, trainer.told():
-            for note in parts.notes:
-                table.note(note)
-            for warning in parts.warnings:
-                table.note(f"warning: {warning}")
-            if changed:
-                table.note(f"goes on with changed settings: {'; '.join(changed)}")
-            yield trainer
+        stack.enter_context(trainer.told())
+        for note in parts.notes:
+            table.note(note)
+        for warning in parts.warnings:
+            table.note(f"warning: {warning}")
+        if changed:
+            table.note(f"goes on with changed settings: {'; '.join(changed)}")
+        yield trainer
+
+
+def _tell_resumed(trainer: Trainer, run_dir: Path, table: LiveTable) -> None:
+    """Say where a run goes on, with the rows and the trend of the steps that it took, or that it is done."""
+    steps, phase = trainer.run_state.step, trainer.phase_name
+    if phase is None:
+        table.note(f"{run_dir} is done: {steps} steps")
+    elif steps:
+        table.restore(read_metrics(run_dir) if processes.is_first() else [])
+        table.note(f"resumed at step {steps} of {phase}")
 
 
 def transitions(evaluations: Sequence[dict[str, Any]], metrics: Sequence[dict[str, Any]]) -> list[str]:

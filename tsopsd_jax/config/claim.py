@@ -23,7 +23,7 @@ INPUTS_FILE = "inputs.json"
 FUNCTIONS_FOLDER = "functions"
 """Copies of the Python files that settings name as `path/to/file.py:function`."""
 
-RUNTIME = r"checkpoint_every_steps|samples\.(every_steps|groups)|keep_checkpoints|tracker(\..+)?|cache_dir"
+RUNTIME = r"checkpoint_every_steps|samples\.(every_steps|groups)|keep_checkpoints|page_every_s|tracker(\..+)?|cache_dir"
 """Settings that may change between two starts of the same run, without a word."""
 CHANGEABLE = r"evaluation\.(rows_at_once|every_steps)|mesh\.(data|fsdp|tensor|cpu_devices)|cycle\.times"
 """Settings that may change too, and are told: memory, machine, when to look, and how often the cycle may come again."""

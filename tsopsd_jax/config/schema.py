@@ -325,6 +325,8 @@ class Config:
     keep_checkpoints: int = 2
     samples: Samples = field(default_factory=Samples)
     """Responses kept in samples.jsonl."""
+    page_every_s: int | None = 300
+    """Seconds between two writings of `report.html` while the run goes on; null: only when it ends."""
     tracker: Tracker = field(default_factory=Tracker)
     cache_dir: str | None = None
     """Prepared data sets and compiled programs; null: $TSOPSD_CACHE_DIR, else ~/.cache/tsopsd_jax."""
@@ -361,8 +363,8 @@ class Config:
             )
         if not 0 <= self.seed < 2**32:  # a random key holds 32 bits of it
             raise ValueError(f"seed must be >= 0 and < 2**32, got {self.seed}")
-        for name in ("checkpoint_every_steps", "keep_checkpoints", "baseline_steps"):
-            if vars(self)[name] < 1:
+        for name in ("checkpoint_every_steps", "keep_checkpoints", "baseline_steps", "page_every_s"):
+            if vars(self)[name] is not None and vars(self)[name] < 1:
                 raise ValueError(f"{name} must be at least 1, got {vars(self)[name]}")
 
     def indices_of_cycle(self) -> Cycle:

@@ -15,7 +15,7 @@ import yaml
 _T = TypeVar("_T")
 
 _TAG = "tag:yaml.org,2002:"
-MAX_VALUES = 1_000_000
+MAX_YAML_VALUES = 1_000_000
 """Values that a YAML document may hold."""
 _CORE = {
     "null": r"~|null|Null|NULL|",
@@ -50,8 +50,8 @@ class _Loader(yaml.SafeLoader):
 
     def compose_document(self) -> Any:
         document = super().compose_document()
-        if _written_out(document, {}) > MAX_VALUES:
-            raise ValueError(f"with its anchors written out it holds more than {MAX_VALUES:,} values; write fewer")
+        if _written_out(document, {}) > MAX_YAML_VALUES:
+            raise ValueError(f"with its anchors written out it holds more than {MAX_YAML_VALUES:,} values; write fewer")
         return document
 
     def flatten_mapping(self, node: Any) -> None:

@@ -1,14 +1,16 @@
-"""Figures of the analyses: panels of curves, histograms, bars or matrices with a caption, as one PNG file."""
+"""Figures of the analyses: panels of curves, histograms, bars or matrices with a caption; as PNG, SVG and JSON."""
 
+import contextlib
 import io
 import textwrap
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from tsopsd_jax.display.plots import STYLE
+from tsopsd_jax.display.plots import COLOURS, STYLE, for_page
 from tsopsd_jax.rundir import files
 
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#1c2024")
@@ -16,6 +18,11 @@ PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#1
 DASHES = ("-", "--", "-.", ":")
 """A second difference between curves, for prints in grey: the next style with each round of the palette."""
 PANEL_IN = (4.6, 3.1)
+PAGE_COLOURS = {
+    **{f"curve-{at}": colour for at, colour in enumerate(PALETTE[:-1])},
+    **{name: COLOURS[name] for name in ("ink", "muted", "line", "grid")},
+}
+"""The names of a page's CSS variables for a panel's colours, with their values in the light theme."""
 
 
 class Curve(NamedTuple):
@@ -26,6 +33,15 @@ class Curve(NamedTuple):
     y: np.ndarray
     low: np.ndarray | None = None
     high: np.ndarray | None = None
+
+
+class Strip(NamedTuple):
+    """A bar at a chart's foot, in the colour of curve number `curve`; of several runs each adds `share` of its ink."""
+
+    curve: int
+    begin: float
+    end: float
+    share: float = 1.0
 
 
 class Chart(NamedTuple):
@@ -43,6 +59,7 @@ class Chart(NamedTuple):
     """Whether each point has a marker."""
     whole_x: bool = False
     """Whether x counts something: layers, steps."""
+    strips: Sequence[Strip] = ()
 
 
 class Histogram(NamedTuple):
@@ -88,33 +105,87 @@ class Figure(NamedTuple):
     columns: int = 2
 
 
-def write_png(figure: Figure, path: Path) -> None:
-    """Draw a figure into a PNG file, replacing it in one go."""
+@contextlib.contextmanager
+def _styled(width_in: float, height_in: float, colour: str) -> Iterator[Any]:
+    """An empty matplotlib figure, drawn and saved in the style of all figures, whatever the user's settings are."""
     # Lazy: matplotlib takes a second, which only a figure should cost.
     import matplotlib.style
     from matplotlib.figure import Figure as Canvas
 
+    with matplotlib.style.context(["default", STYLE], after_reset=True), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a name may have characters that the measuring font lacks
+        yield Canvas(figsize=(width_in, height_in), layout="constrained", facecolor=colour)
+
+
+def _draw(axis: Any, panel: AnyPanel) -> None:
+    axis.set_title(panel.title, loc="left", fontsize=9.5, fontweight="bold")
+    axis.set_xlabel(panel.x_label)
+    _DRAW[type(panel)](axis, panel)
+
+
+def write_png(figure: Figure, path: Path) -> None:
+    """Draw a figure into a PNG file, replacing it in one go."""
     columns = min(figure.columns, len(figure.panels))
     rows = -(-len(figure.panels) // columns)
     width_in, height_in = PANEL_IN[0] * columns, PANEL_IN[1] * rows
-    caption = textwrap.fill(figure.caption, int(17.5 * width_in))
+    caption = textwrap.fill(figure.caption, int(16 * width_in))
     below_in = 0.16 * (caption.count("\n") + 1) + 0.15
-    with matplotlib.style.context(["default", STYLE], after_reset=True):
-        canvas = Canvas(figsize=(width_in, height_in + below_in), layout="constrained", facecolor="white")
+    with _styled(width_in, height_in + below_in, "white") as canvas:
         engine: Any = canvas.get_layout_engine()
         share = below_in / (height_in + below_in)
         engine.set(rect=(0, share, 1, 1 - share), w_pad=0.08, h_pad=0.08)
         axes = canvas.subplots(rows, columns, squeeze=False).reshape(-1)
         for panel, axis in zip(figure.panels, axes, strict=False):
-            axis.set_title(panel.title, loc="left", fontsize=9.5, fontweight="bold")
-            axis.set_xlabel(panel.x_label)
-            _DRAW[type(panel)](axis, panel)
+            _draw(axis, panel)
         for axis in axes[len(figure.panels) :]:
             axis.set_axis_off()
         canvas.text(0.08 / width_in, 0.06 / (height_in + below_in), caption, fontsize=8, va="bottom", linespacing=1.3)
         buffer = io.BytesIO()
         canvas.savefig(buffer, format="png", dpi=160, metadata={"Software": None})
     files.replace(path, [buffer.getvalue()])
+
+
+def panel_svg(panel: AnyPanel) -> str:
+    """Draw one panel as an `<svg>` element to be put into a page that defines the variables of `PAGE_COLOURS`."""
+    with _styled(*PANEL_IN, "none") as canvas:
+        _draw(canvas.subplots(), panel)
+        buffer = io.BytesIO()
+        canvas.savefig(buffer, format="svg", transparent=True)
+    return for_page(buffer.getvalue().decode("utf-8", "replace"), PAGE_COLOURS)
+
+
+def figure_as_json(figure: Figure) -> dict[str, Any]:
+    """Write a figure as an object that `figure_from_json` reads, once it is strict JSON."""
+    panels = [{"kind": type(panel).__name__, **panel._asdict()} for panel in figure.panels]
+    return {**figure._asdict(), "panels": panels}
+
+
+def figure_from_json(found: Mapping[str, Any]) -> Figure:
+    """Read a figure back; null becomes NaN.
+
+    Raises:
+        ValueError: no figure of this version.
+    """
+    kinds = {kind.__name__: kind for kind in _DRAW}
+    try:
+        panels = [kinds[panel["kind"]](**_fields(panel)) for panel in found["panels"]]
+        return Figure(panels, str(found["caption"]), int(found["columns"]))
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"expected a figure of this version, got one that differs ({error}): analyse again") from error
+
+
+def _fields(panel: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a panel's constructor: lists of numbers become arrays."""
+    fields = {name: value for name, value in panel.items() if name != "kind"}
+    for name in fields.keys() & {"edges", "counts", "values"}:
+        fields[name] = np.asarray(fields[name], np.float64)
+    if "curves" in fields:
+        fields["curves"] = [
+            Curve(name, *(np.asarray(each, np.float64) for each in arrays if each is not None))
+            for name, *arrays in fields["curves"]
+        ]
+        fields["strips"] = [Strip(*strip) for strip in fields["strips"]]
+    return fields
 
 
 def _plain(axis: Any) -> None:
@@ -152,8 +223,17 @@ def _draw_chart(axis: Any, chart: Chart) -> None:
         _logarithmic(axis.set_yscale, axis.yaxis)
     else:
         _widen(axis)
+    _draw_strips(axis, chart.strips)
     if any(curve.name for curve in chart.curves):
-        axis.legend(fontsize=6.5, frameon=False)
+        axis.legend(fontsize=7, frameon=False)
+
+
+def _draw_strips(axis: Any, strips: Sequence[Strip]) -> None:
+    """Bars in rows at the foot of the axes, a row for each curve that has some."""
+    rows = {curve: row for row, curve in enumerate(dict.fromkeys(strip.curve for strip in strips))}
+    for curve, begin, end, share in strips:
+        foot = 0.012 + 0.03 * rows[curve]
+        axis.axvspan(begin, end, foot, foot + 0.02, color=PALETTE[curve % len(PALETTE)], alpha=0.9 * share, lw=0)
 
 
 def _logarithmic(set_scale: Any, axis: Any, scale: str = "log") -> None:
@@ -186,7 +266,7 @@ def _draw_histogram(axis: Any, histogram: Histogram) -> None:
     for at, (name, place) in enumerate(histogram.marks.items()):
         axis.axvline(place, color=PALETTE[1 + at], linewidth=1.2, linestyle=DASHES[at % len(DASHES)], label=name)
     if histogram.marks:
-        axis.legend(fontsize=6.5, frameon=False)
+        axis.legend(fontsize=7, frameon=False)
 
 
 def _draw_bars(axis: Any, bars: Bars) -> None:
@@ -196,7 +276,7 @@ def _draw_bars(axis: Any, bars: Bars) -> None:
         axis.barh(places, values, left=left, height=0.6, color=PALETTE[at % len(PALETTE)], label=part)
         left = left + np.asarray(values)
     axis.set_yticks(places, bars.names)
-    axis.legend(fontsize=6.5, frameon=False)
+    axis.legend(fontsize=7, frameon=False)
 
 
 def _draw_matrix(axis: Any, matrix: Matrix) -> None:

@@ -1,10 +1,13 @@
 """The progress of a run as text: a live table on a terminal, aligned lines in a log; and the table of its results."""
 
+import contextlib
 import math
 import sys
+import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, TextIO
 
@@ -15,8 +18,19 @@ from rich.text import Text
 
 from tsopsd_jax.display.foreign_text import one_line
 from tsopsd_jax.display.numbers import DASH, count, duration, finite, fixed
-from tsopsd_jax.display.screen import in_ascii
-from tsopsd_jax.metric_names import ACCURACY, ENTROPY, GRAD_NORM, LENGTH, REWARD, TOKENS_PER_S
+from tsopsd_jax.display.screen import in_ascii, library_messages
+from tsopsd_jax.distributed import heartbeat
+from tsopsd_jax.metric_names import (
+    ACCURACY,
+    ENTROPY,
+    GRAD_NORM,
+    GROUPS_KEPT,
+    LENGTH,
+    REWARD,
+    STEP_S,
+    TOKENS_PER_S,
+    TRUNCATED,
+)
 from tsopsd_jax.rollout import Progress
 
 ROWS = 12
@@ -26,27 +40,39 @@ PHASE_STYLES = ("cyan", "yellow", "green", "magenta", "blue")
 """Colours of phases in the order of their appearance; a phase that comes again keeps its colour."""
 
 BARS = "▁▂▃▄▅▆▇█"
-TREND_BUCKETS = 64
+TREND_BUCKETS = 128
+TREND_WORDS = 32
+"""Characters of a terminal's line that the trend leaves to the words around it."""
+WIDE, WIDEST = 96, 124
+"""Widths of a terminal from which titles are written out, and from which more columns are shown."""
 
 
 class Column(NamedTuple):
-    """One column: its title, its width in a log, the key of the metrics line, and how a value is written."""
+    """One column: its title, a short one for narrow terminals, its width in a log, the key of the metrics line, and how
+    a value is written."""
 
     title: str
+    short: str
     width: int
     key: str
     write: Callable[[Any], str]
 
 
 COLUMNS = (
-    Column("step", 7, "step", fixed),
-    Column("entropy (nats)", 14, ENTROPY, lambda v: fixed(v, ".4f")),
-    Column("reward", 8, REWARD, lambda v: fixed(v, ".3f")),
-    Column("accuracy", 8, ACCURACY, lambda v: fixed(v, ".1%")),
-    Column("length", 7, LENGTH, count),
-    Column("grad norm", 9, GRAD_NORM, lambda v: fixed(v, ".3g")),
-    Column("tokens/s", 8, TOKENS_PER_S, count),
+    Column("step", "step", 7, "step", fixed),
+    Column("entropy (nats)", "entropy", 14, ENTROPY, lambda v: fixed(v, ".4f")),
+    Column("reward", "reward", 8, REWARD, lambda v: fixed(v, ".3f")),
+    Column("accuracy", "acc.", 8, ACCURACY, lambda v: fixed(v, ".1%")),
+    Column("length", "length", 7, LENGTH, count),
+    Column("grad norm", "grad", 9, GRAD_NORM, lambda v: fixed(v, ".3g")),
+    Column("tokens/s", "tok/s", 8, TOKENS_PER_S, count),
 )
+MORE_COLUMNS = (
+    Column("cut off", "cut", 7, TRUNCATED, lambda v: fixed(v, ".1%")),
+    Column("groups kept", "kept", 11, GROUPS_KEPT, lambda v: fixed(v, ".0%")),
+    Column("step (s)", "s", 8, STEP_S, lambda v: fixed(v, ".1f")),
+)
+"""Columns that only a wide terminal has room for."""
 
 
 class Trend:
@@ -68,15 +94,18 @@ class Trend:
             self._per_bucket *= 2
         self._buckets.append((value, 1, style))
 
-    def text(self) -> Text:
-        """One block character per bucket, from the lowest mean to the highest, on a logarithmic scale."""
-        means = [total / count for total, count, _ in self._buckets]
+    def text(self, columns: int = TREND_BUCKETS) -> Text:
+        """One block character per bucket, from the lowest mean to the highest, on a logarithmic scale; buckets are
+        joined to at most `columns` characters."""
+        each = -(-len(self._buckets) // max(1, columns)) or 1
+        joined = [self._buckets[at : at + each] for at in range(0, len(self._buckets), each)]
+        means = [sum(total for total, _, _ in part) / sum(count for _, count, _ in part) for part in joined]
         # A collapse is a matter of factors: on a linear scale its bottom, where reheating happens, is flat.
         heights = [math.log(max(mean, 1e-6)) for mean in means]
         text = Text()
-        for height, (_, _, style) in zip(heights, self._buckets, strict=True):
-            part = (height - min(heights)) / ((max(heights) - min(heights)) or 1.0)
-            text.append(BARS[round(part * (len(BARS) - 1))], style=style)
+        for height, part in zip(heights, joined, strict=True):
+            share = (height - min(heights)) / ((max(heights) - min(heights)) or 1.0)
+            text.append(BARS[round(share * (len(BARS) - 1))], style=part[-1][2])
         if means:
             text.append(f"  {min(means):.3g} to {max(means):.3g} nats", style="dim")
         return text
@@ -85,46 +114,87 @@ class Trend:
 class LiveTable:
     """Shows the steps of a run as they come: a live table on a terminal, else a line every `every` steps.
 
-    Used as a context manager. `stream`: where to write, standard output by default. It is the live table if
-    the stream is a terminal that takes Unicode.
+    Used as a context manager, in which it also shows what the main thread says by `heartbeat.tick`. `stream`: where to
+    write, standard output by default. It is the live table if the stream is a terminal that takes Unicode. Several
+    threads may call it.
     """
 
     def __init__(self, *, stream: TextIO | None = None, every: int = 10):
         out: TextIO = stream or sys.stdout
         console = Console(file=out, highlight=False)
         # A dumb terminal cannot be drawn over, and a screen that is not Unicode has none of the characters.
-        live = console.is_terminal and not console.is_dumb_terminal and console.encoding.startswith("utf")
-        self._view = _Screen(console) if live else _Lines(out, every)
+        self.live = console.is_terminal and not console.is_dumb_terminal and console.encoding.startswith("utf")
+        self._view = _Screen(console) if self.live else _Lines(out, every)
+        self._doing = ""
+        self._lock = threading.RLock()
+        self._heard = contextlib.ExitStack()
 
     def phase(self, name: str, until: str) -> None:
         """Announce a phase and, in words, what ends it."""
-        self._view.phase(one_line(name), one_line(until))
+        with self._lock:
+            self._view.phase(one_line(name), one_line(until))
 
     def step(self, line: Mapping[str, Any], time_left_s: float | None = None) -> None:
         """Show a metrics line; values that are absent or null show as `-`."""
-        self._view.step(line, time_left_s)
+        with self._lock:
+            self._view.step(line, time_left_s)
+
+    def restore(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Take in the metrics lines of steps that an earlier process took: rows and trend stand as it left them."""
+        with self._lock:
+            self._view.restore(lines)
 
     def sampling(self, progress: Progress) -> None:
         """Show how far a rollout is; on a log, a line a minute."""
-        text = f"sampling: {progress.finished} of {progress.rows} responses, {progress.tokens:,} tokens"
-        self._view.status(f"{text}, {duration(progress.left_s)} left")
+        text = f"{progress.finished:,} of {progress.rows:,} responses, {progress.tokens:,} tokens"
+        left = f", {duration(progress.left_s)} left" if progress.finished else ""
+        with self._lock:
+            self._view.status(f"{self._doing or 'sampling'}: {text}{left}")
 
     def status(self, text: str) -> None:
         """Show what is being done now; on a log, a line a minute."""
-        self._view.status(text)
+        with self._lock:
+            self._view.status(text)
+
+    def _hear(self, doing: str) -> None:
+        self._doing = doing
+        self.status(doing)
 
     def note(self, text: str) -> None:
         """Write a message that stays: above the live table, or as a line of its own."""
-        self._view.note(one_line(text))
+        with self._lock:
+            self._view.note(one_line(text))
+
+    @contextlib.contextmanager
+    def without_messages(self, file: Path) -> Iterator[None]:
+        """Inside the block keep what libraries log and write to standard error out of the live table: in `file`. In a
+        log it stands where it always does."""
+        if not self.live:
+            yield
+            return
+        before = file.stat().st_size if file.is_file() else 0
+        with library_messages(file):
+            yield
+        size = file.stat().st_size if file.is_file() else before
+        if size > before:
+            self.note(f"messages of libraries are in {file}")
+        elif not size:
+            file.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Leave the screen as it is, the cursor below the table."""
+        self._heard.close()
+        self._view.close()
 
     def __enter__(self) -> "LiveTable":
         self._view.open()
+        self._heard.enter_context(heartbeat.heard_by(self._hear))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._view.close()
+        self.close()
 
 
 class _Screen:
@@ -132,10 +202,11 @@ class _Screen:
 
     def __init__(self, console: Console):
         self._console = console
-        self._rows: deque[tuple[str, Mapping[str, Any], float | None]] = deque(maxlen=ROWS)
+        self._rows: deque[tuple[str, Mapping[str, Any]]] = deque(maxlen=ROWS)
         self._trend = Trend()
         self._styles: dict[str, str] = {}
         self._now: tuple[str, str] | None = None
+        self._left_s: float | None = None
         self._status = ""
         self._live = Live(console=console, auto_refresh=False, get_renderable=self._render)
 
@@ -143,17 +214,26 @@ class _Screen:
         return self._styles.setdefault(phase, PHASE_STYLES[len(self._styles) % len(PHASE_STYLES)])
 
     def phase(self, name: str, until: str) -> None:
-        self._now = (name, until)
+        self._now, self._left_s = (name, until), None
         self._style(name)
         self._live.refresh()
 
     def step(self, line: Mapping[str, Any], time_left_s: float | None) -> None:
-        phase = str(line.get("phase") or (self._now[0] if self._now else "-"))
-        self._rows.append((phase, line, time_left_s))
-        self._status = ""
-        if (entropy := finite(line.get(ENTROPY))) is not None:
-            self._trend.add(entropy, self._style(phase))
+        self._add(line)
+        self._left_s, self._status = time_left_s, ""
         self._live.refresh()
+
+    def restore(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        for line in lines:
+            self._add(line)
+        self._live.refresh()
+
+    def _add(self, line: Mapping[str, Any]) -> None:
+        phase = str(line.get("phase") or (self._now[0] if self._now else "-"))
+        self._rows.append((phase, line))
+        style = self._style(phase)
+        if (entropy := finite(line.get(ENTROPY))) is not None:
+            self._trend.add(entropy, style)
 
     def status(self, text: str) -> None:
         self._status = text
@@ -166,31 +246,44 @@ class _Screen:
         self._live.start(refresh=False)
 
     def close(self) -> None:
-        self._live.refresh()
+        self._status = ""
+        if self._live.is_started:
+            self._live.refresh()
         self._live.stop()
 
     def _render(self) -> Group:
-        head = Text(no_wrap=True, overflow="ellipsis")
+        parts: list[Text | Table] = []
         if self._now is not None:
             name, until = self._now
-            head = Text.assemble((f"● {name}", f"bold {self._style(name)}"), (f"   until {until}", "dim"))
-        table = Table(box=None, padding=(0, 1), header_style="dim", pad_edge=False)
-        table.add_column("phase", no_wrap=True, max_width=16)
-        for column in COLUMNS:
-            table.add_column(column.title, justify="right", no_wrap=True)
-        table.add_column("time left", justify="right", no_wrap=True)
-        shown = list(self._rows)[-max(1, min(ROWS, self._console.height - 6)) :]
-        for index, (phase, line, time_left_s) in enumerate(shown):
-            last = index == len(shown) - 1
-            table.add_row(
-                Text(phase, style=self._style(phase)),
-                *(column.write(line.get(column.key)) for column in COLUMNS),
-                duration(time_left_s) if last else "",
-                style="bold" if last else "",
+            left = "" if self._left_s is None else f"   {duration(self._left_s)} left"
+            head = Text.assemble(
+                (f"● {name}", f"bold {self._style(name)}"), (left, "bold"), (f"   until {until}", "dim")
             )
-        trend = Text.assemble(("entropy  ", "dim"), self._trend.text(), no_wrap=True, overflow="ellipsis")
-        status = [Text(self._status, style="dim", no_wrap=True, overflow="ellipsis")] if self._status else []
-        return Group(head, trend, Text(), table, *status) if shown else Group(head, *status)
+            parts.append(head)
+        if self._rows:
+            trend = self._trend.text(self._console.width - TREND_WORDS)
+            parts += [Text.assemble(("entropy  ", "dim"), trend), Text(), self._table()]
+        if self._status:
+            parts.append(Text(self._status, style="dim"))
+        for part in parts:
+            if isinstance(part, Text):
+                part.no_wrap, part.overflow = True, "ellipsis"
+        return Group(*parts)
+
+    def _table(self) -> Table:
+        width = self._console.width
+        columns = (*COLUMNS, *MORE_COLUMNS) if width >= WIDEST else COLUMNS
+        table = Table(box=None, padding=(0, 1), header_style="dim", pad_edge=False)
+        table.add_column("phase", no_wrap=True, max_width=16 if width >= WIDE else 10)
+        for column in columns:
+            title = column.title if width >= WIDE else column.short
+            table.add_column(title, justify="right", no_wrap=True)
+        shown = list(self._rows)[-max(1, min(ROWS, self._console.height - 6)) :]
+        for index, (phase, line) in enumerate(shown):
+            cells = (column.write(line.get(column.key)) for column in columns)
+            last = index == len(shown) - 1
+            table.add_row(Text(phase, style=self._style(phase)), *cells, style="bold" if last else "")
+        return table
 
 
 class _Lines:
@@ -229,6 +322,9 @@ class _Lines:
         if time.monotonic() - self._said >= self.STATUS_S:
             self._flush_held()
             self._print(text)
+
+    def restore(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        pass  # a log holds them, or another one does
 
     def note(self, text: str) -> None:
         self._flush_held()  # in the order of what happened

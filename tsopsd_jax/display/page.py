@@ -1,49 +1,29 @@
 """The page of a run: one self-contained `report.html` from its configuration, metrics and evaluations."""
 
 import itertools
-import math
 import string
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import yaml
 
 from tsopsd_jax.display import responses, run_status
+from tsopsd_jax.display.columns import Metrics, read_columns
 from tsopsd_jax.display.html_parts import details, escape, shorten, table
 from tsopsd_jax.display.numbers import DASH, count, duration, finite, fixed
-from tsopsd_jax.display.plots import Panel, Series, Stretch, draw_panels
-from tsopsd_jax.metric_names import (
-    ACCURACY,
-    ENTROPY,
-    GRAD_NORM,
-    LENGTH,
-    REWARD,
-    ROLLOUT_S,
-    SKIPPED,
-    TOKENS,
-    TOKENS_PER_S,
-    UPDATES,
-)
+from tsopsd_jax.display.panels import COURSE, course_panels, exact_values, figures, more_metrics
+from tsopsd_jax.display.series import Stretch
+from tsopsd_jax.metric_names import ACCURACY, ENTROPY, ROLLOUT_S, SKIPPED, TOKENS, TOKENS_PER_S, UPDATES
 from tsopsd_jax.rundir import files
-from tsopsd_jax.rundir.log import read_evaluations, read_metrics, read_samples
+from tsopsd_jax.rundir.log import METRICS_FILE, read_evaluations, read_samples
 from tsopsd_jax.rundir.status import read_status
 from tsopsd_jax.train.cycle import without_round
 
-KEYS = (ENTROPY, REWARD, ACCURACY, GRAD_NORM, LENGTH, TOKENS, TOKENS_PER_S, ROLLOUT_S, SKIPPED, UPDATES, "time_s")
-
 MAX_ROWS = 200
 MAX_CONFIG_CHARACTERS = 60_000
-
-
-class Metrics(NamedTuple):
-    """Columns of metrics.jsonl that the page shows; NaN where a step has no value."""
-
-    step: np.ndarray
-    columns: Mapping[str, np.ndarray]
-    segments: Sequence[Stretch]
 
 
 def write_report(run_dir: str | Path, out: Path | None = None) -> Path:
@@ -53,14 +33,19 @@ def write_report(run_dir: str | Path, out: Path | None = None) -> Path:
         ValueError: if `run_dir` has no metrics.jsonl, or no step in it, or a broken line before its last.
     """
     run_dir = Path(run_dir)
-    metrics = _read_metrics(run_dir)
+    metrics = read_columns(run_dir)
     config_path = run_dir / "config.yaml"
     config_text = config_path.read_text("utf-8", errors="replace") if config_path.is_file() else ""
     config = _parse_config(config_text)
     plan = {str(phase.get("name")): phase for phase in config["phases"]}
-    evaluations, status = read_evaluations(run_dir), read_status(run_dir)
+    evaluations = read_evaluations(run_dir)
+    status = run_status.caught_up(
+        read_status(run_dir),
+        step=int(metrics.step[-1]),
+        phase=metrics.segments[-1].phase,
+        time_s=(run_dir / METRICS_FILE).stat().st_mtime,
+    )
     colours = _phase_colours(metrics.segments, plan)
-    phases = ", ".join(dict.fromkeys(segment.phase for segment in metrics.segments))
     template = resources.files("tsopsd_jax").joinpath("assets", "page.html").read_text("utf-8")
     page = string.Template(template).substitute(
         title=escape(run_dir.resolve().name),
@@ -68,10 +53,11 @@ def write_report(run_dir: str | Path, out: Path | None = None) -> Path:
         status=run_status.banner(status, skipped=_total(metrics, SKIPPED), updates=_updates(metrics)),
         facts=_facts(metrics),
         phases=_phase_table(metrics, plan, colours, status, evaluations),
-        plots=draw_panels(metrics.step, _panels(metrics, _thresholds(plan)), metrics.segments, colours),
-        plot_label=escape(f"entropy, reward, gradient norm and response length over steps; phases {phases}"),
+        plots=figures(metrics, course_panels(metrics, _thresholds(plan), evaluations), colours, named=True),
+        exact=exact_values(metrics, COURSE),
+        more=more_metrics(metrics, colours),
         evaluations=_evaluation_table(evaluations),
-        examples=responses.evaluated(evaluations),
+        examples=responses.compared(evaluations),
         samples=responses.kept(read_samples(run_dir)),
         config=details("config.yaml", f"<pre>{shorten(config_text, MAX_CONFIG_CHARACTERS)}</pre>")
         if config_text
@@ -84,34 +70,6 @@ def write_report(run_dir: str | Path, out: Path | None = None) -> Path:
 
 
 # ---- reading
-
-
-def _read_metrics(run_dir: Path) -> Metrics:
-    steps: list[float] = []
-    columns: dict[str, list[float]] = {key: [] for key in KEYS}
-    segments: list[Stretch] = []
-    phase_step = math.inf
-    for record in read_metrics(run_dir):
-        if (step := finite(record.get("step"))) is None:
-            continue
-        index, phase = len(steps), str(record.get("phase", "run"))
-        before, phase_step = phase_step, _column(record.get("phase_step"))
-        # A cyclic schedule may come back to the same phase at once: then only its own count starts again.
-        if segments and segments[-1].phase == phase and not phase_step < before:
-            segments[-1] = segments[-1]._replace(end=index + 1)
-        else:
-            segments.append(Stretch(phase, index, index + 1))
-        steps.append(step)
-        for key, values in columns.items():
-            values.append(_column(record.get(key)))
-    if not steps:
-        raise ValueError(f"expected at least one step, got none in {run_dir}: report a run after its first step")
-    return Metrics(np.asarray(steps), {key: np.asarray(each) for key, each in columns.items()}, segments)
-
-
-def _column(value: Any) -> float:
-    number = finite(value)
-    return math.nan if number is None else number
 
 
 def _parse_config(text: str) -> dict[str, Any]:
@@ -140,20 +98,6 @@ def _thresholds(plan: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
             if (value := finite(stop.get(key))) is not None:
                 found[f"{words} {value:g}"] = value
     return found
-
-
-def _panels(metrics: Metrics, thresholds: Mapping[str, float]) -> list[Panel]:
-    columns = metrics.columns
-    return [
-        Panel("Entropy", "nats per token", [Series("", columns[ENTROPY], "blue")], lines=thresholds),
-        Panel(
-            "Reward and accuracy",
-            "mean over responses",
-            [Series("reward", columns[REWARD], "slate"), Series("accuracy", columns[ACCURACY], "teal")],
-        ),
-        Panel("Gradient norm", "logarithmic", [Series("", columns[GRAD_NORM], "blue")], logarithmic=True),
-        Panel("Response length", "tokens, mean", [Series("", columns[LENGTH], "blue")]),
-    ]
 
 
 # ---- the page's parts
@@ -189,16 +133,15 @@ def _wall_time_s(time_s: np.ndarray) -> float:
 
 
 def _facts(metrics: Metrics) -> str:
-    columns = metrics.columns
-    derived = columns[TOKENS_PER_S] * columns[ROLLOUT_S]
-    tokens = np.nansum(np.where(np.isfinite(columns[TOKENS]), columns[TOKENS], derived))
-    wall_s = _wall_time_s(columns["time_s"])
+    derived = metrics.of(TOKENS_PER_S) * metrics.of(ROLLOUT_S)
+    tokens = np.nansum(np.where(np.isfinite(metrics.of(TOKENS)), metrics.of(TOKENS), derived))
+    wall_s = _wall_time_s(metrics.of("time_s"))
     facts = [
         ("Steps", f"{metrics.step[-1]:,.0f}"),
         ("Wall time", duration(wall_s) if wall_s > 0 else ""),
         ("Tokens sampled", count(tokens) if tokens > 0 else ""),
-        ("Entropy, nats", _ends(columns[ENTROPY], ".3f")),
-        ("Training accuracy, %", _ends(columns[ACCURACY], ".1f", 100)),
+        ("Entropy, nats", _ends(metrics.of(ENTROPY), ".3f")),
+        ("Training accuracy, %", _ends(metrics.of(ACCURACY), ".1f", 100)),
         ("Updates skipped", f"{_total(metrics, SKIPPED)} of {_updates(metrics):,}"),
     ]
     return "".join(f"<div><dt>{name}</dt><dd>{value or '&ndash;'}</dd></div>" for name, value in facts)
@@ -229,12 +172,12 @@ def _phase_colours(segments: Sequence[Stretch], plan: Mapping[str, Mapping[str, 
 
 
 def _total(metrics: Metrics, name: str) -> int:
-    return int(np.nansum(metrics.columns[name]))
+    return int(np.nansum(metrics.of(name)))
 
 
 def _updates(metrics: Metrics) -> int:
     """Updates of all steps: one where a step does not say."""
-    said = metrics.columns[UPDATES]
+    said = metrics.of(UPDATES)
     return int(np.sum(np.where(np.isfinite(said), said, 1)))
 
 
@@ -266,8 +209,8 @@ def _phase_table(
                 dot + escape(segment.phase),
                 escape(_section(phase, "objective").get("name", "–")),
                 "&ndash;".join(dict.fromkeys(f"{metrics.step[at]:.0f}" for at in (segment.first, segment.end - 1))),
-                _ends(metrics.columns[ENTROPY][part], ".3f"),
-                _ends(metrics.columns[ACCURACY][part], ".1f", 100),
+                _ends(metrics.of(ENTROPY)[part], ".3f"),
+                _ends(metrics.of(ACCURACY)[part], ".1f", 100),
                 *(_change(evaluations, key, metrics.step[segment.first], last) for key in ("avg_at_k", "pass_at_k")),
                 escape(_until(phase) or "–") + how,
                 escape((over and phase.get("outcome")) or "–"),

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tsopsd_jax.display.foreign_text import CONTROLS, TURNS
+from tsopsd_jax.display.numbers import count
+from tsopsd_jax.display.series import MAX_POINTS, Stretch, smoothed, thinned, with_gaps
 
 COLOURS = {
     "page": "#ffffff",
@@ -18,19 +20,32 @@ COLOURS = {
     "muted": "#60646c",
     "line": "#e2e4e8",
     "grid": "#eceef1",
-    "blue": "#2563b0",
-    "orange": "#c2540a",
-    "teal": "#0d7d6c",
-    "violet": "#6e56c0",
+    "blue": "#0072b2",
+    "orange": "#d55e00",
+    "teal": "#009e73",
+    "violet": "#cc79a7",
+    "sky": "#56b4e9",
+    "amber": "#e69f00",
     "slate": "#64748b",
 }
-"""The names of the page's CSS variables, with their values in the light theme."""
+"""The names of the page's CSS variables, with their values in the light theme. Lines and areas have the colours of
+Okabe and Ito, told apart by people with any kind of colour vision."""
 
-MAX_POINTS = 1000
-"""Points drawn of a series: more than the page has pixels to tell apart."""
+LINE_COLOURS = ("blue", "orange", "teal", "violet", "amber", "sky", "slate")
+
+MAX_DOTS = 150
+"""Steps up to which each is a dot; more are a thin line."""
 
 MAX_SHADED = 400
-WIDTH_IN, LEFT, RIGHT = 10.4, 0.055, 0.895
+WIDTH_IN = 5.2
+"""Half of a desktop's page, or all of a phone's: there its letters still have ten pixels."""
+LEFT_PT, RIGHT_PT = 38.0, 6.0
+HEIGHT_PT, FIRST_HEIGHT_PT = 92.0, 112.0
+"""Height of a panel's axes, and of the first one's."""
+BETWEEN_PT, BELOW_PT = 30.0, 28.0
+ROW_PT = 12.0
+MAX_PHASE = 28
+LINE_LABEL_PT = 10.0  # height of a line's label
 LABEL_POINT_PT = 4.9  # width of a character of a phase's label
 
 STYLE = {
@@ -51,36 +66,42 @@ STYLE = {
 }
 
 
-class Stretch(NamedTuple):
-    """Steps `first <= index < end` of the log, taken in one go of one phase."""
-
-    phase: str
-    first: int
-    end: int
-
-
 class Series(NamedTuple):
-    """One line: its name (empty: the panel says it), a value per step (NaN: none), a name in COLOURS."""
+    """One line: its name (empty: the panel says it), a value per step (NaN: none), a name in COLOURS.
+
+    With `at` the values are those of these steps alone, each a mark; `dashed` lines tell two of one colour apart.
+    """
 
     name: str
     values: np.ndarray
     colour: str
+    at: np.ndarray | None = None
+    dashed: bool = False
 
 
 class Panel(NamedTuple):
-    """One plot: its title, the unit, its lines, dashed horizontal lines (label -> value), the scale."""
+    """One plot: its title, the unit, its lines, dashed horizontal lines (label -> value), the scale.
+
+    `stacked`: the lines are parts of a whole, drawn as areas one on the other.
+    """
 
     title: str
     unit: str
     series: Sequence[Series]
     lines: Mapping[str, float] = {}
     logarithmic: bool = False
+    stacked: bool = False
 
 
 def draw_panels(
-    step: np.ndarray, panels: Sequence[Panel], segments: Sequence[Stretch], phase_colours: Mapping[str, str]
+    step: np.ndarray,
+    panels: Sequence[Panel],
+    segments: Sequence[Stretch],
+    phase_colours: Mapping[str, str],
+    *,
+    named: bool = True,
 ) -> str:
-    """Draw the panels over `step`, phases shaded and named, as an `<svg>` element to be put into a page."""
+    """Draw the panels over `step`, phases shaded and (`named`) named, as an `<svg>` element to be put into a page."""
     # Lazy: matplotlib takes a second, which only a report should cost.
     import matplotlib.style
     from matplotlib.figure import Figure
@@ -91,28 +112,44 @@ def draw_panels(
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore")
-        figure = Figure(figsize=(WIDTH_IN, 9.6), facecolor="none")
-        axes = figure.subplots(
-            len(panels), 1, sharex=True, gridspec_kw={"height_ratios": [1.5] + [1.0] * (len(panels) - 1)}
-        )
-        figure.subplots_adjust(left=LEFT, right=RIGHT, top=0.935, bottom=0.04, hspace=0.3)
-        raised_pt = _name_phases(axes[0], step, segments, phase_colours)
+        names = _placed_names(step, segments) if named else []
+        rows = [_legend_rows(panel) for panel in panels]
+        raised_pt = 11.0 * len({row for _, _, row in names})
+        above_pt = [BETWEEN_PT + ROW_PT * count for count in rows]
+        heights_pt = [FIRST_HEIGHT_PT if named else HEIGHT_PT] + [HEIGHT_PT] * (len(panels) - 1)
+        total_pt = sum(above_pt) + sum(heights_pt) + raised_pt + BELOW_PT
+        width_pt = WIDTH_IN * 72
+        figure = Figure(figsize=(WIDTH_IN, total_pt / 72), facecolor="none")
+        top_pt = total_pt - raised_pt
+        axes: list[Any] = []
+        for above, height in zip(above_pt, heights_pt, strict=True):
+            top_pt -= above + height
+            box = (LEFT_PT / width_pt, top_pt / total_pt, 1 - (LEFT_PT + RIGHT_PT) / width_pt, height / total_pt)
+            axes.append(figure.add_axes(box, sharex=axes[0] if axes else None))
         for at, (panel, axis) in enumerate(zip(panels, axes, strict=True)):
-            _draw_panel(axis, panel, step, segments, title_pt=7 + (raised_pt if at == 0 else 0))
+            _draw_panel(axis, panel, step, segments, title_pt=8 + ROW_PT * rows[at] + (raised_pt if at == 0 else 0))
             _shade(axis, step, segments, phase_colours)
+            axis.tick_params(labelbottom=at == len(panels) - 1)
+        _write_names(axes[0], names, phase_colours)
         # Half a step at both ends, so that the first and the last phase are as wide as they are long.
-        axes[0].set_xlim(step[0] - 0.5, step[-1] + 0.5)
+        first = min([step[0], *(s.at.min() for p in panels for s in p.series if s.at is not None and s.at.size)])
+        axes[0].set_xlim(first - 0.5, step[-1] + 0.5)
         axes[-1].xaxis.get_major_locator().set_params(integer=True)
         axes[-1].xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-        axes[-1].set_xlabel("step", color=COLOURS["muted"], labelpad=3)
+        axes[-1].set_xlabel("step", color=COLOURS["muted"], labelpad=1)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="svg", transparent=True)
-    return _for_page(buffer.getvalue().decode("utf-8", "replace"))
+    return for_page(buffer.getvalue().decode("utf-8", "replace"), COLOURS)
 
 
 def _draw_panel(axis: Any, panel: Panel, step: np.ndarray, segments: Sequence[Stretch], *, title_pt: float) -> None:
     for text, x, where, look in (
-        (panel.title, 0, "figure fraction", {"fontsize": 10, "fontweight": "bold", "color": COLOURS["ink"]}),
+        (
+            drawable(panel.title, 44),
+            0,
+            "figure fraction",
+            {"fontsize": 10, "fontweight": "bold", "color": COLOURS["ink"]},
+        ),
         (panel.unit, 1, "axes fraction", {"ha": "right", "color": COLOURS["muted"]}),
     ):
         axis.annotate(
@@ -123,7 +160,10 @@ def _draw_panel(axis: Any, panel: Panel, step: np.ndarray, segments: Sequence[St
     axis.tick_params(axis="x", length=3)
     axis.grid(axis="y", color=COLOURS["grid"], linewidth=0.8)
     axis.set_axisbelow(True)
-    drawn = [series for series in panel.series if _draw_series(axis, series, step, segments, panel.logarithmic)]
+    if panel.stacked:
+        drawn = _draw_stack(axis, panel.series, step, segments)
+    else:
+        drawn = [series for series in panel.series if _draw_series(axis, series, step, segments, panel.logarithmic)]
     if not drawn:
         axis.text(0.5, 0.5, "not recorded", transform=axis.transAxes, ha="center", color=COLOURS["muted"])
         axis.set_yticks([])
@@ -133,22 +173,45 @@ def _draw_panel(axis: Any, panel: Panel, step: np.ndarray, segments: Sequence[St
         low, high = axis.get_ylim()
         # Over less than two decades the powers of ten alone would be one tick, or none.
         axis.yaxis.get_major_locator().set_params(subs=(1.0, 2.0, 5.0) if high < 100 * low else (1.0,))
-        axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axis.yaxis.set_minor_formatter(lambda _value, _position: "")
-    _draw_lines(axis, panel.lines)
+    else:
+        axis.yaxis.get_major_locator().set_params(nbins=5)
+    axis.yaxis.set_major_formatter(lambda value, _: tick_label(value))
+    lines = dict(sorted(panel.lines.items(), key=lambda item: item[1])[:4])
+    for value in lines.values():
+        axis.axhline(value, color=COLOURS["ink"], linewidth=0.9, linestyle=(0, (4, 3)), alpha=0.65)
     lowest, highest = axis.dataLim.intervaly
     if not panel.logarithmic and lowest >= 0:
         axis.set_ylim(0, 1.07 * highest or 1.0)
-    for row, series in enumerate(drawn):
+    _label_lines(axis, lines)
+    for row, series in enumerate(drawn[:MAX_LEGEND]):
+        column, line = row % 2, row // 2
         axis.annotate(
-            series.name,
-            (1, 1),
-            (8, -9 - 13 * row),
+            f"{DASHED_KEY if series.dashed else KEY} {drawable(series.name, 26)}" if series.name else "",
+            (column / 2, 1),
+            (0, title_pt - ROW_PT * (line + 1)),
             xycoords="axes fraction",
             textcoords="offset points",
             color=COLOURS[series.colour],
             fontweight="bold",
+            fontsize=8,
         )
+
+
+KEY, DASHED_KEY = "━", "╍"
+MAX_LEGEND = 8
+"""Series that are named: two in a row above the axes."""
+
+
+def _legend_rows(panel: Panel) -> int:
+    return -(-len([series for series in panel.series if series.name][:MAX_LEGEND]) // 2)
+
+
+def tick_label(value: float) -> str:
+    """Write a number of an axis in at most about six characters."""
+    if value and (abs(value) >= 1e4 or abs(value) < 1e-3):
+        return count(value) if 1e4 <= abs(value) < 1e12 else f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e+")
+    return f"{value:.4g}"
 
 
 def _draw_series(axis: Any, series: Series, step: np.ndarray, segments: Sequence[Stretch], logarithmic: bool) -> bool:
@@ -156,33 +219,57 @@ def _draw_series(axis: Any, series: Series, step: np.ndarray, segments: Sequence
     values = np.where(series.values > 0, series.values, np.nan) if logarithmic else series.values
     if not np.isfinite(values).any():
         return False
+    colour, dash = COLOURS[series.colour], (0, (4, 2)) if series.dashed else "-"
+    if series.at is not None:
+        axis.plot(series.at, values, linestyle=dash, marker="o", markersize=3.5, color=colour, linewidth=1.4)
+        return True
     raw = thinned(values)
-    colour = COLOURS[series.colour]
-    axis.plot(step[raw], values[raw], ".", markersize=3, markeredgewidth=0, color=colour, alpha=0.45)
+    look = ({"linewidth": 0.6} if raw.size > MAX_DOTS else
+            {"linestyle": "", "marker": ".", "markersize": 3, "markeredgewidth": 0})  # fmt: skip
+    axis.plot(*with_gaps(step[raw], values[raw], np.cumsum(~np.isfinite(values))[raw]), color=colour, alpha=0.4, **look)
     smooth = smoothed(np.log(values) if logarithmic else values, segments)
     smooth = np.exp(smooth) if logarithmic else smooth
     kept = np.unique(np.linspace(0, len(step) - 1, MAX_POINTS).round().astype(int))
     # A line of one point shows nothing.
     marker = "o" if np.isfinite(smooth[kept]).sum() < 3 else ""
-    axis.plot(step[kept], smooth[kept], color=colour, linewidth=1.6, marker=marker, markersize=4)
+    axis.plot(step[kept], smooth[kept], linestyle=dash, color=colour, linewidth=1.6, marker=marker, markersize=4)
     return True
 
 
-def _draw_lines(axis: Any, lines: Mapping[str, float]) -> None:
-    ordered = sorted(lines.items(), key=lambda item: item[1])[:4]
+def _draw_stack(axis: Any, parts: Sequence[Series], step: np.ndarray, segments: Sequence[Stretch]) -> list[Series]:
+    """Draw the moving means of the parts as areas, the first at the bottom; returns the parts that have a value."""
+    drawn = [series for series in parts if np.isfinite(series.values).any()]
+    kept = np.unique(np.linspace(0, len(step) - 1, MAX_POINTS).round().astype(int))
+    below = np.zeros(len(kept))
+    for series in drawn:
+        above = below + np.nan_to_num(smoothed(series.values, segments)[kept])
+        look = {"color": COLOURS[series.colour], "alpha": 0.75, "linewidth": 0}
+        if len(kept) == 1:
+            axis.bar(step[kept], above - below, bottom=below, width=1.0, **look)
+        else:
+            axis.fill_between(step[kept], below, above, **look)
+        below = above
+    return drawn
+
+
+def _label_lines(axis: Any, lines: Mapping[str, float]) -> None:
+    """Name horizontal lines at their right ends, above each, or below it where the next one or the top is close."""
+    low, high = axis.get_ylim()
+    ordered = sorted(lines.items(), key=lambda item: item[1])
     for at, (label, value) in enumerate(ordered):
-        axis.axhline(value, color=COLOURS["ink"], linewidth=0.9, linestyle=(0, (4, 3)), alpha=0.65)
-        # Labels of close lines stand apart: the lowest under its line, the highest above.
-        anchor = "center" if len(ordered) == 1 else "top" if at == 0 else "bottom"
+        after = ordered[at + 1][1] if at + 1 < len(ordered) else high
+        under = (after - value) / (high - low) * HEIGHT_PT < LINE_LABEL_PT
         axis.annotate(
             label,
             (1, value),
-            (8, 3 if anchor == "top" else -3 if anchor == "bottom" else 0),
+            (-2, -2 if under else 2),
             xycoords=("axes fraction", "data"),
             textcoords="offset points",
-            va=anchor,
+            ha="right",
+            va="top" if under else "bottom",
             color=COLOURS["ink"],
-            fontsize=8,
+            fontsize=7.5,
+            bbox={"facecolor": COLOURS["page"], "alpha": 0.75, "edgecolor": "none", "pad": 0.5},
         )
 
 
@@ -206,23 +293,35 @@ def _shade(axis: Any, step: np.ndarray, segments: Sequence[Stretch], phase_colou
             )
 
 
-def _name_phases(axis: Any, step: np.ndarray, segments: Sequence[Stretch], phase_colours: Mapping[str, str]) -> float:
-    """A phase's name over its span, in one of two rows or not at all; returns the height of the rows in points."""
-    width_pt = WIDTH_IN * 72 * (RIGHT - LEFT)
+def _placed_names(step: np.ndarray, segments: Sequence[Stretch]) -> list[tuple[Stretch, float, int]]:
+    """Choose a place for each phase's name: its centre over its span, as a share of the width, and one of two rows. A
+    name without room is left out."""
+    width_pt = WIDTH_IN * 72 - LEFT_PT - RIGHT_PT
     per_step_pt = width_pt / (step[-1] - step[0] + 1)
     taken_pt = [-math.inf, -math.inf]
+    placed = []
     for segment, (begin, end) in zip(segments, _spans(step, segments), strict=True):
-        name = segment.phase if len(segment.phase) <= 28 else segment.phase[:27] + "…"
-        half_pt = len(name) * LABEL_POINT_PT / 2 + 3
+        half_pt = len(drawable(segment.phase, MAX_PHASE)) * LABEL_POINT_PT / 2 + 3
         centre_pt = ((begin + end) / 2 - step[0] + 0.5) * per_step_pt
         centre_pt = min(max(centre_pt, half_pt), width_pt - half_pt)
         row = next((row for row in (0, 1) if taken_pt[row] <= centre_pt - half_pt), None)
-        if row is None:
-            continue
-        taken_pt[row] = centre_pt + half_pt
+        if row is not None:
+            taken_pt[row] = centre_pt + half_pt
+            placed.append((segment, centre_pt / width_pt, row))
+    return placed
+
+
+def drawable(text: str, most: int) -> str:
+    """Cut a text to so many characters, all of which a font can be asked for."""
+    text = text.encode("utf-8", "replace").decode()
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def _write_names(axis: Any, names: Sequence[tuple[Stretch, float, int]], phase_colours: Mapping[str, str]) -> None:
+    for segment, centre, row in names:
         axis.annotate(
-            name,
-            (centre_pt / width_pt, 1),
+            drawable(segment.phase, MAX_PHASE),
+            (centre, 1),
             (0, 4 + 11 * row),
             xycoords="axes fraction",
             textcoords="offset points",
@@ -231,46 +330,26 @@ def _name_phases(axis: Any, step: np.ndarray, segments: Sequence[Stretch], phase
             fontweight="bold",
             fontsize=8,
         )
-    return 11.0 * sum(math.isfinite(end) for end in taken_pt)
 
 
-def smoothed(values: np.ndarray, segments: Sequence[Stretch]) -> np.ndarray:
-    """Return the centred moving mean of `values`, [N] -> [N], over a 25th of each segment, never across its ends,
-    NaN left out."""
-    result = np.full(len(values), np.nan)
-    for _, first, end in segments:
-        part = values[first:end]
-        half = (end - first) // 50
-        known = np.isfinite(part)
-        total = np.concatenate([[0.0], np.cumsum(np.where(known, part, 0.0))])
-        count = np.concatenate([[0], np.cumsum(known)])
-        at = np.arange(end - first)
-        low, high = np.maximum(at - half, 0), np.minimum(at + half + 1, end - first)
-        found = count[high] - count[low]
-        mean = (total[high] - total[low]) / np.maximum(found, 1)
-        result[first:end] = np.where(found > 0, mean, np.nan)
-    return result
+def for_page(svg: str, colours: Mapping[str, str]) -> str:
+    """Strip an SVG file to its bare element, sized by the page, its colours the page's variables.
 
+    So it follows a dark theme.
 
-def thinned(values: np.ndarray) -> np.ndarray:
-    """Indices of at most `MAX_POINTS` finite values: the lowest and the highest of each stretch of steps."""
-    finite = np.flatnonzero(np.isfinite(values))
-    if finite.size <= MAX_POINTS:
-        return finite
-    stretches = np.array_split(finite, MAX_POINTS // 2)
-    extremes = [at[pick(values[at])] for at in stretches for pick in (np.argmin, np.argmax)]
-    return np.unique(extremes)
-
-
-def _for_page(svg: str) -> str:
-    """Strip an SVG file to its bare element, sized by the page,
-    its colours the page's variables (so it follows a dark theme)."""
+    Args:
+        svg: the file's text.
+        colours: name of a CSS variable -> the colour, `#rrggbb`, that becomes it.
+    """
     svg = re.sub(f"[{CONTROLS}{TURNS}]", "\ufffd", svg[svg.index("<svg") :])  # a phase's name may hold any
     # The date would make equal runs unequal pages.
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     head, rest = svg.split(">", 1)
     head = re.sub(r'\s(?:width|height|version|xmlns(?::xlink)?)="[^"]*"', "", head)
-    names = {value: name for name, value in COLOURS.items()}
+    # Ids that nothing refers to would come again in every figure of the page.
+    used = set(re.findall(r'(?:href="#|url\(#)([^")]+)', rest))
+    rest = re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in used else "", rest)
+    names = {value: name for name, value in colours.items()}
 
     def variables(style: re.Match[str]) -> str:
         return re.sub(

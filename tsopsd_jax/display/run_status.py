@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tsopsd_jax.display.html_parts import details, escape, table
+from tsopsd_jax.display.numbers import finite
 from tsopsd_jax.rundir.status import ENDED, FAILED, GUARD, RUNNING, STOPPED
 
 WORDS = {
@@ -16,6 +17,19 @@ WORDS = {
 }
 GOOD, BAD = (RUNNING, ENDED, STOPPED), (GUARD, FAILED)
 MAX_STARTS = 50
+
+
+def caught_up(status: Mapping[str, Any], *, step: int, phase: str, time_s: float) -> Mapping[str, Any]:
+    """Bring the status of a run that goes on up to the step that its log ends with; it is written less often.
+
+    Args:
+        status: of the run.
+        step, phase: of the log's last line.
+        time_s: when that was written, since 1970.
+    """
+    if status.get("state") != RUNNING or step <= (finite(status.get("step")) or 0):
+        return status
+    return {**status, "step": step, "phase": phase, "time": time_s}
 
 
 def banner(status: Mapping[str, Any], *, skipped: int, updates: int) -> str:

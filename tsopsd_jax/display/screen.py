@@ -2,9 +2,13 @@
 another character set."""
 
 import codecs
+import contextlib
 import io
+import logging
 import os
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import TextIO
 
 PLAIN = {"±": "+-", "─": "-", "–": "-", "→": "->", "≥": ">=", "…": "...", "●": "*", "✓": "+", "✗": "x"}
@@ -83,3 +87,28 @@ def _secured(stream: TextIO | None, keep_going: bool) -> TextIO:
         line_buffering=stream.line_buffering,
         write_through=stream.write_through,
     )
+
+
+@contextlib.contextmanager
+def library_messages(file: Path) -> Iterator[None]:
+    """Append to `file` what libraries log, warn of or write to descriptor 2, inside the block.
+
+    What is printed to `sys.stderr` is shown as before, if that is a stream of its own meanwhile, as `rich.live.Live`
+    makes one.
+    """
+    handler = logging.FileHandler(file, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    root, shown = logging.getLogger(), os.dup(2)
+    before = root.handlers[:]
+    root.handlers[:] = [handler]
+    logging.captureWarnings(True)
+    with file.open("ab") as out:
+        os.dup2(out.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(shown, 2)
+        os.close(shown)
+        logging.captureWarnings(False)
+        root.handlers[:] = before
+        handler.close()

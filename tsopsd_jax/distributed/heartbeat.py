@@ -21,7 +21,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ class _Main:
     doing = "starting"
     ticks = 0
     report: Path | None = None
+    listener: Callable[[str], None] | None = None
 
 
 def tick(doing: str | None = None) -> None:
@@ -55,6 +56,29 @@ def tick(doing: str | None = None) -> None:
     _Main.ticks += 1
     if doing is not None:
         _Main.doing = doing
+        if _Main.listener is not None:
+            _Main.listener(doing)
+
+
+@contextlib.contextmanager
+def heard_by(listener: Callable[[str], None]) -> Iterator[None]:
+    """Inside the block let `listener` hear, in the main thread, what that thread says that it does."""
+    before, _Main.listener = _Main.listener, listener
+    try:
+        yield
+    finally:
+        _Main.listener = before
+
+
+@contextlib.contextmanager
+def within(part: str) -> Iterator[None]:
+    """Say `... (part)` of what the main thread does, inside the block."""
+    before = _Main.doing
+    tick(f"{before} ({part})")
+    try:
+        yield
+    finally:
+        tick(before)
 
 
 def report_stalls(file: Path | None) -> None:

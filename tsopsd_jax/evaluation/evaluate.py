@@ -2,7 +2,7 @@
 bootstrap."""
 
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from types import MappingProxyType
@@ -16,10 +16,13 @@ from tsopsd_jax.data import Problem
 from tsopsd_jax.judge.scoring import Decode, Score, verifying
 from tsopsd_jax.rewards import Verdict
 from tsopsd_jax.rollout import Engine, Finished, Progress
+from tsopsd_jax.rundir.sample_texts import shortened
 from tsopsd_jax.types import Prompts, PyTree
 
 RESAMPLES = 10_000
 """Resamples of the paired bootstrap."""
+EXAMPLE_CHARACTERS = 4_000
+"""Characters of a prompt or a response that an evaluation keeps for people to read."""
 
 
 class Response(NamedTuple):
@@ -160,7 +163,7 @@ def evaluate(
     on_progress: Callable[[Progress], None],
     examples: int = 3,
 ) -> dict[str, Any]:
-    """A benchmark at once, as training does it: `summarise`, and a response to each of the first `examples` problems.
+    """A benchmark at once, as training does it: `summarise`, and all responses to the first `examples` problems.
 
     Args:
         engine, view, key: see `respond`.
@@ -190,14 +193,23 @@ def evaluate(
     )
     shown = [
         {
-            "prompt": decode(prompts[0][at, : prompts[1][at]].tolist()),
-            "response": found[at * samples].text,
+            "prompt": shortened(decode(prompts[0][at, : prompts[1][at]].tolist()), EXAMPLE_CHARACTERS),
             "answer": problems[at].answer,
-            "correct": found[at * samples].correct,
+            "responses": alike(found[at * samples : (at + 1) * samples]),
         }
         for at in range(min(examples, len(problems)))
     ]
     return summarise(found, samples=samples, k=samples) | {"examples": shown}
+
+
+def alike(responses: Sequence[Response]) -> list[dict[str, Any]]:
+    """The different responses to one problem, the most frequent first: plain data with response (its beginning and its
+    end, where it is long), correct, and count, how many have that text."""
+    counts = Counter((each.text, each.correct) for each in responses)
+    return [
+        {"response": shortened(text, EXAMPLE_CHARACTERS), "correct": correct, "count": count}
+        for (text, correct), count in counts.most_common()
+    ]
 
 
 class PairedDifference(NamedTuple):

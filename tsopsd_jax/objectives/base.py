@@ -25,7 +25,8 @@ class Control(NamedTuple):
 
     init: their values at the phase's start. They stand in `batch.knobs` as scalars, and in the log as `control/NAME`.
         The knob `sampling_temperature` is an input of the sampler too: each rollout is drawn at its value.
-    update: (knobs, metrics of the update) -> knobs of the next one. Pure: a run that resumes goes the same way.
+    update: (knobs, metrics) -> knobs of the next update. The metrics are those that the loss returned, means of the
+        update, and `loss/total` and `optim/grad_norm`. Pure: a run that resumes goes the same way.
     """
 
     init: Knobs

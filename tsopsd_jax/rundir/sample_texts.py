@@ -9,11 +9,11 @@ CELL_CHARACTERS = 4_000
 """Characters of a text that trackers get; samples.jsonl holds more."""
 
 
-def shortened(text: str, longest: int) -> str:
-    """Leave out the middle of a text that is longer: three quarters of `longest` characters are its beginning."""
-    if len(text) <= longest:
+def shortened(text: str, characters: int) -> str:
+    """Keep of a longer text three quarters of so many characters from its beginning, the rest from its end."""
+    if len(text) <= characters:
         return text
-    head, tail = longest * 3 // 4, longest // 4
+    head, tail = characters * 3 // 4, characters // 4
     return f"{text[:head]} [... {len(text) - head - tail:,} characters ...] {text[-tail:]}"
 
 

@@ -1,9 +1,13 @@
 """The steps of a schedule's phases; those of phases to come are compiled in a thread while one runs."""
 
 import contextlib
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
+import jax
+
+from tsopsd_jax.distributed import heartbeat
 from tsopsd_jax.train.cycle import ONCE, Cycle
 from tsopsd_jax.train.phase import Phase
 from tsopsd_jax.train.phase_step import PhaseStep, Shared
@@ -30,7 +34,8 @@ class PhaseSteps:
             return self._kept[at]
         step = None
         if at in self._ahead:
-            with contextlib.suppress(Exception):  # whatever it was, it happens again below if it matters
+            # Whatever it raised happens again below if it matters.
+            with contextlib.suppress(Exception), heartbeat.within("compiling"):
                 step = self._ahead.pop(at).result()
         step = step or PhaseStep(self.phases[at], self.shared)
         if at in self.cycle:
@@ -55,3 +60,41 @@ class PhaseSteps:
     def close(self) -> None:
         """Begin to compile nothing more."""
         self._thread.shutdown(wait=False, cancel_futures=True)
+
+
+COMPILING = "/jax/core/compile/backend_compile_duration"
+"""JAX's name of the event of a compilation: a scalar when it begins, a duration when it is over."""
+
+
+class Compilations:
+    """The compilations that the main thread waits for, while `told`.
+
+    Attributes:
+        seconds: how long they took so far.
+    """
+
+    def __init__(self):
+        self.seconds = 0.0
+        self._said = contextlib.ExitStack()
+
+    @contextlib.contextmanager
+    def told(self) -> Iterator[None]:
+        """Say by `heartbeat.tick` when the thread that calls this compiles, inside the block."""
+        ours = threading.get_ident()
+
+        def begins(event: str, value: float, **_facts: str | int) -> None:  # noqa: ARG001 - JAX's signature
+            if event == COMPILING and threading.get_ident() == ours:
+                self._said.enter_context(heartbeat.within("compiling"))
+
+        def ends(event: str, duration_secs: float, **_facts: str | int) -> None:
+            if event == COMPILING and threading.get_ident() == ours:
+                self._said.close()
+                self.seconds += duration_secs
+
+        jax.monitoring.register_scalar_listener(begins)
+        jax.monitoring.register_event_duration_secs_listener(ends)
+        try:
+            yield
+        finally:
+            jax.monitoring.unregister_scalar_listener(begins)
+            jax.monitoring.unregister_event_duration_listener(ends)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tsopsd_jax.data.encode import encode_prompts
-from tsopsd_jax.distributed import processes
+from tsopsd_jax.distributed import heartbeat, processes
 from tsopsd_jax.evaluation.evaluate import evaluate, evaluation_key
 from tsopsd_jax.rollout import Engine
 from tsopsd_jax.rundir.log import RunLog, read_evaluations
@@ -57,6 +57,7 @@ class Evaluations:
         assert plan is not None
         if processes.from_first(any(r["stage"] == stage and r["step"] == run.step for r in done)):
             return None
+        heartbeat.tick(f"evaluating {stage}")
         record = evaluate(
             self._engine,
             self._engine.view(run.state.params),

@@ -1,4 +1,7 @@
-"""A step's speed against what its devices can do."""
+"""A step's speed against what its devices can do, and how long the steps to come will take."""
+
+import statistics
+from collections import deque
 
 import jax
 import numpy as np
@@ -52,3 +55,24 @@ def step_perf(
         "perf/mfu": passes * flops / (max(drawn.update_s, 1e-9) * split.devices * chip.flops),
         "perf/decode_of_floor": floor / seconds,
     }
+
+
+class Pace:
+    """How long the steps of a phase take, by its latest ones; the first that this process takes is slow and left out:
+    programs are compiled, and memory is touched for the first time."""
+
+    LATEST = 9
+
+    def __init__(self):
+        self._step_s: deque[float] = deque(maxlen=self.LATEST)
+        self._warm = False
+
+    def add(self, step_s: float) -> None:
+        """Take in a step's seconds, compilations left out."""
+        if self._warm:
+            self._step_s.append(step_s)
+        self._warm = True
+
+    def left_s(self, steps: int) -> float | None:
+        """The seconds that `steps` more will take, by the median; None: not known yet."""
+        return steps * statistics.median(self._step_s) if self._step_s else None

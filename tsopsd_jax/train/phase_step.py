@@ -28,7 +28,7 @@ from tsopsd_jax.learn.update import distillation_batch
 from tsopsd_jax.metric_names import LEARNING_RATE_FACTOR
 from tsopsd_jax.model import Qwen3
 from tsopsd_jax.rewards import answers_cut_off
-from tsopsd_jax.rollout import Engine, Progress, Sampling
+from tsopsd_jax.rollout import Engine, Finished, Progress, Sampling
 from tsopsd_jax.rollout.distribution import checked_temperature
 from tsopsd_jax.rundir.run_state import RunState
 from tsopsd_jax.train.metrics import Drawn, StepFacts
@@ -196,6 +196,7 @@ class PhaseStep:
         rule = self.phase.reward
         after, scored, judged, got = self._sample_and_judge(run, on_progress)
         updating = time.monotonic()
+        heartbeat.tick(f"step {run.step + 1}: updating")
         if rule is None or got is None:  # every row is used
             rollout = scored[0].rollout
             batch = distillation_batch(rollout)
@@ -220,13 +221,15 @@ class PhaseStep:
     def _in_one_program(self, run: RunState) -> tuple[RunState, Rollout, Learnt, Drawn]:
         """Sample and update in one call of a jitted function; responses are scored only to be logged."""
         assert self.program is not None
-        began = time.monotonic()
+        began, step = time.monotonic(), f"step {run.step + 1}"
+        heartbeat.tick(f"{step}: sampling and updating")
         prompts, asked, after = self._next_prompts(run)
         prompts = put(prompts, row_sharding(self.shared.mesh))
         scalars = on_devices(self._hold_above_nats(run), self._knobs(run) | self._rate(run), self.shared.mesh)
         state, out, there = self.program(run.state, prompts, self.shared.key, *scalars, self._reference(run))
         rollout: Rollout = jax.device_get(there)
         updated = time.monotonic()
+        heartbeat.tick(f"{step}: verifying")
         scored = score_after(rollout, asked, self.task.tokenizer.decode, self.task.rewards)
         update = report(out)
         updates = learnt([update], turned(self.phase.objective.control, self._knobs(run), update))
@@ -250,17 +253,23 @@ class PhaseStep:
 
         def sample() -> Scored:
             nonlocal run
+            heartbeat.tick(f"step {run.step + 1}: sampling")
             prompts, asked, run = self._next_prompts(run)
-            rollout = functools.partial(
-                self.engine.run,
-                view,
-                prompts,
-                key,
-                group=group,
-                sampling_temperature=temperature,
-                on_progress=on_progress,
-            )
-            scored.append(score_while(lambda seen: rollout(on_finished=seen), asked, decode, score))
+
+            def rollout(on_finished: Callable[[Finished], None]) -> Rollout:
+                result = self.engine.run(
+                    view,
+                    prompts,
+                    key,
+                    group=group,
+                    sampling_temperature=temperature,
+                    on_progress=on_progress,
+                    on_finished=on_finished,
+                )
+                heartbeat.tick(f"step {run.step + 1}: verifying")
+                return result
+
+            scored.append(score_while(rollout, asked, decode, score))
             return scored[-1]
 
         if rule is None:

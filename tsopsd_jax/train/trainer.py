@@ -24,10 +24,11 @@ from tsopsd_jax.rundir.checkpoints import Checkpoints
 from tsopsd_jax.rundir.log import RunLog
 from tsopsd_jax.rundir.run_state import RunProgress, RunState
 from tsopsd_jax.rundir.trackers import Tracker
-from tsopsd_jax.train.compile_ahead import PhaseSteps
+from tsopsd_jax.train.compile_ahead import Compilations, PhaseSteps
 from tsopsd_jax.train.cycle import ONCE, Cycle, Place
 from tsopsd_jax.train.evaluations import Evaluations
 from tsopsd_jax.train.metrics import StepFacts, step_line
+from tsopsd_jax.train.perf import Pace
 from tsopsd_jax.train.phase import GuardError, Phase
 from tsopsd_jax.train.phase_step import Shared
 from tsopsd_jax.train.profiling import StepProfile
@@ -48,6 +49,8 @@ class Screen(Protocol):
 
     def note(self, text: str) -> None: ...
 
+    def close(self) -> None: ...
+
 
 class Trainer:
     """Runs a schedule in a run directory, from wherever its checkpoints stand.
@@ -64,6 +67,7 @@ class Trainer:
         table: where progress is shown.
         profile_steps: the first and the last step to trace into the run directory; None: none.
         samples: which responses are kept in samples.jsonl.
+        after_step: called after each step was logged.
     """
 
     def __init__(
@@ -82,9 +86,10 @@ class Trainer:
         profile_steps: tuple[int, int] | None = None,
         cycle: Cycle = ONCE,
         baseline_steps: int = 10,
+        after_step: Callable[[], None] = lambda: None,
     ):
         self.shared, self.phases, self.run_dir, self.table = shared, phases, run_dir, table
-        self.cycle, self.baseline_steps = cycle, baseline_steps
+        self.cycle, self.baseline_steps, self.after_step = cycle, baseline_steps, after_step
         self.every, self.samples = checkpoint_every_steps, samples
         self.profile = StepProfile(profile_steps, run_dir / "profile")
         heartbeat.tick("looking for checkpoints")
@@ -95,7 +100,8 @@ class Trainer:
         self.log = None
         if processes.is_first():
             self.log = RunLog(run_dir, last_step=self.run_state.step, tracker=tracker)
-        self.signals = StopRequest()
+        self.signals = StopRequest(table.note, table.close)
+        self.compilations, self.pace = Compilations(), Pace()
         self.steps = PhaseSteps(phases, shared, cycle)
         self.evaluations = Evaluations(evaluation, shared, self._name, run_dir, self.log)
 
@@ -117,6 +123,7 @@ class Trainer:
             closing.callback(self.steps.close)
             closing.callback(self.profile.close)
             closing.enter_context(self.signals.heard())
+            closing.enter_context(self.compilations.told())
             self._evaluate()
             while self.progress.phase < len(self.phases):
                 self._leave("took no step after")  # asked while it evaluated
@@ -146,6 +153,7 @@ class Trainer:
     def _run_phase(self, phase: Phase) -> None:
         """Take what is left of a phase, then advance to the next and save."""
         name = self._name(self.run_state)
+        heartbeat.tick(f"preparing phase {name}")
         self.table.phase(name, phase.stop.words())
         # A run that goes on may have other rules: they hold before its first step.
         over = self._over(phase) or self._take_steps(phase)
@@ -180,6 +188,7 @@ class Trainer:
     def _take_steps(self, phase: Phase) -> str:
         """Take steps until the phase is over; returns why it is."""
         self._begin(phase)
+        self.pace = Pace()
         at = self.progress.phase
         step = self.steps.of(at)
         while True:
@@ -188,10 +197,13 @@ class Trainer:
             self.checkpoints.check()
             self._renew_reference(phase)
             heartbeat.tick(f"step {self.run_state.step + 1}")
+            compiled_s = self.compilations.seconds
             with self.profile.step(self.run_state.step + 1):
                 self.run_state, seen = step(self.run_state, self._between_segments)
+            self.pace.add(seen.step_s - (self.compilations.seconds - compiled_s))
             self.steps.compile_after(at)
             self._log(phase, seen)
+            self.after_step()
             if over := self._over(phase):
                 return over
             evaluates = self.evaluations.stage(self.run_state) is not None
@@ -267,7 +279,7 @@ class Trainer:
                 kept_samples(self.samples, seen.drawn, step=line["step"], phase=name, group=group, decode=decode)
             )
             self.log.write(line)
-        left = None if phase.stop.steps is None else (phase.stop.steps - now.phase_step) * seen.step_s
+        left = None if phase.stop.steps is None else self.pace.left_s(phase.stop.steps - now.phase_step)
         self.table.step(line, left)
         if refused:
             raise GuardError(refused)
@@ -289,8 +301,6 @@ class Trainer:
         if stage is None:
             return False
 
-        heartbeat.tick(f"evaluating {stage}")
-
         def watch(progress: Any) -> None:
             self.table.sampling(progress)
             self._leave("left the evaluation of")  # no step is lost: the next start evaluates again
@@ -310,6 +320,11 @@ class Trainer:
     def progress(self) -> RunProgress:
         """Where the run stands."""
         return self.run_state.progress
+
+    @property
+    def phase_name(self) -> str | None:
+        """The name of the phase that the run is in; None: its schedule is done."""
+        return None if self.progress.phase == len(self.phases) else self._name(self.run_state)
 
     def _start(self, load_params: Callable[[], PyTree]) -> RunState:
         """The latest checkpoint's state, or step 0 from the pretrained weights."""

@@ -8,6 +8,7 @@ from tsopsd_jax.analysis.cost import STEP_PARTS, PhaseCost, cost_of, reheating_s
 from tsopsd_jax.commands.analyses.runs import add_runs, reheating_phases, trajectory_of
 from tsopsd_jax.config.restore import resolved_config
 from tsopsd_jax.display.figures import Bars, Figure
+from tsopsd_jax.train.cycle import without_round
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -19,9 +20,15 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], Figure]:
     """Add up what the steps of each run took."""
     report, rows = dict[str, Any](), dict[str, PhaseCost]()
     for run_dir in map(Path, args.run_dirs):
-        log, phases = trajectory_of(run_dir), resolved_config(run_dir).phases
-        batch = {phase.name: phase.prompts_per_step * phase.responses_per_prompt for phase in phases}
-        found = cost_of(log, batch_sequences=batch, reheats=reheating_phases(run_dir))
+        log, phases = trajectory_of(run_dir), {phase.name: phase for phase in resolved_config(run_dir).phases}
+        taken = dict.fromkeys(span.phase for span in log.spans)
+        batch = {
+            name: phase.prompts_per_step * phase.responses_per_prompt
+            for name in taken
+            if (phase := phases.get(without_round(name)))
+        }
+        reheating = [name for name in taken if without_round(name) in reheating_phases(run_dir)]
+        found = cost_of(log, batch_sequences=batch, reheats=reheating)
         share = reheating_share(found)
         report[str(run_dir)] = {"phases": [each._asdict() for each in found], "reheating_share_of_the_rest": share}
         for each in found:

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 
 from tsopsd_jax.analysis.trajectories import Band, Trajectory, band_of
-from tsopsd_jax.commands.analyses.runs import add_runs, evaluations_of, shades, trajectory_of
-from tsopsd_jax.display.figures import Chart, Curve, Figure
+from tsopsd_jax.commands.analyses.runs import add_runs, evaluations_of, reheating_phases, shades, trajectory_of
+from tsopsd_jax.display.figures import Chart, Curve, Figure, Strip
 from tsopsd_jax.metric_names import ENTROPY, GRAD_NORM, LENGTH, REWARD
+from tsopsd_jax.train.cycle import without_round
 
 LOGGED = {
     "reward": (REWARD, "Reward", "mean reward"),
@@ -39,27 +40,68 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], Figure]:
     """Read the runs and draw them over their steps."""
     runs = [trajectory_of(each) for each in args.run_dirs]
-    groups = _groups(args.mean, [each.name for each in runs])
+    return over_steps(args.run_dirs, runs, groups_asked(args.mean, [each.name for each in runs]), logarithmic=args.log)
+
+
+def over_steps(
+    run_dirs: Sequence[str],
+    runs: Sequence[Trajectory],
+    groups: dict[str, list[int]],
+    *,
+    logarithmic: Sequence[str] = ("grad_norm",),
+) -> tuple[dict[str, Any], Figure]:
+    """Draw runs over their steps, those of a group as their mean with a band of a standard deviation.
+
+    Args:
+        run_dirs, runs: the directories, and what their logs say.
+        groups: name of a curve -> places of its runs.
+        logarithmic: keys of `LOGGED` on logarithmic axes.
+    """
     charts: list[Chart] = []
     report: dict[str, dict[str, Any]] = {
-        name: {"runs": [args.run_dirs[at] for at in members]} for name, members in groups.items()
+        name: {"runs": [run_dirs[at] for at in members]} for name, members in groups.items()
     }
-    shaded = shades(runs[0]) if len({tuple(each.spans) for each in runs}) == 1 else []
+    alike = len({tuple(each.spans) for each in runs}) == 1
+    phases = {"shaded": shades(runs[0])} if alike else {"strips": _strips(run_dirs, runs, groups)}
     for key, (metric, title, unit) in LOGGED.items():
         curves = []
         for name, members in groups.items():
             band = band_of([(runs[at].step, runs[at].column(metric)) for at in members])
             report[name][key] = _json(band)
-            curves.append(_curve(name if len(groups) > 1 else "", band, positive=key in args.log))
-        charts.append(Chart(title, "step", unit, curves, shaded=shaded, log_y=key in args.log, whole_x=True))
-    evaluations = [evaluations_of(each) for each in args.run_dirs]
+            curves.append(_curve(name if len(groups) > 1 else "", band, positive=key in logarithmic))
+        chart = Chart(title, "step", unit, curves, log_y=key in logarithmic, whole_x=True)
+        charts.append(chart._replace(**phases))
+    evaluations = [evaluations_of(each) for each in run_dirs]
     for key, title in ACCURACIES.items():
-        charts += _evaluated(key, title, evaluations, groups, report, shaded)
-    return {"curves": report, "phases": _phases(runs)}, Figure(charts, _caption(groups, runs))
+        charts += [chart._replace(**phases) for chart in _evaluated(key, title, evaluations, groups, report)]
+    caption = _caption(groups, runs)
+    if alike:
+        caption += " Shaded: the phases."
+    elif phases["strips"]:
+        caption += (
+            " Bars at the foot: phases that learn without a reward, in the colour of their run; of several "
+            "runs the darker the more of them."
+        )
+    return {"curves": report, "phases": _phases(runs)}, Figure(charts, caption)
 
 
-def _groups(asked: Sequence[str], names: Sequence[str]) -> dict[str, list[int]]:
-    """Name of a curve -> places of its runs."""
+def _strips(run_dirs: Sequence[str], runs: Sequence[Trajectory], groups: dict[str, list[int]]) -> list[Strip]:
+    """The phases of each run that learn without a reward: they reheat or cool."""
+    strips = []
+    for curve, members in enumerate(groups.values()):
+        for at in members:
+            reheating = reheating_phases(run_dirs[at])
+            spans = [span for span in runs[at].spans if without_round(span.phase) in reheating]
+            strips += [Strip(curve, span.first - 0.5, span.last + 0.5, 1 / len(members)) for span in spans]
+    return strips
+
+
+def groups_asked(asked: Sequence[str], names: Sequence[str]) -> dict[str, list[int]]:
+    """Name of a curve -> places of its runs, as `--mean` asks; without it each run is a curve.
+
+    Raises:
+        ValueError: no NAME=N, or groups of more or fewer runs than there are.
+    """
     if not asked:
         unique = len(set(names)) == len(names)
         return {name if unique else f"{name} ({at + 1})": [at] for at, name in enumerate(names)}
@@ -80,9 +122,8 @@ def _evaluated(
     evaluations: Sequence[Sequence[dict[str, Any]]],
     groups: dict[str, list[int]],
     report: dict[str, Any],
-    shaded: Sequence[tuple[str, float, float]],
 ) -> list[Chart]:
-    """A chart of a measurement for each benchmark that was evaluated."""
+    """A chart of a measurement for each benchmark that was evaluated; a group without it leaves its colour unused."""
     benchmarks = dict.fromkeys(str(r.get("benchmark")) for records in evaluations for r in records)
     charts = []
     for benchmark in benchmarks:
@@ -90,13 +131,14 @@ def _evaluated(
         for name, members in groups.items():
             series = [_series(evaluations[at], benchmark, key) for at in members]
             series = [each for each in series if len(each[0])]
-            if series:
-                band = band_of(series)
-                report[name].setdefault(key, {})[benchmark] = _json(band)
-                curves.append(_curve(name if len(groups) > 1 else "", band, scale=100.0))
-        if curves:
-            heading = f"{title}, {benchmark}"
-            charts.append(Chart(heading, "step", "%", curves, shaded=shaded, marked=True, whole_x=True))
+            if not series:
+                curves.append(Curve("", np.zeros(0), np.zeros(0)))
+                continue
+            band = band_of(series)
+            report[name].setdefault(key, {})[benchmark] = _json(band)
+            curves.append(_curve(name if len(groups) > 1 else "", band, scale=100.0))
+        if any(len(curve.x) for curve in curves):
+            charts.append(Chart(f"{title}, {benchmark}", "step", "%", curves, marked=True, whole_x=True))
     return charts
 
 
@@ -131,4 +173,4 @@ def _caption(groups: dict[str, list[int]], runs: Sequence[Trajectory]) -> str:
         text += (
             " Mean and standard deviation over runs: " + ", ".join(f"{n} of {name}" for name, n in many.items()) + "."
         )
-    return text + " Shaded: the phases." if len({tuple(r.spans) for r in runs}) == 1 else text
+    return text

@@ -1,15 +1,17 @@
 """`tsopsd analyse distributions`: two policies' next-token distributions on the same responses (figure 5)."""
 
 import argparse
+import itertools
 import sys
 from typing import Any
 
 import numpy as np
 
 from tsopsd_jax.analysis.distributions import compare_tokens, summarise_tokens
-from tsopsd_jax.commands.analyses.pair import add_pair, open_pair
+from tsopsd_jax.commands.analyses.pair import Pair, add_pair, open_pair
 from tsopsd_jax.display.figures import Figure, Histogram
 from tsopsd_jax.display.live_table import LiveTable
+from tsopsd_jax.rundir.unfinished import Unfinished
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -25,13 +27,30 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], Figure]:
         k = args.top_k
         if not 1 <= k <= pair.after.model.vocab_size:
             raise ValueError(f"--top-k: expected 1 to the vocabulary of {pair.after.model.vocab_size}, got {k}")
-        parts = compare_tokens(
-            pair.before, pair.after, pair.parts(table), k=k, tile_tokens=args.tile_tokens, mesh=pair.mesh
-        )
-        found = list(parts)
-    tokens = {name: np.concatenate([each[name] for each in found]) for name in found[0]}
-    report = summarise_tokens(tokens, k=k) | pair.facts
+        tokens = _compare(args, pair, table)
+    report = summarise_tokens(tokens, k=args.top_k) | pair.facts
     return report, _figure(report, k, pair.responses.note)
+
+
+def _compare(args: argparse.Namespace, pair: Pair, table: LiveTable) -> dict[str, np.ndarray]:
+    """The measures of all tokens; an interrupted command goes on after the batches that it saved."""
+    settings = pair.settings | {"k": args.top_k, "tile_tokens": args.tile_tokens}
+    kept = Unfinished(args.out / "distributions.unfinished.npz", settings)
+    saved = kept.load()
+    done, found = int(saved.pop("batches", 0)), [saved] if saved else []
+
+    def joined() -> dict[str, np.ndarray]:
+        return {name: np.concatenate([each[name] for each in found]) for name in found[0]}
+
+    parts = itertools.islice(pair.parts(table), done, None)
+    compared = compare_tokens(
+        pair.before, pair.after, parts, k=args.top_k, tile_tokens=args.tile_tokens, mesh=pair.mesh
+    )
+    for batches, part in enumerate(compared, start=done + 1):
+        found.append(part)
+        kept.save(lambda batches=batches: {"batches": batches, **joined()})
+    kept.finish()
+    return joined()
 
 
 def _figure(report: dict[str, Any], k: int, note: str) -> Figure:

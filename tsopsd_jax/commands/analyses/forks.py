@@ -11,10 +11,10 @@ import jax
 import numpy as np
 
 from tsopsd_jax.analysis.forks import Forks, Stochastic, measure_forks
-from tsopsd_jax.commands.analyses.pair import add_pair, check_computing, on_mesh
+from tsopsd_jax.commands.analyses.pair import add_pair, check_computing, on_mesh, responses_for
 from tsopsd_jax.commands.asking import digest, writing
 from tsopsd_jax.commands.policies import PolicySource, policy_of
-from tsopsd_jax.commands.responses import Responses, read_responses
+from tsopsd_jax.commands.responses import Responses
 from tsopsd_jax.data import Tokenizer
 from tsopsd_jax.data.encode import pad_prompts
 from tsopsd_jax.display.figures import Chart, Curve, Figure
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], Figure]:
     if len(set(names)) < len(names):
         raise ValueError(f"expected policies of different names, got {', '.join(names)}")
     tokenizer = Tokenizer.load(policies[0].folder, chat=policies[0].chat)
-    responses = read_responses(args.responses, tokenizer, first=args.first)
+    responses = responses_for(policies[0], args)
     found: dict[str, Forks] = {}
     with LiveTable(stream=sys.stderr) as table, writing(args.out / "rollouts"):
         for policy in policies:
@@ -153,7 +153,8 @@ def _figure(found: dict[str, Forks], note: str) -> Figure:
     curves = [
         Curve(name, *_smooth(each.logp_by_position_nats, each.rollouts_by_position)) for name, each in found.items()
     ]
-    panels = [Chart("(a) Log-probability of the tokens drawn", "token position", "mean log-probability, nats", curves)]
+    title = "(a) Log-probability of the tokens drawn"
+    panels = [Chart(title, "token position", "mean log-probability, nats", curves, whole_x=True)]
     at = np.arange(1, len(found) + 1)
     for title, label, key in (
         ("(b) Edit distance to the greedy rollout", "share of the longer one", "edit_distance"),

@@ -10,11 +10,13 @@ import jax
 
 from tsopsd_jax.analysis.batches import GivenBatch, batches_of
 from tsopsd_jax.analysis.distributions import OnMesh
+from tsopsd_jax.commands.generate import digest
 from tsopsd_jax.commands.policies import PolicySource, add_policies, policy_of
 from tsopsd_jax.commands.responses import Responses, read_responses
 from tsopsd_jax.data import Tokenizer
 from tsopsd_jax.display.live_table import LiveTable
 from tsopsd_jax.distributed.sharding import make_mesh, row_multiple
+from tsopsd_jax.model.hf_config import read_config
 
 
 def add_computing(parser: argparse.ArgumentParser, *, tokens_at_once: int) -> None:
@@ -59,6 +61,13 @@ def check_computing(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')}: expected at least 1, got {value}")
 
 
+def responses_for(policy: PolicySource, args: argparse.Namespace) -> Responses:
+    """Read the file of `--responses` with the policy's tokenizer."""
+    tokenizer = Tokenizer.load(policy.folder, chat=policy.chat)
+    vocab_size = read_config(policy.folder / "config.json").vocab_size
+    return read_responses(args.responses, tokenizer, vocab_size=vocab_size, first=args.first)
+
+
 class Pair(NamedTuple):
     """Two policies on one mesh, and the responses at which they are compared."""
 
@@ -68,6 +77,8 @@ class Pair(NamedTuple):
     mesh: jax.sharding.Mesh
     tokens_at_once: int
     facts: dict[str, Any]
+    settings: dict[str, Any]
+    """All that the measures depend on, but for an analysis's own options."""
 
     def parts(self, table: LiveTable, doing: str = "comparing") -> Iterator[GivenBatch]:
         """The responses in batches; the table shows how many went by."""
@@ -88,7 +99,7 @@ def open_pair(args: argparse.Namespace) -> Pair:
     """
     check_computing(args)
     before, after = (policy_of(text, dtype=args.dtype, chat=args.chat) for text in (args.before, args.after))
-    responses = read_responses(args.responses, Tokenizer.load(after.folder, chat=after.chat), first=args.first)
+    responses = responses_for(after, args)
     mesh = make_mesh(tensor=args.tensor)
     policies = on_mesh(before, mesh), on_mesh(after, mesh)
     sizes = [each.model.vocab_size for each in policies]
@@ -100,4 +111,10 @@ def open_pair(args: argparse.Namespace) -> Pair:
         "responses": len(responses.answered),
         "encoded_again": responses.encoded_again,
     }
-    return Pair(*policies, responses, mesh, args.tokens_at_once, facts)
+    settings = {
+        "policies": [{**each.source, "dtype": each.dtype} for each in (before, after)],
+        "responses_sha256": digest([f"{list(one.prompt)} {list(one.response)}" for one in responses.answered]),
+        "tokens_at_once": args.tokens_at_once,
+        "rows": row_multiple(mesh),
+    }
+    return Pair(*policies, responses, mesh, args.tokens_at_once, facts, settings)

@@ -12,6 +12,7 @@ from tsopsd_jax.analysis.representations import layer_similarity
 from tsopsd_jax.commands.analyses.pair import add_pair, open_pair
 from tsopsd_jax.display.figures import Chart, Curve, Figure, Matrix
 from tsopsd_jax.display.live_table import LiveTable
+from tsopsd_jax.rundir.unfinished import Unfinished
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -32,9 +33,12 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], Figure]:
         def parts(number: int, passes: int) -> Iterator[GivenBatch]:
             return pair.parts(table, f"comparing layers, pass {number + 1} of {passes}")
 
+        settings = pair.settings | {"memory_gib": args.memory_gib}
+        kept = Unfinished(args.out / "representations.unfinished.npz", settings)
         values = layer_similarity(
-            pair.before, pair.after, parts, mesh=pair.mesh, memory_bytes=int(args.memory_gib * 2**30)
+            pair.before, pair.after, parts, mesh=pair.mesh, memory_bytes=int(args.memory_gib * 2**30), kept=kept
         )
+        kept.finish()
     diagonal = np.diagonal(values)
     report = {
         "diagonal_min": float(diagonal.min()),

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tsopsd_jax.analysis.trajectories import Span, Trajectory, read_trajectory
-from tsopsd_jax.config.restore import resolved_config
+from tsopsd_jax.config import claim
 from tsopsd_jax.rundir import object_store
 from tsopsd_jax.rundir.log import read_evaluations, read_metrics
+from tsopsd_jax.train.cycle import without_round
 
 
 def add_runs(parser: argparse.ArgumentParser, *, several: bool) -> None:
@@ -27,9 +28,12 @@ def evaluations_of(run_dir: str | Path) -> Sequence[dict]:
         return read_evaluations(folder)
 
 
-def reheating_phases(run_dir: Path) -> list[str]:
-    """Names of the phases without a reward, which reheat or cool."""
-    return [phase.name for phase in resolved_config(run_dir).phases if phase.reward is None]
+def reheating_phases(run_dir: str | Path) -> list[str]:
+    """Names of the phases without a reward, which reheat or cool; none where the log alone was kept."""
+    with object_store.opened(str(run_dir)) as folder:
+        # As it stands in the file: the settings of an older version may lack what this one wants.
+        settings = claim.read_settings(folder / claim.CONFIG_FILE) if (folder / claim.CONFIG_FILE).is_file() else {}
+    return [str(phase["name"]) for phase in settings.get("phases", []) if phase.get("reward") is None]
 
 
 def chosen_span(run: Trajectory, run_dir: Path, phase: str | None) -> Span:
@@ -39,7 +43,8 @@ def chosen_span(run: Trajectory, run_dir: Path, phase: str | None) -> Span:
         ValueError: the log has none.
     """
     wanted = [phase] if phase is not None else reheating_phases(run_dir)
-    span = next((span for span in run.spans if span.phase in wanted), None)
+    # In a cycle `reheat` is the first of `reheat#1`, `reheat#2`, ...; each can be asked for by itself.
+    span = next((span for span in run.spans if {span.phase, without_round(span.phase)} & {*wanted}), None)
     if span is None:
         have = ", ".join(dict.fromkeys(span.phase for span in run.spans))
         raise ValueError(

@@ -10,10 +10,8 @@ import numpy as np
 
 from tsopsd_jax.analysis.batches import GivenBatch, batches_of
 from tsopsd_jax.analysis.temperatures import ASCENT, Pulls, measure_pulls, sweep_of
-from tsopsd_jax.commands.analyses.pair import add_computing, check_computing, on_mesh
+from tsopsd_jax.commands.analyses.pair import add_computing, check_computing, on_mesh, responses_for
 from tsopsd_jax.commands.policies import add_policy, policy_of
-from tsopsd_jax.commands.responses import read_responses
-from tsopsd_jax.data import Tokenizer
 from tsopsd_jax.display.figures import Chart, Curve, Figure, Matrix
 from tsopsd_jax.display.live_table import LiveTable
 from tsopsd_jax.distributed.sharding import make_mesh, row_multiple
@@ -33,7 +31,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], Figure]:
     check_computing(args)
     objectives = sweep_of(dict.fromkeys(args.temperatures))
     policy = policy_of(args.before, dtype=args.dtype, chat=args.chat)
-    responses = read_responses(args.responses, Tokenizer.load(policy.folder, chat=policy.chat), first=args.first)
+    responses = responses_for(policy, args)
     mesh = make_mesh(tensor=args.tensor)
     with LiveTable(stream=sys.stderr) as table:
         loaded = on_mesh(policy, mesh)
