@@ -33,6 +33,69 @@ class Mutant(NamedTuple):
 
 MUTANTS = [
     Mutant(
+        "a lock is not asked whether it is held",
+        "rundir/lock.py",
+        "    except BlockingIOError:\n        return True\n",
+        "    except BlockingIOError:\n        return False\n",
+        "test_status_command.py -k 'lock_is_held or that_runs'",
+    ),
+    Mutant(
+        "what is left ignores the phases to come",
+        "commands/status.py",
+        "phases[names.index(here) :]",
+        "phases[names.index(here) : names.index(here) + 1]",
+        "test_status_command.py -k that_runs",
+    ),
+    Mutant(
+        "a stall's report stays when the thread goes on",
+        "distributed/heartbeat.py",
+        "                    if self.waited_s >= self.notice_s:\n                        _clear_report()",
+        "                    if self.waited_s < 0:\n                        _clear_report()",
+        "test_status_command.py -k while_it_lasts",
+    ),
+    Mutant(
+        "directions of text are turned on a terminal",
+        "display/foreign_text.py",
+        'f"[{CONTROLS}{TURNS}{HALVES}]"',
+        'f"[{CONTROLS}{HALVES}]"',
+        "test_hostile_text.py -k 'by_hand or terminal'",
+    ),
+    Mutant(
+        "a write to the store is tried once",
+        "rundir/object_store.py",
+        "if attempt == ATTEMPTS - 1:",
+        "if attempt == 0:",
+        "test_load.py -k one_write_in_ten",
+    ),
+    Mutant(
+        "a turn of any size",
+        "data/chat_worker.py",
+        "if len(text) > LONGEST_TURN:",
+        "if len(text) > 9 * LONGEST_TURN:",
+        "test_security.py -k limit_of_size",
+    ),
+    Mutant(
+        "the memory of a template has no limit",
+        "data/chat_worker.py",
+        "    limit_memory(ROOM_BYTES)\n",
+        "",
+        "test_security.py -k limit_of_memory",
+    ),
+    Mutant(
+        "rows that are finite are suspects",
+        "learn/nonfinite.py",
+        "~np.isfinite(values).all(axis=1) for",
+        "np.isfinite(values).all(axis=1) for",
+        "test_nonfinite.py -k named_by_its_row",
+    ),
+    Mutant(
+        "a step in the log may be anything",
+        "rundir/log.py",
+        "if type(step) is not int or not 0 <= step < 2**53:",
+        "if step == 'no step':",
+        "test_hostile_files.py -k without_steps",
+    ),
+    Mutant(
         "parts of a step's time drawn over each other",
         "display/plots.py",
         "        below = above\n",
@@ -1269,8 +1332,8 @@ MUTANTS = [
     Mutant(
         "a full disk is our own fault",
         "commands/exit_codes.py",
-        "isinstance(error, SaveError) or error.errno in _FULL",
-        "isinstance(error, SaveError)",
+        "isinstance(error, SaveError | StoreError) or error.errno in _FULL",
+        "isinstance(error, SaveError | StoreError)",
         "test_cli.py -k exit_code_6",
     ),
     Mutant(
@@ -2885,8 +2948,8 @@ MUTANTS = [
     Mutant(
         "thinking turned around",
         "data/chat.py",
-        "enable_thinking=thinking",
-        "enable_thinking=not thinking",
+        '"enable_thinking": thinking}',
+        '"enable_thinking": not thinking}',
         "test_prompts.py -k golden",
     ),
     Mutant(

@@ -23,6 +23,7 @@ COMMANDS = {
     "plan": "memory, traffic and time of a run on a TPU slice or GPUs, from any machine",
     "check": "read configurations and check all that can be checked without training",
     "report": "write report.html of a run directory",
+    "status": "how a run stands: state, step, rate, time left, warnings",
     "convert": "export a run's policy as a Hugging Face directory",
     "generate": "sample responses to a file of prompts; the same command again resumes",
     "eval": "accuracy on benchmarks, all models in one table; the same command again resumes",

@@ -23,7 +23,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: no such file; expected a Hugging Face model directory that has it")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # no JSON, no text, or nested thousands of levels deep
         raise ValueError(f"{path}: expected JSON, got {error}: fetch the file again") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path}: expected a JSON object, got a {type(value).__name__}")

@@ -13,6 +13,8 @@ import sys
 import traceback
 from pathlib import Path
 
+from tsopsd_jax.display.foreign_text import one_line
+
 DONE, OUR_FAULT, BAD_INPUT, GUARD, INTERRUPTED, COULD_NOT_WRITE = 0, 1, 2, 3, 4, 6
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -35,11 +37,11 @@ def interrupted(out: Path | None) -> int:
 def explain(command: str, error: BaseException) -> int:
     """Print what went wrong; returns the exit code for it."""
     if isinstance(error, ValueError):
-        print(f"tsopsd {command}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"tsopsd {command}: {one_line(error)}", file=sys.stderr)
         return BAD_INPUT
     if no_backend(error):
         asked = os.environ.get("JAX_PLATFORMS")
-        words = " ".join(str(error).split()) or "no device of that kind was found"
+        words = one_line(error) or "no device of that kind was found"
         print(
             f"tsopsd {command}: expected JAX to start with JAX_PLATFORMS={asked}, got: {words}; install its plugin, "
             'such as "jax[cuda12]", or name another platform',
@@ -51,9 +53,10 @@ def explain(command: str, error: BaseException) -> int:
         return INTERRUPTED
     if isinstance(error, OSError):
         from tsopsd_jax.rundir.checkpoints import SaveError  # here: `--help` is quick
+        from tsopsd_jax.rundir.object_store import StoreError
 
-        if isinstance(error, SaveError) or error.errno in _FULL:
-            print(f"tsopsd {command}: {' '.join(str(error).split())}", file=sys.stderr)
+        if isinstance(error, SaveError | StoreError) or error.errno in _FULL:
+            print(f"tsopsd {command}: {one_line(error)}", file=sys.stderr)
             return COULD_NOT_WRITE
     traceback.print_exception(error)
     return OUR_FAULT

@@ -24,6 +24,7 @@ from tsopsd_jax.metric_names import ENTROPY
 from tsopsd_jax.model.fingerprint import fingerprint
 from tsopsd_jax.rundir import object_store
 from tsopsd_jax.rundir.log import read_evaluations, read_metrics
+from tsopsd_jax.rundir.status import STALL_FILE
 from tsopsd_jax.train.phase import GuardError
 from tsopsd_jax.train.phase_step import Shared
 from tsopsd_jax.train.signals import Interrupted
@@ -215,6 +216,7 @@ def open_trainer(
         parts = prepare(config)
         inputs = _inputs(config, parts)
         changed = stack.enter_context(_claimed(config, run_dir, inputs, accept_changed))
+        heartbeat.report_stalls(run_dir / STALL_FILE.format(jax.process_index()))
         stack.enter_context(table.without_messages(run_dir / MESSAGES_FILE))
         trainer = Trainer(
             Shared.of(parts.model, parts.mesh, parts.task, seed=config.seed, references=parts.references),

@@ -156,15 +156,7 @@ def _read_inputs(run_dir: Path) -> dict[str, str]:
     file = run_dir / INPUTS_FILE
     if not file.is_file():  # a run of an earlier version, or one that died as it was claimed
         return {}
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(
-            f"{file}: expected the digests of a run's inputs, got no JSON ({error}); restore it"
-        ) from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{file}: expected the digests of a run's inputs, got {found!r}; restore it")
-    return found
+    return files.read_object(file, what="the digests of a run's inputs", remedy="restore it")
 
 
 def _changed_inputs(run_dir: Path, inputs: Mapping[str, str]) -> list[str]:

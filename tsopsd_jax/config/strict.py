@@ -15,6 +15,8 @@ import yaml
 _T = TypeVar("_T")
 
 _TAG = "tag:yaml.org,2002:"
+MAX_YAML_VALUES = 1_000_000
+"""Values that a YAML document may hold."""
 _CORE = {
     "null": r"~|null|Null|NULL|",
     "bool": r"true|True|TRUE|false|False|FALSE",
@@ -46,6 +48,12 @@ class _Loader(yaml.SafeLoader):
                 lines[key.value] = line
         return node
 
+    def compose_document(self) -> Any:
+        document = super().compose_document()
+        if _written_out(document, {}) > MAX_YAML_VALUES:
+            raise ValueError(f"with its anchors written out it holds more than {MAX_YAML_VALUES:,} values; write fewer")
+        return document
+
     def flatten_mapping(self, node: Any) -> None:
         """Follow merge keys: a mapping's own keys win, then the first source's. (PyYAML 6.0.3 confuses equal keys.)"""
         own, merged = [], []
@@ -59,6 +67,18 @@ class _Loader(yaml.SafeLoader):
                 self.flatten_mapping(source)
                 merged.append(source.value)
         node.value = [pair for pairs in reversed(merged) for pair in pairs] + own
+
+
+def _written_out(node: Any, known: dict[Any, int]) -> int:
+    """Count the values of a YAML node with a copy of an anchor's wherever it is named: nine lines may be a billion."""
+    if node not in known:
+        children = node.value if isinstance(node, yaml.SequenceNode | yaml.MappingNode) else []
+        pairs = isinstance(node, yaml.MappingNode)
+        known[node] = 1  # of one that holds itself, which is refused later
+        known[node] = 1 + sum(
+            _written_out(each, known) for child in children for each in (child if pairs else (child,))
+        )
+    return known[node]
 
 
 class _Dumper(yaml.SafeDumper):

@@ -1,12 +1,20 @@
 """What a model directory's own chat template puts around the texts of a conversation."""
 
+import functools
+import json
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tsopsd_jax import huggingface
+from tsopsd_jax.data.chat_worker import LONGEST_TURN
+from tsopsd_jax.rewards.workers import CutOff, StartError, WorkerPool
 
+_PROGRAM = Path(__file__).with_name("chat_worker.py")
+_LIMIT_S = 10.0
+"""Seconds in which a template must be rendered."""
 CHATS = ("none", "direct", "thinking")
 """none: the bare text, for base models; direct, thinking: a user's turn, `enable_thinking` false or true."""
 _TEXT = re.compile("\ue000([0-9]+)\ue001")
@@ -14,7 +22,8 @@ _TEXT = re.compile("\ue000([0-9]+)\ue001")
 
 
 def read_frame(tokenizer: Any, folder: Path, roles: Sequence[str], *, thinking: bool) -> list[str]:
-    """Render the chat template of a model directory by transformers, in its sandbox, for messages of these roles.
+    """Render the chat template of a model directory by transformers, in its sandbox, for messages of these roles: in a
+    process of its own, with limits of time and memory (`data.chat_worker`).
 
     The template is run on placeholders: no problem's text is ever part of it.
 
@@ -35,20 +44,36 @@ def read_frame(tokenizer: Any, folder: Path, roles: Sequence[str], *, thinking: 
             f"got none: use an instruct model's directory, or data.chat: none"
         )
     messages = [{"role": role, "content": f"\ue000{at}\ue001"} for at, role in enumerate(roles)]
-    # A template is a program: whatever it may raise is the directory's fault.
-    with huggingface.reading(f"chat template of {folder} for {', '.join(roles)}: cannot be rendered"):
-        rendered = tokenizer.apply_chat_template(
-            messages,
-            chat_template=_without_clock(tokenizer.get_chat_template()),
-            add_generation_prompt=roles[-1] == "user",
-            enable_thinking=thinking,
-            tokenize=False,
-        )
+    what = f"chat template of {folder} for {', '.join(roles)}"
+    with huggingface.reading(f"{what}: cannot be read"):
+        template, named = tokenizer.get_chat_template(), tokenizer.special_tokens_map
+    options = {**named, "add_generation_prompt": roles[-1] == "user", "enable_thinking": thinking}
+    rendered = _rendered(_without_clock(template), messages, options, what)
     if _TEXT.findall(rendered) != [str(at) for at in range(len(roles))]:
-        raise ValueError(
-            f"chat template of {folder} for {', '.join(roles)}: expected every message's text once in the rendered turn"
-        )
+        raise ValueError(f"{what}: expected every message's text once in the rendered turn")
     return _TEXT.split(rendered)[::2]
+
+
+def _rendered(template: str, messages: Sequence[Mapping[str, str]], options: Mapping[str, Any], what: str) -> str:
+    """Render a template in a worker: it is a program, which may loop for ever or ask for all memory."""
+    if len(template) > LONGEST_TURN:
+        raise ValueError(f"{what}: expected a template of at most {LONGEST_TURN:,} characters, got {len(template):,}")
+    asked = {"template": template, "messages": messages, "options": dict(options)}
+    try:
+        reply = json.loads(_workers().ask(json.dumps(asked).encode()))
+    except CutOff as error:
+        raise ValueError(f"{what}: cannot be rendered (it {error})") from error
+    except StartError as error:
+        raise ValueError(f"{what}: cannot be rendered ({error})") from error
+    if "failed" in reply:
+        raise ValueError(f"{what}: cannot be rendered ({reply['failed']})")
+    return reply["text"]
+
+
+@functools.cache
+def _workers() -> WorkerPool:
+    """The processes that render templates; the first one is started when it is first asked."""
+    return WorkerPool([sys.executable, "-P", str(_PROGRAM)], wall_s=_LIMIT_S, environment={"HF_HUB_OFFLINE": "1"})
 
 
 def _without_clock(template: str) -> str:

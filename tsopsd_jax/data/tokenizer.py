@@ -165,8 +165,8 @@ def _declared(folder: Path) -> tuple[int, ...]:
         if declared is None:
             continue
         stop_ids = tuple(declared) if isinstance(declared, list) else (declared,)
-        if not stop_ids or not all(type(token) is int and token >= 0 for token in stop_ids):
-            raise ValueError(f"{file}: expected eos_token_id to be ids >= 0, got {declared!r}")
+        if not stop_ids or not all(type(token) is int and 0 <= token < 2**31 for token in stop_ids):
+            raise ValueError(f"{file}: expected eos_token_id to be ids >= 0 of 32 bits, got {declared!r}")
         return stop_ids
     return ()
 

@@ -5,9 +5,11 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from tsopsd_jax.display.foreign_text import CONTROLS, HALVES, TURNS
+
 
 def escape(value: Any) -> str:
-    text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", str(value).replace("\r\n", "\n"))
+    text = re.sub(f"[{CONTROLS}{TURNS}{HALVES}]", "\ufffd", str(value).replace("\r\n", "\n"))
     return html.escape(text)
 
 

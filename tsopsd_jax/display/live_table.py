@@ -16,6 +16,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from tsopsd_jax.display.foreign_text import one_line
 from tsopsd_jax.display.numbers import DASH, count, duration, finite, fixed
 from tsopsd_jax.display.screen import in_ascii, library_messages
 from tsopsd_jax.distributed import heartbeat
@@ -131,7 +132,7 @@ class LiveTable:
     def phase(self, name: str, until: str) -> None:
         """Announce a phase and, in words, what ends it."""
         with self._lock:
-            self._view.phase(name, until)
+            self._view.phase(one_line(name), one_line(until))
 
     def step(self, line: Mapping[str, Any], time_left_s: float | None = None) -> None:
         """Show a metrics line; values that are absent or null show as `-`."""
@@ -162,7 +163,7 @@ class LiveTable:
     def note(self, text: str) -> None:
         """Write a message that stays: above the live table, or as a line of its own."""
         with self._lock:
-            self._view.note(text)
+            self._view.note(one_line(text))
 
     @contextlib.contextmanager
     def without_messages(self, file: Path) -> Iterator[None]:

@@ -1,14 +1,14 @@
 """Numbers and durations as a person reads them; a dash for what is absent or not finite."""
 
-import math
+import sys
 from typing import Any
 
 DASH = "-"
 
 
 def finite(value: Any) -> float | None:
-    """Return `value` if it is a finite number, else None."""
-    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+    """Return `value` if it is a finite number that a float can hold, else None."""
+    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max:
         return value
     return None
 

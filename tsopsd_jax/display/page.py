@@ -76,7 +76,7 @@ def _parse_config(text: str) -> dict[str, Any]:
     """The configuration as a mapping with a list of mappings under `phases`, whatever the file holds."""
     try:
         config = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):  # a date that is none, lists nested thousands of levels deep
         config = None
     config = config if isinstance(config, dict) else {}
     phases = config.get("phases")
@@ -184,7 +184,7 @@ def _updates(metrics: Metrics) -> int:
 def _change(evaluations: Sequence[Mapping[str, Any]], key: str, first_step: float, last_step: float) -> str:
     """`before → after` in % of a phase's stretch, by the evaluations between phases; a dash where one of them was not
     made."""
-    between = {each.get("step"): finite(each.get(key)) for each in evaluations if not each.get("phase_step")}
+    between = {finite(each.get("step")): finite(each.get(key)) for each in evaluations if not each.get("phase_step")}
     before, after = between.get(int(first_step) - 1), between.get(int(last_step))
     if before is None or after is None:
         return "&ndash;"

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from tsopsd_jax.display.foreign_text import CONTROLS, TURNS
 from tsopsd_jax.display.numbers import count
 from tsopsd_jax.display.series import MAX_POINTS, Stretch, smoothed, thinned, with_gaps
 
@@ -340,7 +341,7 @@ def for_page(svg: str, colours: Mapping[str, str]) -> str:
         svg: the file's text.
         colours: name of a CSS variable -> the colour, `#rrggbb`, that becomes it.
     """
-    svg = svg[svg.index("<svg") :]
+    svg = re.sub(f"[{CONTROLS}{TURNS}]", "\ufffd", svg[svg.index("<svg") :])  # a phase's name may hold any
     # The date would make equal runs unequal pages.
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     head, rest = svg.split(">", 1)

@@ -22,6 +22,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 EXIT_OTHERS = 5
@@ -35,10 +36,11 @@ REMEDY = "start all processes again with the same command: the run goes on from 
 
 
 class _Main:
-    """State of the main thread: what it does, and how often it said so."""
+    """State of the main thread: what it does, how often it said so, and the file in which a stall is reported."""
 
     doing = "starting"
     ticks = 0
+    report: Path | None = None
     listener: Callable[[str], None] | None = None
 
 
@@ -77,6 +79,27 @@ def within(part: str) -> Iterator[None]:
         yield
     finally:
         tick(before)
+
+
+def report_stalls(file: Path | None) -> None:
+    """Write what the main thread waits for, with the stacks of all threads, to `file`; it is removed
+    when the thread goes on. None: nowhere."""
+    _Main.report = file
+    _clear_report()
+
+
+def _write_report(text: str) -> None:
+    if _Main.report is not None:
+        with contextlib.suppress(OSError), _Main.report.open("w") as file:
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S', time.gmtime())} UTC {text}\n")
+            file.flush()
+            faulthandler.dump_traceback(file)
+
+
+def _clear_report() -> None:
+    if _Main.report is not None:
+        with contextlib.suppress(OSError):
+            _Main.report.unlink(missing_ok=True)
 
 
 class Watch:
@@ -213,6 +236,8 @@ class Watch:
                     if silent_s[number] > self.heartbeat_s:
                         self._end(f"{self.names[number]} gave no sign of life for {self.heartbeat_s:g} s")
                 if ticks != _Main.ticks:
+                    if self.waited_s >= self.notice_s:
+                        _clear_report()
                     ticks, self.waited_s = _Main.ticks, 0.0
                 else:
                     self._wait(passed)
@@ -227,6 +252,7 @@ class Watch:
             until = f"; it ends after {self.stall_s:g} s (--stall-s)" if self.stall_s else ""
             text = f"{self.names[self.index]} waits: {_Main.doing} for {self.waited_s:.0f} s{until}"
             print(text, file=sys.stderr, flush=True)
+            _write_report(text)
             if self.index:
                 self._send({"doing": _Main.doing, "waits": text})
 
@@ -249,6 +275,7 @@ class Watch:
         print(f"{self.names[self.index]} ends: {reason}; {REMEDY}", file=sys.stderr, flush=True)
         if self.waited_s >= self.notice_s:  # it hangs itself, or waits for the one that does
             faulthandler.dump_traceback(2)
+            _write_report(f"{self.names[self.index]} ended: {reason}; {REMEDY}")
         if tell or self.index == 0:
             self._send({"failed": reason})
             self._part()

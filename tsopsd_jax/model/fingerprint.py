@@ -75,7 +75,7 @@ def _digest(file: Path, size: int, threads: ThreadPoolExecutor) -> str:
 def _read(cache: Path | None) -> dict[str, list]:
     try:
         found = json.loads(cache.read_text(encoding="utf-8")) if cache is not None else {}
-    except (OSError, ValueError):  # absent or torn: everything is hashed again
+    except (OSError, ValueError, RecursionError):  # absent or torn: everything is hashed again
         return {}
     return {k: v for k, v in found.items() if isinstance(v, list) and len(v) == 4} if isinstance(found, dict) else {}
 

@@ -54,12 +54,16 @@ _PRODUCER = "tsopsd_jax"
 
 
 def _open(path: Path, stack: contextlib.ExitStack):
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file, but {INDEX} names it; fetch the missing shard")
     try:
+        if not path.is_file():
+            raise ValueError(f"{path}: no such file, but {INDEX} names it; fetch the missing shard")
         return stack.enter_context(safe_open(path, framework="numpy"))
     except SafetensorError as error:
         raise ValueError(f"{path}: truncated or corrupt safetensors file ({error}); fetch it again") from None
+    except OSError as error:  # a name that no file system takes, no rights
+        raise ValueError(
+            f"{path.parent}: cannot open {path.name[:80]} ({error.strerror}); fetch the directory again"
+        ) from None
 
 
 def open_tensors(folder: Path, stack: contextlib.ExitStack) -> dict[str, Any]:

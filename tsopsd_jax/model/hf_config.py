@@ -29,7 +29,7 @@ _YARN = {"factor", "original_max_position_embeddings", "attention_factor", "beta
 
 def _architecture(raw: dict[str, Any], where: Path) -> str:
     named = raw.get("architectures")
-    if not isinstance(named, list) or len(named) != 1 or named[0] not in FAMILIES:
+    if not isinstance(named, list) or len(named) != 1 or named[0] not in list(FAMILIES):
         raise ValueError(f"{where}: expected architectures to be one of {', '.join(FAMILIES)}, got {named!r}")
     kind, expected = raw.get("model_type"), FAMILIES[named[0]].model_type
     if kind != expected:

@@ -14,6 +14,9 @@ from tsopsd_jax.objectives.base import Objective
 from tsopsd_jax.objectives.reference import check_teacher, teacher_metrics, teacher_stats
 from tsopsd_jax.types import Batch, LossOutput, Mean
 
+_LEAST = -1e30
+"""The log-probability of a token that has none."""
+
 
 def jsd(*, beta: float = 0.5, teacher_temperature: float = 1.2, teacher: str = "live") -> Objective:
     """Generalised JSD between the teacher t = softmax(stop_gradient(z) / T) and the policy s = softmax(z), token-mean.
@@ -67,8 +70,9 @@ def _divergence(beta: float) -> Callable[[Array, Array], Array]:
     """(teacher's logits [..., V], student's) -> generalised JSD [...]; no gradient into the teacher."""
 
     def of(teacher_logits: Array, student_logits: Array) -> Array:
-        teacher = losses.log_softmax(jax.lax.stop_gradient(teacher_logits))
-        student = losses.log_softmax(student_logits)
+        # Where both are -inf, so would their logarithm of a sum be, and its gradient no number.
+        teacher = jnp.maximum(losses.log_softmax(jax.lax.stop_gradient(teacher_logits)), _LEAST)
+        student = jnp.maximum(losses.log_softmax(student_logits), _LEAST)
         if beta in (0, 1):
             q, p = (teacher, student) if beta == 0 else (student, teacher)
             return jnp.sum(losses.kl_terms(q, p), axis=-1)

@@ -39,7 +39,7 @@ def json_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
                 )
             try:
                 record = json.loads(line)
-            except ValueError:  # JSONDecodeError and UnicodeDecodeError
+            except (ValueError, RecursionError):  # no JSON, no text, or nested thousands of levels deep
                 record = None
             if isinstance(record, dict):
                 yield line if line.endswith(b"\n") else line + b"\n", record
@@ -50,6 +50,25 @@ def json_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
 def read_objects(path: Path) -> list[dict[str, Any]]:
     """Read the objects of a file of JSON lines; none if it is absent. Raises as `json_lines` does."""
     return [record for _, record in json_lines(path)] if path.is_file() else []
+
+
+def read_object(path: Path, *, what: str, remedy: str) -> dict[str, Any]:
+    """Read the JSON object in a file.
+
+    Args:
+        path: of a file that is there.
+        what: what it holds, and `remedy`: what to do where it does not, for messages.
+
+    Raises:
+        ValueError: it holds something else.
+    """
+    try:
+        found = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: expected {what}, got no JSON ({error}); {remedy}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: expected {what}, got a {type(found).__name__}; {remedy}")
+    return found
 
 
 def mend(path: Path, keep: Callable[[dict[str, Any]], bool] = lambda _: True) -> None:

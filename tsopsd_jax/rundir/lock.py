@@ -7,6 +7,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 
+def is_held(file: Path) -> bool | None:
+    """Whether a process on this machine holds the lock `file`; None: it cannot be told (no such file, no locks)."""
+    try:
+        with file.open("r+") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return None
+    return False
+
+
 @contextlib.contextmanager
 def locked(file: Path, *, taken: str, unwritable: str) -> Iterator[None]:
     """Hold the lock `file`, which is made if absent and left behind; a process that dies gives it up.

@@ -4,6 +4,7 @@
 written as null.
 """
 
+import io
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,7 @@ from tsopsd_jax.rundir.trackers import Tracker, open_mirrors
 METRICS_FILE = "metrics.jsonl"
 EVALUATIONS_FILE = "evaluations.jsonl"
 SAMPLES_FILE = "samples.jsonl"
+NONFINITE_FOLDER, MAX_NONFINITE = "nonfinite", 3
 MEASURED = ("avg_at_k", "pass_at_k", "length_mean_tokens", "truncated_fraction", "entropy_nats")
 """Measurements of an evaluation that mirrors show."""
 NOT_MIRRORED = ("step", "time_s", "phase_step")
@@ -38,7 +40,7 @@ class RunLog:
         tracker: where the log is mirrored.
 
     Raises:
-        ValueError: if a line before the last is not JSON, or a tracker does not start.
+        ValueError: if a line before the last is not JSON, a record has no step, or a tracker does not start.
     """
 
     def __init__(self, run_dir: str | Path, *, last_step: int, tracker: Tracker = TENSORBOARD):
@@ -46,9 +48,9 @@ class RunLog:
         self.run_dir.mkdir(parents=True, exist_ok=True)
         logged = {}
         for name in (METRICS_FILE, EVALUATIONS_FILE, SAMPLES_FILE):
-            records = files.read_objects(self.run_dir / name)
-            logged[name] = max((record.get("step", 0) for record in records), default=-1)
-            files.mend(self.run_dir / name, lambda record: record.get("step", 0) <= last_step)
+            path = self.run_dir / name
+            logged[name] = max((_step(record, path) for record in files.read_objects(path)), default=-1)
+            files.mend(path, lambda record: record.get("step", 0) <= last_step)
         self.status = Status(self.run_dir, last_step=last_step, lines=files.read_objects(self.run_dir / METRICS_FILE))
         self._mirrors = open_mirrors(self.run_dir, tracker, last_step=last_step, logged=logged)
         self._file = (self.run_dir / METRICS_FILE).open("ab")
@@ -84,6 +86,16 @@ class RunLog:
             file.writelines(map(_encode, plain))
         for mirror in self._mirrors:
             mirror.show_samples(SAMPLES_FILE, plain[0]["step"], plain)
+
+    def write_nonfinite(self, step: int, words: str, rows: Mapping[str, np.ndarray]) -> None:
+        """Keep the suspected rows of an update that was not finite in `nonfinite/step-N.npz`, with what was found; the
+        first `MAX_NONFINITE` of a run."""
+        folder = self.run_dir / NONFINITE_FOLDER
+        folder.mkdir(exist_ok=True)
+        if len(list(folder.glob("*.npz"))) < MAX_NONFINITE:
+            content = io.BytesIO()
+            np.savez_compressed(content, found=np.array(words), **rows)  # pyright: ignore[reportArgumentType] - names
+            files.replace(folder / f"step-{step}.npz", [content.getvalue()])
 
     def write_evaluation(self, record: Mapping[str, Any]) -> None:
         """Add an evaluated stage, as `append_evaluation` does, and mirror what was measured as `evaluation/NAME`."""
@@ -122,6 +134,16 @@ class RunLog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _step(record: Mapping[str, Any], path: Path) -> int:
+    """The step that a record of the log belongs to; an evaluation of none belongs to step 0."""
+    step = record.get("step", None if path.name == METRICS_FILE else 0)
+    if type(step) is not int or not 0 <= step < 2**53:
+        raise ValueError(
+            f"{path}: expected the number of a step in each record, got {step!r:.80}; remove that line to go on"
+        )
+    return step
 
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:

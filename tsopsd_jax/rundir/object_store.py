@@ -9,6 +9,7 @@ processes.
 
 import contextlib
 import tempfile
+import time
 import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,10 +27,17 @@ FILES = (
     "tracker.json",
     "report.html",
     "events/*",
+    "nonfinite/*",
 )
 """Files that are copied, as patterns."""
+ATTEMPTS, PAUSE_S = 6, 0.5
+"""Attempts to write an object, and the pause after the first; each pause is twice the one before: 15 s in all."""
 ADDRESS_FILE = ".store"
 """A file in the local folder that holds the address of the run."""
+
+
+class StoreError(OSError):
+    """A file could not be written to the store; the message says why and what to do."""
 
 
 def folder_of(run_dir: str, cache: Path) -> Path:
@@ -89,15 +97,34 @@ def fetch(folder: Path) -> None:
 
 
 def push(folder: Path) -> None:
-    """Copy the local files to the store, if the run lies on one."""
+    """Copy the local files to the store, if the run lies on one.
+
+    Raises:
+        StoreError: a file could not be written, `ATTEMPTS` times.
+    """
     far = address(folder)
     if far is None:
         return
     for pattern in FILES:
         for file in folder.glob(pattern):
-            to = far / file.relative_to(folder)
+            _write(far / file.relative_to(folder), file.read_bytes())
+
+
+def _write(to: epath.Path, content: bytes) -> None:
+    """Write an object; a write that fails is tried again, later each time."""
+    for attempt in range(ATTEMPTS):
+        try:
             to.parent.mkdir(parents=True, exist_ok=True)
-            to.write_bytes(file.read_bytes())
+            to.write_bytes(content)
+            return
+        except Exception as error:  # whatever its client raises
+            if attempt == ATTEMPTS - 1:
+                words = " ".join(str(error).split())[:300]
+                raise StoreError(
+                    f"{to} could not be written in {ATTEMPTS} attempts ({type(error).__name__}: {words}); "
+                    "the same command goes on from the last checkpoint"
+                ) from error
+            time.sleep(PAUSE_S * 2**attempt)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 with the settings that they were begun with."""
 
 import json
+import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, TextIO
 
 from tsopsd_jax.rundir import files
 
+_ESCAPED = re.compile("[\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 BEGUN = "begun"
 """Key of the time at which a file was begun; it stands among the settings and is none."""
 
@@ -22,14 +24,16 @@ def read_output_settings(out: Path) -> dict[str, Any]:
     """Read the settings that `out` was begun with.
 
     Raises:
-        ValueError: there are none, so another program wrote `out`.
+        ValueError: there are none, so another program wrote `out`; or they cannot be read.
     """
     beside = settings_file(out)
     if not beside.is_file():
         raise ValueError(
             f"{out} exists and was not written by this command ({beside.name} is missing); choose another --out"
         )
-    return json.loads(beside.read_text(encoding="utf-8"))
+    return files.read_object(
+        beside, what=f"the settings that {out.name} was begun with", remedy="choose another --out, or --again"
+    )
 
 
 def first_changed(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> str | None:
@@ -86,6 +90,8 @@ def claim_output(out: Path, settings: Mapping[str, Any]) -> None:
 
 
 def append(file: TextIO, line: Mapping[str, Any]) -> None:
-    """Append a line and flush it, so that what was sampled is kept."""
-    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    """Append a line and flush it, so that what was sampled is kept. A text that UTF-8 cannot hold, or that some readers
+    would take for two lines, is written with escapes."""
+    text = json.dumps(line, ensure_ascii=False)
+    file.write((json.dumps(line) if _ESCAPED.search(text) else text) + "\n")
     file.flush()

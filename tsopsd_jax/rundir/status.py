@@ -21,8 +21,14 @@ from tsopsd_jax.metric_names import HELD, SKIPPED
 from tsopsd_jax.rundir import files
 
 STATUS_FILE = "status.json"
+STALL_FILE = "stall-{}.txt"
+"""What a process that makes no progress waits for, with its stacks; the number is the process's."""
 RUNNING, ENDED, STOPPED, GUARD, FAILED = "running", "ended", "stopped", "guard", "failed"
 """States: a run that was killed still reads `running`, since nobody was left to say so."""
+LONGEST_REASON = 4_000
+"""Characters of a reason that are kept: it may quote what a model wrote."""
+_YEAR_9999 = 253_370_764_800
+"""The latest time that is taken for one, in seconds since 1970."""
 PACKAGES = ("tsopsd-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
 
 
@@ -55,17 +61,18 @@ class Status:
     def count(self, line: Mapping[str, Any]) -> None:
         """Count a step's metrics; they are in the file after the next `write`."""
         self._said["step"], self._said["phase"] = line["step"], line.get("phase")
-        self._said["skipped_updates"] += int(line.get(SKIPPED) or 0)
+        skipped = line.get(SKIPPED)
+        self._said["skipped_updates"] += int(skipped) if isinstance(skipped, int | float) else 0
         self._said["held_updates"] += bool(line.get(HELD))
 
     def phase_ended(self, phase: str, step: int, reason: str) -> None:
         """Write why a phase ended after `step`."""
-        self._said["phases"].append({"phase": phase, "step": step, "reason": reason})
+        self._said["phases"].append({"phase": phase, "step": step, "reason": reason[:LONGEST_REASON]})
         self.write()
 
     def state(self, state: str, reason: str | None = None) -> None:
         """Write that the run is in `state` now, and why."""
-        self._said |= {"state": state, "reason": reason}
+        self._said |= {"state": state, "reason": reason and reason[:LONGEST_REASON]}
         self.write()
 
     def write(self) -> None:
@@ -75,12 +82,28 @@ class Status:
 
 
 def read_status(run_dir: Path) -> dict[str, Any]:
-    """Read `status.json`; an empty dict if it is absent or broken."""
+    """Read `status.json`; an empty dict if it is absent, or not as `Status` writes it."""
     try:
         found = json.loads((run_dir / STATUS_FILE).read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return found if isinstance(found, dict) and _well_formed(found) else {}
+
+
+def _well_formed(found: Mapping[str, Any]) -> bool:
+    """Whether the parts that are read of a status have the types that `Status` gives them; any may be absent."""
+    phases, starts = found.get("phases", []), found.get("starts", [])
+    if not all(isinstance(each, list) and all(isinstance(item, dict) for item in each) for each in (phases, starts)):
+        return False
+    texts = [found.get(name) for name in ("state", "reason", "phase")]
+    steps = [found.get("step", 0), *(end.get("step") for end in phases), *(start.get("step", 0) for start in starts)]
+    times = [found.get("time"), *(start.get("time") for start in starts)]
+    return (
+        all(text is None or isinstance(text, str) for text in texts)
+        and all(type(step) is int and 0 <= step < 2**53 for step in steps)
+        and all(t is None or (isinstance(t, int | float) and 0 <= t < _YEAR_9999) for t in times)
+        and all(isinstance(start.get("versions", {}), dict) for start in starts)
+    )
 
 
 @functools.cache

@@ -8,6 +8,7 @@ import numpy as np
 from tsopsd_jax.judge.dynamic_sampling import Collected
 from tsopsd_jax.judge.groups import Groups
 from tsopsd_jax.judge.scoring import Scored
+from tsopsd_jax.learn.nonfinite import NonFinite
 from tsopsd_jax.metric_names import (
     ACCURACY,
     ENTROPY,
@@ -57,6 +58,8 @@ class StepFacts(NamedTuple):
     step_s: float
     perf: dict[str, float]
     """From `perf.step_perf`."""
+    nonfinite: NonFinite | None = None
+    """What was not finite, where an update was skipped."""
 
     @property
     def entropy_nats(self) -> float:

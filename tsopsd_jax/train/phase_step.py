@@ -22,6 +22,7 @@ from tsopsd_jax.judge.groups import Groups, judge, to_batch
 from tsopsd_jax.judge.scoring import Scored, score_after, score_while
 from tsopsd_jax.learn.micro_batches import device_bytes
 from tsopsd_jax.learn.mini_batches import mini_batch_rows
+from tsopsd_jax.learn.nonfinite import NonFinite
 from tsopsd_jax.learn.reference import ReferenceSource
 from tsopsd_jax.learn.update import distillation_batch
 from tsopsd_jax.metric_names import LEARNING_RATE_FACTOR
@@ -90,6 +91,10 @@ class Shared(NamedTuple):
         )
 
 
+MAX_LOCATED = 3
+"""Steps of a phase, in one process, in which what is not finite is looked for."""
+
+
 class PhaseStep:
     """The step of one phase, whose programs are compiled once: when first called, or by `compile`.
 
@@ -108,6 +113,7 @@ class PhaseStep:
         self.phase, self.shared, self.task = phase, shared, shared.task
         self.other = None if phase.reference in (None, START) else shared.references[phase.reference]
         self._loaded: PyTree | None = None
+        self.located = 0
         self.update = Updater(
             shared.model,
             phase,
@@ -146,7 +152,20 @@ class PhaseStep:
             verifier_killed=answers_cut_off() - killed,
             step_s=time.monotonic() - began,
             perf=step_perf(self.shared.model, self.shared.mesh, drawn, rollout, passes=passes),
+            nonfinite=self._nonfinite(run, after, rollout, drawn) if any(updates.skipped) else None,
         )
+
+    def _nonfinite(self, run: RunState, after: RunState, rollout: Rollout, drawn: Drawn) -> NonFinite | None:
+        """Find what was not finite in a step: the first times, since it takes programs of its own."""
+        self.located += 1
+        if self.located > MAX_LOCATED:
+            return None
+        heartbeat.tick(f"step {after.step}: locating what is not finite")
+        batch, rule, got = distillation_batch(rollout), self.phase.reward, drawn.collected
+        if rule is not None and got is not None:
+            batch = to_batch(got.groups, normalize_std=rule.normalize_std)
+        _, knobs = on_devices(float("inf"), self._knobs(run), self.shared.mesh)
+        return self.update.locate(after.state.params, batch, knobs, self._reference(run))
 
     # ---------------------------------------------------------------- compiling
 

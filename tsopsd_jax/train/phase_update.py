@@ -1,6 +1,7 @@
 """A phase's update as the loop calls it: cut into micro-batches that fit the devices, rows packed where the objective
 allows."""
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any
@@ -11,9 +12,19 @@ import numpy as np
 from tsopsd_jax.distributed.sharding import put, replicated, row_multiple, row_sharding
 from tsopsd_jax.hardware.tiles import head_tile_on
 from tsopsd_jax.learn.micro_batches import TOKENS_PER_CPU, TOKENS_PER_DEVICE, choose_micro_batches, compile_within
+from tsopsd_jax.learn.nonfinite import NonFinite, locate
 from tsopsd_jax.learn.packing import pack, useful_fraction
 from tsopsd_jax.learn.reference import abstract_reference
-from tsopsd_jax.learn.update import Update, UpdateOut, abstract_state, make_reheat_step, make_update
+from tsopsd_jax.learn.update import (
+    ReferencePolicy,
+    Update,
+    UpdateOut,
+    abstract_state,
+    make_gradient,
+    make_reheat_step,
+    make_update,
+    whole_stats,
+)
 from tsopsd_jax.metric_names import LEARNING_RATE_FACTOR
 from tsopsd_jax.model import Qwen3
 from tsopsd_jax.rollout import sample
@@ -144,6 +155,23 @@ class Updater:
         step = make_reheat_step(draw, self.update)
         everywhere = replicated(self.mesh)
         return jax.jit(step, donate_argnums=0, out_shardings=(self._layout, everywhere, everywhere))
+
+    def locate(
+        self, params: PyTree, batch: Batch, knobs: Mapping[str, jax.Array], reference: PyTree | None
+    ) -> NonFinite:
+        """Find what is not finite of an update of `batch`, all rows of a rollout; see `learn.nonfinite`."""
+        objective, pieces = self.phase.objective, self.micro_batches * self.phase.updates_per_rollout
+        cut: dict[str, int] = {"micro_batches": pieces, "tile_tokens": self.tile_tokens}
+        frozen = None if reference is None else ReferencePolicy(self.reference_model, reference)
+        gradient = make_gradient(self.model, objective, **cut)
+        return locate(
+            params,
+            dataclasses.replace(put(batch, row_sharding(self.mesh)), knobs=dict(knobs)),
+            axes=self.model.param_axes(),
+            stats=lambda params, batch: whole_stats(self.model, params, batch, objective, reference=frozen, **cut),
+            gradient=lambda params, batch: gradient(params, batch, frozen)[0],
+            mesh=self.mesh,
+        )
 
     def __call__(
         self,

@@ -269,6 +269,10 @@ class Trainer:
             line["phase_end"] = decision
         if words := failure_words([verdict for scored in seen.drawn.scored for verdict in scored.verdicts]):
             self.table.note(f"warning: step {self.run_state.step}: {words}")
+        if seen.nonfinite is not None:
+            self.table.note(f"warning: step {self.run_state.step} was not finite: {seen.nonfinite.words}")
+            if self.log is not None:
+                self.log.write_nonfinite(line["step"], *seen.nonfinite)
         if self.log is not None:
             group, decode = phase.responses_per_prompt, self.shared.task.tokenizer.decode
             self.log.write_samples(

@@ -1,0 +1,201 @@
+"""Load: a million problems, ten thousand long rows through the scheduler, a full disk at each write, a store that
+fails."""
+
+import errno
+import random
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_object_store import buckets  # noqa: F401 - a fixture
+
+from tsopsd_jax.commands import exit_codes
+from tsopsd_jax.data import indices
+from tsopsd_jax.rollout.schedule import Geometry, Schedule
+from tsopsd_jax.rundir import files, object_store
+from tsopsd_jax.rundir.log import RunLog, append_evaluation, read_metrics
+from tsopsd_jax.rundir.trackers import Tracker
+
+MILLION = 10**6
+
+
+def test_the_cursor_of_a_million_problems():
+    """Each of them once an epoch, in 64 steps of 15,625; a step in the midst is found without those before it."""
+    steps = [indices(MILLION, seed=3, position=at, count=15_625) for at in range(0, MILLION, 15_625)]
+    seen = np.concatenate(steps)
+    assert seen.size == MILLION
+    assert (np.bincount(seen, minlength=MILLION) == 1).all()
+    assert np.array_equal(indices(MILLION, seed=3, position=40 * 15_625, count=15_625), steps[40])
+    next_epoch = indices(MILLION, seed=3, position=MILLION - 5, count=10)
+    assert np.array_equal(next_epoch[:5], steps[-1][-5:])
+    tracemalloc.start()
+    indices(MILLION, seed=3, position=123, count=64)
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak_bytes <= 40 * MILLION, "a few permutations of integers, no lists of objects"
+
+
+def test_ten_thousand_rows_of_8192_tokens_go_through_the_scheduler():
+    """A simulated device: lengths up to the limit, none of it computed. Every row ends once, with its own length, and
+    the pool of pages stays within its size."""
+    rng = np.random.default_rng(0)
+    rows, limit = 10_000, 8_192
+    lengths = np.minimum(rng.geometric(1 / 2_500, rows), limit)
+    prompts = rng.integers(20, 300, rows)
+    geometry = Geometry(segment_tokens=128, max_prompt_tokens=512, max_response_tokens=limit, shards=4)
+    schedule = Schedule(prompts, slots=512, geometry=geometry)
+    ended: dict[int, int] = {}
+    while not schedule.over:
+        schedule.grow()
+        if schedule.live.any():
+            schedule.commit()
+        schedule.shrink()
+        schedule.admit()
+        owned = schedule.owner[schedule.owner >= 0]
+        assert schedule.owner.shape[1] <= geometry.pool_sizes(512 // 4)[-1]
+        assert owned.size <= schedule.owner.size
+        before = np.where(schedule.live, schedule.drawn, 0)
+        left = np.where(schedule.live, lengths[schedule.row] - before, 0)
+        count = np.minimum(left, 128)
+        length_of = (before + count).ravel()  # by slot, numbered over all shards
+        for row, slot, _ in schedule.advance(count, schedule.live & (left <= 128)):
+            assert row not in ended
+            ended[row] = int(length_of[slot])
+    assert [ended[row] for row in range(rows)] == lengths.tolist()
+    assert schedule.kept_tokens == lengths.sum()
+    assert schedule.kept_tokens / schedule.slot_steps > 0.85, "slots are refilled while others go on"
+
+
+# ------------------------------------------------------------------------------------------------ a full disk
+
+
+@pytest.fixture
+def full(monkeypatch):
+    """full(): from now on each write to a file fails as on a full disk; everything can still be read."""
+    opened = Path.open
+
+    def fill() -> None:
+        def refuses(self, mode="r", *args, **kwargs):
+            if mode[0] == "r":
+                return opened(self, mode, *args, **kwargs)
+            raise OSError(errno.ENOSPC, "No space left on device", str(self))
+
+        monkeypatch.setattr(Path, "open", refuses)
+
+    return fill
+
+
+def line(step: int) -> dict:
+    return {"step": step, "phase": "rl", "phase_step": step, "time_s": 1.0}
+
+
+WRITES = {
+    "evaluation": lambda log: append_evaluation(log.run_dir, {"stage": "later", "step": 1}),
+    "samples": lambda log: log.write_samples([{"step": 1, "response": "more"}]),
+    "status": lambda log: log.status.state("ended"),
+    "rows that are not finite": lambda log: log.write_nonfinite(1, "weight", {"row": np.arange(2)}),
+    "a file that is replaced": lambda log: files.replace(log.run_dir / "metrics.jsonl", [b"{}"]),
+}
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+def test_a_full_disk_leaves_what_was_there_and_is_exit_code_6(write, tmp_path, full, capsys):
+    with RunLog(tmp_path, last_step=0, tracker=Tracker(tensorboard=False)) as log:
+        log.write(line(1))
+        log.write_samples([{"step": 1, "response": "first"}])
+        log.write_evaluation({"stage": "base", "step": 0})
+        before = {path.name: path.read_bytes() for path in tmp_path.glob("*.json*")}
+        full()
+        with pytest.raises(OSError, match="No space left on device") as caught:
+            write(log)
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("*.json*") if "partial" not in path.name} == before
+    assert exit_codes.explain("train", caught.value) == 6
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+class Torn:
+    """A file whose disk is full in the midst of a line."""
+
+    def __init__(self, file):
+        self.file, self.closed = file, False
+
+    def write(self, data: bytes) -> None:
+        self.file.write(data[: len(data) // 2])
+        self.file.flush()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def flush(self) -> None:
+        pass
+
+    def close(self) -> None:
+        self.closed = True
+        self.file.close()
+
+
+def test_half_a_line_on_a_full_disk_is_cut_off_by_the_next_start(tmp_path):
+    with RunLog(tmp_path, last_step=0, tracker=Tracker(tensorboard=False)) as log:
+        log.write(line(1))
+        log._file = Torn(log._file)  # pyright: ignore[reportAttributeAccessIssue]
+        with pytest.raises(OSError, match="No space left on device"):
+            log.write(line(2))
+    assert not (tmp_path / "metrics.jsonl").read_bytes().endswith(b"\n")
+    with RunLog(tmp_path, last_step=1, tracker=Tracker(tensorboard=False)) as log:
+        log.write(line(2))
+    assert [each["step"] for each in read_metrics(tmp_path)] == [1, 2]
+
+
+# ------------------------------------------------------------------------------------------------ a store
+
+
+@pytest.fixture
+def flaky(monkeypatch):
+    """flaky(share): so many of the writes to the store fail, at random from a seed."""
+    from etils import epath
+
+    def make(share: float) -> list[int]:
+        dice, failed = random.Random(0), [0]
+        place = type(epath.Path("gs://any/x"))
+        write = place.write_bytes
+
+        def write_bytes(self, content):
+            if dice.random() < share:
+                failed[0] += 1
+                raise ConnectionError("503 backend error")
+            return write(self, content)
+
+        monkeypatch.setattr(place, "write_bytes", write_bytes)
+        monkeypatch.setattr(object_store, "PAUSE_S", 0.0)
+        return failed
+
+    return make
+
+
+@pytest.mark.usefixtures("buckets")
+def test_a_store_that_fails_one_write_in_ten_loses_nothing(tmp_path, flaky):
+    folder = object_store.folder_of("gs://flaky/x", tmp_path / "here")
+    (folder / "config.yaml").write_text("seed: 0")
+    failed = flaky(0.1)
+    with RunLog(folder, last_step=0, tracker=Tracker(tensorboard=False)) as log:
+        for step in range(1, 101):
+            log.write(line(step))
+            log.push()
+    assert failed[0] > 5
+    there = object_store.folder_of("gs://flaky/x", tmp_path / "there")
+    object_store.fetch(there)
+    assert (there / "metrics.jsonl").read_bytes() == (folder / "metrics.jsonl").read_bytes()
+    assert [each["step"] for each in read_metrics(there)] == list(range(1, 101))
+
+
+@pytest.mark.usefixtures("buckets")
+def test_a_store_that_fails_always_ends_the_run_with_exit_code_6(tmp_path, flaky, capsys):
+    folder = object_store.folder_of("gs://broken/x", tmp_path)
+    (folder / "config.yaml").write_text("seed: 0")
+    failed = flaky(1.0)
+    with pytest.raises(
+        object_store.StoreError, match=r"could not be written in 6 attempts \(ConnectionError: 503"
+    ) as caught:
+        object_store.push(folder)
+    assert failed[0] == 6
+    assert exit_codes.explain("train", caught.value) == 6
+    assert "the same command goes on from the last checkpoint" in capsys.readouterr().err
