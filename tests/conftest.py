@@ -62,6 +62,15 @@ TINY = Qwen3Config(
 )
 
 
+LONGEST = ("test_processes", "test_arms", "test_trainer", "test_crashes", "test_elastic", "test_cli")
+"""Files of minutes: they begin first, so that at the end no worker waits for another."""
+
+
+def pytest_collection_modifyitems(items):
+    order = {name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(LONGEST)))
+
+
 @pytest.fixture(scope="session")
 def tiny():
     """(model, params): a two-layer Qwen3 with weights large enough that its distributions are not uniform."""

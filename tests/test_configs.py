@@ -22,11 +22,11 @@ from tsopsd_jax.config.build import (
     check_batches,
     check_objectives,
     divide_cpu,
-    doubts,
     make_phase,
     make_phases,
     prepare,
 )
+from tsopsd_jax.config.doubts import doubts
 from tsopsd_jax.config.places import DEMO_CONFIG
 from tsopsd_jax.distributed.sharding import make_mesh
 from tsopsd_jax.model.packaged import ASSETS, PACKAGED_MODEL
@@ -241,7 +241,7 @@ def test_plain_is_the_reverse_of_build():
         ({"seed": -1}, ["seed must be >= 0 and < 2**32, got -1"]),
         ({"seed": 2**32}, ["seed must be >= 0 and < 2**32, got 4294967296"]),
         ({"keep_checkpoints": 0}, ["keep_checkpoints must be at least 1, got 0"]),
-        ({"page_every_s": 0}, ["page_every_s must be at least 1, got 0"]),
+        ({"page_every_s": -1}, ["page_every_s must be at least 0, got -1"]),
         (
             {"phases__0__responses_per_prompt": 1},
             ["phases.0", "responses_per_prompt", "expected at least 2 where there is a reward, got 1"],

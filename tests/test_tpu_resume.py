@@ -176,7 +176,8 @@ def test_deleting_is_tried_again_and_a_failure_is_loud(cloud):
 def test_bad_usage_deletes_nothing_and_neither_does_a_watch_that_is_interrupted(cloud):
     assert cloud.run("resume.sh", *PLACE, "--watch", "--delete", "--type", "v9-1", *TRAIN).returncode == 2
     assert cloud.calls == []
-    cloud.answers_file.write_text(json.dumps([("tpu-vm describe", 0, "READY"), ("tsopsd-status", 0, words("running"))]))
+    answers = [("tpu-vm describe", 0, "READY"), ("tsopsd-status", 0, words("running"))]
+    cloud.answers_file.write_text(json.dumps(answers * 300))  # it may look again before it is interrupted
     command = [str(cloud.bin / "bash"), str(TPU / "resume.sh"), *RESUME, "--watch", "--delete", *TRAIN]
     watch = subprocess.Popen(
         command, env=cloud.env(TPU_POLL_S="1"), stderr=subprocess.PIPE, text=True, start_new_session=True

@@ -232,7 +232,7 @@ def open_trainer(
             samples=config.samples,
             cycle=config.indices_of_cycle(),
             baseline_steps=config.baseline_steps,
-            after_step=LivePage(run_dir, every_s=config.page_every_s if processes.is_first() else None, say=table.note),
+            after_step=LivePage(run_dir, every_s=config.page_every_s if processes.is_first() else 0, say=table.note),
         )
         stack.enter_context(trainer.told())
         for note in parts.notes:

@@ -325,8 +325,8 @@ class Config:
     keep_checkpoints: int = 2
     samples: Samples = field(default_factory=Samples)
     """Responses kept in samples.jsonl."""
-    page_every_s: int | None = 300
-    """Seconds between two writings of `report.html` while the run goes on; null: only when it ends."""
+    page_every_s: int = 300
+    """Seconds between two writings of `report.html` while the run goes on; 0: only when it ends."""
     tracker: Tracker = field(default_factory=Tracker)
     cache_dir: str | None = None
     """Prepared data sets and compiled programs; null: $TSOPSD_CACHE_DIR, else ~/.cache/tsopsd_jax."""
@@ -363,9 +363,10 @@ class Config:
             )
         if not 0 <= self.seed < 2**32:  # a random key holds 32 bits of it
             raise ValueError(f"seed must be >= 0 and < 2**32, got {self.seed}")
-        for name in ("checkpoint_every_steps", "keep_checkpoints", "baseline_steps", "page_every_s"):
-            if vars(self)[name] is not None and vars(self)[name] < 1:
-                raise ValueError(f"{name} must be at least 1, got {vars(self)[name]}")
+        limits = {"checkpoint_every_steps": 1, "keep_checkpoints": 1, "baseline_steps": 1, "page_every_s": 0}
+        for name, least in limits.items():
+            if vars(self)[name] < least:
+                raise ValueError(f"{name} must be at least {least}, got {vars(self)[name]}")
 
     def indices_of_cycle(self) -> Cycle:
         """The cycle by indices of phases.

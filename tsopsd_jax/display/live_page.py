@@ -16,7 +16,7 @@ class LivePage:
 
     Args:
         run_dir: of the run.
-        every_s: seconds between two writings, or more where writing takes over `COST` of them; None: it is never due.
+        every_s: seconds between two writings, or more where writing takes over `COST` of them; 0: it is never due.
         say: shows a text.
         clock: seconds that rise.
     """
@@ -25,18 +25,18 @@ class LivePage:
         self,
         run_dir: Path,
         *,
-        every_s: float | None,
+        every_s: float,
         say: Callable[[str], None],
         clock: Callable[[], float] = time.monotonic,
     ):
         self._run_dir, self.every_s, self._say, self._clock = run_dir, every_s, say, clock
-        self._due_s = None if every_s is None else clock() + every_s
+        self._due_s = clock() + every_s if every_s else None
         self._failed = False
 
     def __call__(self) -> None:
         """Write the page if that is due; called by the process that writes the log, after it logged a step."""
         began = self._clock()
-        if self.every_s is None or self._due_s is None or began < self._due_s:
+        if self._due_s is None or began < self._due_s:
             return
         heartbeat.tick("writing the page")
         try:
