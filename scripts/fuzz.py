@@ -346,12 +346,12 @@ def run_file(name: str) -> Callable[[Path], str]:
 
 def read_run(folder: Path) -> Any:
     """As a run that goes on does, and as the page does but for its figures."""
-    from tsopsd_jax.display import page, responses, run_status
+    from tsopsd_jax.display import page, panels, responses, run_status
     from tsopsd_jax.rundir.log import RunLog, read_evaluations, read_samples
     from tsopsd_jax.rundir.status import read_status
     from tsopsd_jax.rundir.trackers import Tracker
 
-    page.draw_panels = lambda *_, **__: ""
+    panels.draw_panels = lambda *_, **__: ""
     page.write_report(folder)
     responses.kept(read_samples(folder))
     run_status.machines(read_status(folder))
