@@ -114,7 +114,7 @@ the one that the formulas rank first. Memory, GiB a device: needed / usable (3 %
 
 | configuration | slice | mesh | fits | GiB | what takes most | micro-batches, RL / reheat | step >= s, RL / reheat | slowest |
 |---|---|---|---|---|---|---|---|---|
-"""  # noqa: E501  # noqa: E501
+"""  # noqa: E501
 
 
 TAIL = """

@@ -111,3 +111,25 @@ def tokenizer(tmp_path_factory):
 def trainer_in(tokenizer):
     """trainer_in(run_dir, phases=..., verify=..., evaluate=...) -> Trainer of a tiny run; closed at the end."""
     return trainers(tokenizer)
+
+
+@pytest.fixture(scope="module")
+def buckets(tmp_path_factory):
+    """The folder in which gs://NAME is the folder NAME, in the place of gcsfs."""
+    import fsspec
+    from fsspec.implementations.dirfs import DirFileSystem
+    from fsspec.implementations.local import LocalFileSystem
+
+    folder = tmp_path_factory.mktemp("buckets")
+
+    class Buckets(DirFileSystem):
+        protocol = ("gs", "gcs")
+
+        def __init__(self, **_):
+            super().__init__(path=str(folder), fs=LocalFileSystem(auto_mkdir=True))
+
+        def _join(self, path):
+            return super()._join(str(path).removeprefix("gs://"))
+
+    fsspec.register_implementation("gcs", Buckets, clobber=True)
+    return folder

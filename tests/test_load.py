@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_object_store import buckets  # noqa: F401 - a fixture
 
 from tsopsd_jax.commands import exit_codes
 from tsopsd_jax.data import indices

@@ -2,10 +2,8 @@
 
 from types import SimpleNamespace
 
-import fsspec
 import pytest
 from etils import epath
-from fsspec.implementations.dirfs import DirFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from tsopsd_jax import cli
@@ -15,24 +13,6 @@ from tsopsd_jax.rundir.log import RunLog
 from tsopsd_jax.rundir.run_state import RunProgress, RunState
 from tsopsd_jax.rundir.status import read_status
 from tsopsd_jax.train.trainer import Trainer
-
-
-@pytest.fixture(scope="module")
-def buckets(tmp_path_factory):
-    """The folder in which gs://NAME is the folder NAME."""
-    folder = tmp_path_factory.mktemp("buckets")
-
-    class Buckets(DirFileSystem):
-        protocol = ("gs", "gcs")
-
-        def __init__(self, **_):
-            super().__init__(path=str(folder), fs=LocalFileSystem(auto_mkdir=True))
-
-        def _join(self, path):
-            return super()._join(str(path).removeprefix("gs://"))
-
-    fsspec.register_implementation("gcs", Buckets, clobber=True)
-    return folder
 
 
 def test_a_local_directory_is_itself(tmp_path):

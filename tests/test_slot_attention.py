@@ -1,14 +1,17 @@
 """A decoding step's attention: every implementation against numpy, slot by slot; the kernel for GPUs interpreted."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import TINY
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from tsopsd_jax.distributed.sharding import make_mesh
-from tsopsd_jax.model import Qwen3, Qwen3Config
+from tsopsd_jax.model import Qwen3
 from tsopsd_jax.rollout import Engine, Sampling, programs, triton_attention
 from tsopsd_jax.rollout.slot_attention import Seen, SlotAttention
 from tsopsd_jax.types import Prompts
@@ -139,18 +142,8 @@ def test_an_unknown_implementation_is_refused(given):
 def test_the_sampler_draws_the_same_tokens_with_the_kernel(monkeypatch):
     """Continuous batching over pages with prompts of more than one page: tokens equal, log-probabilities to
     rounding."""
-    config = Qwen3Config(
-        vocab_size=37,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        rope_theta=1e4,
-    )
     mesh = make_mesh(devices=jax.devices()[:1])
-    model = Qwen3(config, mesh=mesh)
+    model = Qwen3(dataclasses.replace(TINY, head_dim=16), mesh=mesh)
     params = jax.tree.map(lambda x: 4 * x, model.init(jax.random.key(5)))
     rng = np.random.default_rng(0)
     length = np.array([40, 40, 3, 3, 21, 21])
