@@ -70,7 +70,7 @@ class Terminal:
         os.close(theirs)
         self.text = ""
 
-    def read_until(self, text, seconds=60.0):
+    def read_until(self, text, seconds=300.0):
         """Read until `text` was written, within so many seconds, or until the program's end if that is None."""
         began = time.monotonic()
         while text is None or text not in self.text:
@@ -105,10 +105,10 @@ def test_a_signal_is_answered_while_nothing_else_can_be(terminal, tmp_path):
     screen.read_until("updating")
     time.sleep(0.2)  # in which it enters the call
     screen.program.send_signal(signal.SIGINT)
-    screen.read_until("SIGINT: finishing the step; again to stop now", 5.0)
+    screen.read_until("SIGINT: finishing the step; again to stop now")
     assert screen.program.poll() is None
     screen.program.send_signal(signal.SIGINT)
-    screen.read_until(None, 10.0)
+    screen.read_until(None)
     assert screen.program.wait() == exit_codes.INTERRUPTED == signals.EXIT_INTERRUPTED
     assert "interrupted; the same command goes on from the last checkpoint" in screen.text
     assert "Traceback" not in screen.text

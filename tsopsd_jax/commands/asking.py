@@ -12,6 +12,7 @@ from typing import Any
 from tsopsd_jax.commands import exit_codes, options
 from tsopsd_jax.commands.policies import PolicySource, of_directory, of_run, split_step
 from tsopsd_jax.data import Problem
+from tsopsd_jax.display.foreign_text import harmless
 from tsopsd_jax.loading import is_own
 from tsopsd_jax.rewards.named import named_functions
 from tsopsd_jax.rollout import Sampling
@@ -140,17 +141,12 @@ def shown_responses(problems: Sequence[Problem], lines: Sequence[Mapping[str, An
     """
     parts: list[str] = []
     for problem in problems[:first]:
-        parts.append(f"=== {problem.id}\n{_printable(problem.prompt)}")
+        parts.append(f"=== {problem.id}\n{harmless(problem.prompt)}")
         ours = sorted((line for line in lines if line["id"] == problem.id), key=lambda line: line["sample"])
         for line in ours:
             verdict = {True: "right", False: "wrong", None: "not scored"}[line.get("correct")]
             cut = "" if line["stopped"] else ", cut off"
-            parts.append(f"--- {verdict}, {line['tokens']} tokens{cut}\n{_printable(line['response'])}")
+            parts.append(f"--- {verdict}, {line['tokens']} tokens{cut}\n{harmless(line['response'])}")
         if any("correct" in line for line in ours):
-            parts.append(f"--- answer: {_printable(problem.answer)}")
+            parts.append(f"--- answer: {harmless(problem.answer)}")
     return "\n".join(parts)
-
-
-def _printable(text: str) -> str:
-    """A text that moves no cursor and rings no bell: control characters but ends of lines and tabs are spelt out."""
-    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)

@@ -3,6 +3,8 @@
 import re
 from typing import Any
 
+from tsopsd_jax.rundir.sample_texts import shortened
+
 LONGEST_LINE = 2_000
 """Characters of a foreign text that are shown in one line."""
 CONTROLS = "\x00-\x08\x0b-\x1f\x7f-\x9f"
@@ -14,14 +16,12 @@ HALVES = "\ud800-\udfff"
 _UNSAFE = re.compile(f"[{CONTROLS}{TURNS}{HALVES}]")
 
 
-def one_line(text: Any) -> str:
-    """Write a foreign text as one line that does nothing to a terminal.
+def harmless(text: str) -> str:
+    """Write a foreign text, tabs and lines as they are, so that it does nothing to a terminal: what could move the
+    cursor, recolour, turn the text round or not be written at all becomes its escape such as `\\x1b`."""
+    return _UNSAFE.sub(lambda found: ascii(found[0])[1:-1], text)
 
-    White space becomes one space; what could move the cursor, recolour, turn the text round or not be written at all
-    becomes its escape such as `\\x1b`; a long text loses its middle.
-    """
-    line = " ".join(str(text).split())
-    if len(line) > LONGEST_LINE:
-        left_out = len(line) - LONGEST_LINE
-        line = f"{line[: LONGEST_LINE * 3 // 4]} [... {left_out:,} characters ...] {line[-LONGEST_LINE // 4 :]}"
-    return _UNSAFE.sub(lambda found: ascii(found[0])[1:-1], line)
+
+def one_line(text: Any) -> str:
+    """Write a foreign text as one `harmless` line: white space becomes one space, a long text loses its middle."""
+    return harmless(shortened(" ".join(str(text).split()), LONGEST_LINE))

@@ -88,12 +88,11 @@ class SlotAttention(NamedTuple):
         scores = jnp.where(seen_BC[:, None, None, :], scores * q_BKGH.shape[-1] ** -0.5, -jnp.inf)
         top, part = jnp.max(scores, axis=-1), None
         if pages is not None:
-            kernel = self.implementation == "pallas"
             part = pages_attention(
                 q_BKGH,
                 pages,
                 prepared[0],
-                implementation="pallas" if kernel else "xla",
+                implementation="pallas" if self.implementation == "pallas" else "xla",
                 mesh=self.mesh,
                 interpret=self.interpret,
             )
