@@ -167,8 +167,8 @@ reheated,50.0000,75.0000,50.0000,83.3333,50.0000,79.1667
 
 
 def test_the_table_is_that_of_the_paper(tmp_path, capsys):
-    """By hand: base on aime has one of three right, then none: avg (1/3 + 0) / 2; pass@2 (1 - C(2, 2) / C(3, 2)) /
-    2."""
+    """By hand: base on aime has one of three right, then none: avg (1/3 + 0) / 2; pass@2
+    (1 - C(2, 2) / C(3, 2)) / 2."""
     three_models(tmp_path)
     assert main(["eval", "--out", str(tmp_path), "--k", "2"]) == 0
     assert capsys.readouterr().out == TABLE_MD == (tmp_path / "table.md").read_text()

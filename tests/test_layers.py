@@ -276,3 +276,5 @@ def test_a_docstring_begins_with_what_it_is():
     for name, file in FILES.items():
         for line, text in docstrings(file):
             assert not re.match(r"(Of|The same|Those|That of)\b", text), f"{name}:{line}: begin with a verb or a noun"
+            joined = re.search(r"^ *(Args|Returns|Raises|Attributes): \S.*", text, re.MULTILINE)
+            assert not joined, f"{name}:{line}: a heading stands alone in its line, got {joined[0].strip()!r}"

@@ -147,8 +147,8 @@ def evaluated(objective, z, reference_z, batch=None):
 @pytest.mark.parametrize("name", ["ts_opsd", "opd"])
 @pytest.mark.parametrize("direction", ["forward", "reverse"])
 def test_a_frozen_teacher_by_hand(name, direction):
-    """The reference's logits are doubled and divided by T = 2. Gradients: q || p gives p - q; p || q gives p (log p/q -
-    KL)."""
+    """The reference's logits are doubled and divided by T = 2. Gradients: q || p gives p - q; p || q gives
+    p (log p/q - KL)."""
     more = {"teacher": "frozen"} if name == "ts_opsd" else {}
     objective = OBJECTIVES[name](direction=direction, teacher_temperature=2.0, **more)
     assert objective.reference

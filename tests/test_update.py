@@ -187,8 +187,8 @@ def test_one_division_over_all_tokens(tiny, rollout, update, fresh):
 
 
 def test_gradients_of_many_micro_batches_add_up_in_float32(tiny):
-    """64 copies of a row, a row at a time in bfloat16, have the gradient of two copies: bfloat16 sums would stall at 1
-    %."""
+    """64 copies of a row, a row at a time in bfloat16, have the gradient of two copies: bfloat16 sums would
+    stall at 1 %."""
     model, params = Qwen3(tiny[0].config, compute_dtype=jnp.bfloat16), tiny[1]
     row = np.random.default_rng(0).integers(0, tiny[0].vocab_size, (1, 8)).astype(np.int32)
 

@@ -36,7 +36,8 @@ class OnMesh(NamedTuple):
 def pair_stats(after: Float[Array, "*N V"], before: Float[Array, "*N V"], *, k: int) -> dict[str, Float[Array, "*N"]]:
     """Compare two distributions by their logits, position by position.  [..., V] x2 -> {name: [...]}
 
-    Returns: forward_kl_nats, KL(before || after); reverse_kl_nats, KL(after || before); entropy_before_nats,
+    Returns:
+        forward_kl_nats, KL(before || after); reverse_kl_nats, KL(after || before); entropy_before_nats,
         entropy_after_nats; top_k_overlap, |the k likeliest of both| / k; top_k_mass_before and top_k_mass_after, the
         probability of these.
     """

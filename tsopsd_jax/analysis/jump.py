@@ -1,5 +1,4 @@
-"""The entropy jump in a trajectory: one step at which a curve leaves what is smooth (TS-OPSD, section 4.4 and appendix
-D).
+"""The entropy jump in a trajectory: one step at which a curve leaves what is smooth (TS-OPSD, section 4.4, appendix D).
 
 Two curves are fitted to n values: a cubic, and a cubic with a step of height h at one place, the place that fits best.
 The jump is found where three things hold:

@@ -50,8 +50,9 @@ def load_benchmark(
         fields: names of the problem and the answer in the file's objects; None: `own`'s, else problem and answer.
         own: the data section of the run that is evaluated, with its system prompt; None: a model's.
 
-    Raises: ValueError: see `load_problems`; a name that cannot name a file; a function of one's own that breaks its
-        contract.
+    Raises:
+        ValueError: see `load_problems`; a name that cannot name a file; a function of one's own that breaks its
+            contract.
     """
     source, path, split = asked, None, None
     name = asked.replace(":", "-")

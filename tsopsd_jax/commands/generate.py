@@ -82,10 +82,15 @@ def generate(
     What `out` holds already is kept and not sampled again; a response depends on the seed, its prompt's place among
     the prompts and its sample alone, so an interrupted file ends up as an uninterrupted one, in another order.
 
-    Args: policy: who is asked. settings: sampling, seed. asked: what. out: JSON lines; `out`.settings.json beside it
-        remembers the settings. slots: responses decoded side by side. tensor: devices over which heads and vocabulary
-        are divided; the others take rows. again: replace what `out` holds instead of adding what it lacks. table: where
-        progress is shown.
+    Args:
+        policy: who is asked.
+        settings: sampling, seed.
+        asked: what.
+        out: JSON lines; `out`.settings.json beside it remembers the settings.
+        slots: responses decoded side by side.
+        tensor: devices over which heads and vocabulary are divided; the others take rows.
+        again: replace what `out` holds instead of adding what it lacks.
+        table: where progress is shown.
 
     Returns:
         (responses written now, responses in the file).

@@ -128,9 +128,10 @@ def summarise(responses: Sequence[Response], *, samples: int, k: int) -> dict[st
         samples: n; avg@n is the mean accuracy over all of them.
         k: of pass@k.
 
-    Returns: problems, samples, k; avg_at_k, its standard error over problems (None for a single one) and pass_at_k, in
-        0..1; length_mean_tokens; truncated_fraction; entropy_nats, the mean over all tokens of the policy's exact
-        entropy where they were drawn (at temperature 1, over the whole vocabulary, whatever the sampling settings);
+    Returns:
+        problems, samples, k; avg_at_k, its standard error over problems (None for a single one) and pass_at_k, in 0..1;
+        length_mean_tokens; truncated_fraction; entropy_nats, the mean over all tokens of the policy's exact entropy
+        where they were drawn (at temperature 1, over the whole vocabulary, whatever the sampling settings);
         reward_failed_fraction: of the responses, those of which a reward of one's own failed (they count as wrong).
     """
     correct = np.asarray([r.correct for r in responses], np.float64).reshape(-1, samples)

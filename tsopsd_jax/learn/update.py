@@ -359,8 +359,10 @@ def make_reheat_step(
     """Make the reheater's whole step one function of (state, prompts, run key, hold_above_nats, knobs, reference), to
     be jitted with a donated state: sample on-policy, self-teacher, full-vocabulary KL, update. No host round trip.
 
-    Args: sample: (params, prompts, key) -> Rollout; where there is the knob `sampling_temperature`, it is a fourth
-        argument. update: from `make_update`.
+    Args:
+        sample: (params, prompts, key) -> Rollout; where there is the knob `sampling_temperature`, it is a fourth
+            argument.
+        update: from `make_update`.
     """
 
     def reheat_step(

@@ -28,8 +28,10 @@ class Cycle:
     def after(self, place: Place, *, missed_collapse: bool) -> Place:
         """What follows a phase that is over.
 
-        Args: place: of that phase. missed_collapse: it waits for a collapse and ended without one: there is nothing to
-            reheat, and the cycle is left.
+        Args:
+            place: of that phase.
+            missed_collapse: it waits for a collapse and ended without one: there is nothing to reheat, and the cycle is
+                left.
         """
         if place.phase in self:
             if missed_collapse:

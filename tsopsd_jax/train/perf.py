@@ -25,7 +25,8 @@ def step_perf(
         updated: the rows of its updates.
         passes: how often these updated on each row.
 
-    Returns: Tokens sampled a second and a device (of the whole step where one program samples and updates); where the
+    Returns:
+        Tokens sampled a second and a device (of the whole step where one program samples and updates); where the
         devices' peaks are known and sampling and update were timed apart, the update's share of the peak arithmetic,
         and the share of the rollout's time that reading weights and cache at the memory's peak takes.
     """

@@ -49,8 +49,8 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], Figure]:
 
 
 def _checkpoints(run_dir: Path, before: int, after: int) -> dict[str, int | None]:
-    """The checkpoints nearest to the jump on either side. The entropy of step s is that of the policy after step s -
-    1."""
+    """The checkpoints nearest to the jump on either side. The entropy of step s is that of the policy
+    after step s - 1."""
     try:
         with checkpoints_of(run_dir) as checkpoints:
             steps = checkpoints.steps()
