@@ -16,13 +16,11 @@ from tsopsd_jax.commands.analyses.curves import groups_asked, over_steps
 from tsopsd_jax.config import claim
 from tsopsd_jax.display.comparison import (
     ComparedRun,
-    Section,
     accuracy_table,
-    add_sections,
     comparison_page,
     final_table,
 )
-from tsopsd_jax.display.figure_html import figure_html
+from tsopsd_jax.display.figure_html import Section, figure_html
 from tsopsd_jax.display.figures import figure_from_json
 from tsopsd_jax.display.html_parts import details, escape, shorten
 from tsopsd_jax.display.page import write_report
@@ -84,9 +82,7 @@ def _write_one(args: argparse.Namespace) -> str:
     """The page of a run; its analyses, if there are any, are its last sections."""
     run_dir = args.run_dirs[0]
     with object_store.opened(run_dir) as folder:
-        report = write_report(folder, args.out)
-        if sections := analysis_sections([folder / "analyses", *args.analyses]):
-            files.replace(report, [add_sections(report.read_text("utf-8"), sections).encode()])
+        report = write_report(folder, args.out, sections=analysis_sections([folder / "analyses", *args.analyses]))
         if args.out is None:
             object_store.push(folder)
     return str(args.out or f"{run_dir}/{report.name}")
@@ -128,8 +124,8 @@ def _names(run_dirs: Sequence[str]) -> list[str]:
 
 def _settings(folder: Path) -> dict[str, Any] | None:
     """The configuration of a run without its seed; None if it has none."""
-    file = folder / claim.CONFIG_FILE
-    return {**claim.read_settings(file), "seed": None} if file.is_file() else None
+    found = claim.settings_of(folder)
+    return None if found is None else {**found, "seed": None}
 
 
 def same_but_seed(settings: Sequence[dict[str, Any] | None], names: Sequence[str]) -> dict[str, list[int]]:

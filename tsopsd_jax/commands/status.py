@@ -76,7 +76,7 @@ def facts_of(run_dir: Path, *, now: float) -> dict[str, Any]:
         "phase": last.get("phase", said.get("phase")),
         "step": last.get("step", said.get("step")),
         "seconds_per_step": pace_s,
-        "time_left_s": _time_left_s(_settings(run_dir), last, pace_s),
+        "time_left_s": _time_left_s(claim.settings_of(run_dir) or {}, last, pace_s),
         "last_checkpoint_step": max(_checkpoints(run_dir), default=None),
         "silent_s": max(0.0, now - heard),
         "stalls": [
@@ -85,11 +85,6 @@ def facts_of(run_dir: Path, *, now: float) -> dict[str, Any]:
         "phases": said.get("phases", []),
     }
     return facts | {"warnings": _warnings(facts, lines, run_dir)}
-
-
-def _settings(run_dir: Path) -> Mapping[str, Any]:
-    file = run_dir / claim.CONFIG_FILE
-    return claim.read_settings(file) if file.is_file() else {}
 
 
 def _checkpoints(run_dir: Path) -> list[int]:

@@ -52,6 +52,12 @@ def read_settings(file: Path) -> dict[str, Any]:
     return found
 
 
+def settings_of(run_dir: Path) -> dict[str, Any] | None:
+    """Read the configuration of a run directory; None if it has none (`read_settings` says what raises)."""
+    file = run_dir / CONFIG_FILE
+    return read_settings(file) if file.is_file() else None
+
+
 def _check_ours(run_dir: Path) -> None:
     """Check that a run directory is absent, empty or a run's, and that Orbax, which takes a path for a pattern,
     can read it."""

@@ -3,11 +3,11 @@
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from tsopsd_jax.display.numbers import finite
+from tsopsd_jax.display.numbers import finite, finite_or_nan
 from tsopsd_jax.display.series import Stretch
 from tsopsd_jax.rundir.log import read_metrics
 
@@ -51,14 +51,14 @@ def read_columns(run_dir: Path) -> Metrics:
     phase_step = math.inf
     for index, record in enumerate(records):
         phase = str(record.get("phase", "run"))
-        before, phase_step = phase_step, _number(record.get("phase_step"))
+        before, phase_step = phase_step, finite_or_nan(record.get("phase_step"))
         # A cyclic schedule may come back to the same phase at once: then only its own count starts again.
         if segments and segments[-1].phase == phase and not phase_step < before:
             segments[-1] = segments[-1]._replace(end=index + 1)
         else:
             segments.append(Stretch(phase, index, index + 1))
     names = dict.fromkeys(name for record in records for name in record)
-    columns = {name: np.asarray([_number(record.get(name)) for record in records]) for name in names}
+    columns = {name: np.asarray([finite_or_nan(record.get(name)) for record in records]) for name in names}
     measured = {name: column for name, column in columns.items() if np.isfinite(column).any()}
     return Metrics(columns["step"], measured, segments)
 
@@ -66,8 +66,3 @@ def read_columns(run_dir: Path) -> Metrics:
 def unit_of(key: str) -> str:
     """The unit that a metric's name tells, or nothing."""
     return next((unit for end, unit in METRIC_UNITS if key.endswith(end)), "")
-
-
-def _number(value: Any) -> float:
-    number = finite(value)
-    return math.nan if number is None else number

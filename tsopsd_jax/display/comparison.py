@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tsopsd_jax.display.figure_html import FIGURE_CSS
+from tsopsd_jax.display.figure_html import FIGURE_CSS, Section, sections_html
 from tsopsd_jax.display.html_parts import escape, table
-from tsopsd_jax.display.numbers import DASH, finite
+from tsopsd_jax.display.numbers import DASH, finite, finite_or_nan
 from tsopsd_jax.metric_names import ACCURACY, ENTROPY, REWARD, STEP_S, TOKENS
 
 LAST_STEPS = 5
@@ -23,14 +23,6 @@ class ComparedRun(NamedTuple):
     evaluations: Sequence[Mapping[str, Any]]
 
 
-class Section(NamedTuple):
-    """A part of the page: its title, what to see in it, and its HTML."""
-
-    title: str
-    says: str
-    body: str
-
-
 def final_values(run: ComparedRun) -> dict[str, float]:
     """The values that a run ended with, by the titles of their columns; NaN where it has none."""
     found = {
@@ -42,17 +34,12 @@ def final_values(run: ComparedRun) -> dict[str, float]:
     latest = {str(each.get("benchmark")): each for each in run.evaluations}
     for benchmark, each in latest.items():
         for key, letters in (("avg_at_k", "avg"), ("pass_at_k", "pass")):
-            found[f"{benchmark} {letters}@{each.get('samples', 'k')}, %"] = 100 * _number(each.get(key))
+            found[f"{benchmark} {letters}@{each.get('samples', 'k')}, %"] = 100 * finite_or_nan(each.get(key))
     return found | {"tokens, M": _total(run.lines, TOKENS) / 1e6, "hours": _total(run.lines, STEP_S) / 3600}
 
 
-def _number(value: Any) -> float:
-    number = finite(value)
-    return math.nan if number is None else number
-
-
 def _known(lines: Iterable[Mapping[str, Any]], key: str) -> list[float]:
-    return [number for line in lines if (number := finite(line.get(key))) is not None]
+    return [value for line in lines if (value := finite(line.get(key))) is not None]
 
 
 def _last(lines: Iterable[Mapping[str, Any]], key: str) -> float:
@@ -121,16 +108,8 @@ def _accuracies(runs: Sequence[Sequence[Mapping[str, Any]]], stage: str, benchma
     for evaluations in runs:
         mine = [e for e in evaluations if (str(e.get("stage")), str(e.get("benchmark"))) == (stage, benchmark)]
         if mine:
-            found.append([100 * _number(mine[-1].get(key)) for key in ("avg_at_k", "pass_at_k")])
+            found.append([100 * finite_or_nan(mine[-1].get(key)) for key in ("avg_at_k", "pass_at_k")])
     return np.mean(found, axis=0) if found else np.full(2, math.nan)
-
-
-def sections_html(sections: Sequence[Section]) -> str:
-    """The sections, one under the other."""
-    return "\n".join(
-        f'<section>\n<h2>{escape(each.title)}</h2>\n<p class="see">{escape(each.says)}</p>\n{each.body}\n</section>'
-        for each in sections
-    )
 
 
 def _template() -> str:
@@ -162,11 +141,3 @@ def comparison_page(title: str, headline: str, sections: Sequence[Section]) -> s
 </body>
 </html>
 """
-
-
-def add_sections(page: str, sections: Sequence[Section]) -> str:
-    """Put sections at the end of a run's page, with the style and the permission to show images that they need."""
-    page = page.replace("style-src 'unsafe-inline'\"", "style-src 'unsafe-inline'; img-src data:\"", 1)
-    page = page.replace("</style>", f"{FIGURE_CSS}</style>", 1)
-    before, end, after = page.rpartition("</main>")
-    return f"{before}{sections_html(sections)}\n{end}{after}"

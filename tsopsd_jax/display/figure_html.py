@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -35,6 +36,22 @@ section td.name {{ min-width: 7em; overflow-wrap: normal; }}
 }}
 """
 """What a page with figures needs beside the style of all pages."""
+
+
+class Section(NamedTuple):
+    """A part of the page: its title, what to see in it, and its HTML."""
+
+    title: str
+    says: str
+    body: str
+
+
+def sections_html(sections: Sequence[Section]) -> str:
+    """The sections, one under the other."""
+    return "\n".join(
+        f'<section>\n<h2>{escape(each.title)}</h2>\n<p class="see">{escape(each.says)}</p>\n{each.body}\n</section>'
+        for each in sections
+    )
 
 
 def figure_html(figure: Figure) -> str:

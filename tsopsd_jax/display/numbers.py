@@ -1,5 +1,6 @@
 """Numbers and durations as a person reads them; a dash for what is absent or not finite."""
 
+import math
 import sys
 from typing import Any
 
@@ -13,9 +14,14 @@ def finite(value: Any) -> float | None:
     return None
 
 
+def finite_or_nan(value: Any) -> float:
+    """Return `value` if it is a finite number, else NaN."""
+    return math.nan if (found := finite(value)) is None else found
+
+
 def fixed(value: Any, form: str = ".0f", scale: float = 1.0) -> str:
     """Format `value` times `scale` as `form` says."""
-    return DASH if (number := finite(value)) is None else format(number * scale, form)
+    return DASH if (found := finite(value)) is None else format(found * scale, form)
 
 
 def count(value: Any) -> str:

@@ -12,6 +12,7 @@ import yaml
 
 from tsopsd_jax.display import responses, run_status
 from tsopsd_jax.display.columns import Metrics, read_columns
+from tsopsd_jax.display.figure_html import FIGURE_CSS, Section, sections_html
 from tsopsd_jax.display.html_parts import details, escape, shorten, table
 from tsopsd_jax.display.numbers import DASH, count, duration, finite, fixed
 from tsopsd_jax.display.panels import COURSE, course_panels, exact_values, figures, more_metrics
@@ -26,8 +27,10 @@ MAX_ROWS = 200
 MAX_CONFIG_CHARACTERS = 60_000
 
 
-def write_report(run_dir: str | Path, out: Path | None = None) -> Path:
+def write_report(run_dir: str | Path, out: Path | None = None, *, sections: Sequence[Section] = ()) -> Path:
     """Write the page of a run to `out` (None: `run_dir/report.html`), replacing it in one go, and return its path.
+
+    `sections` stand at its end: the run's analyses.
 
     Raises:
         ValueError: if `run_dir` has no metrics.jsonl, or no step in it, or a broken line before its last.
@@ -63,6 +66,8 @@ def write_report(run_dir: str | Path, out: Path | None = None) -> Path:
         if config_text
         else '<p class="muted">No config.yaml in this run directory.</p>',
         machine=run_status.machines(status),
+        sections=sections_html(sections),
+        figure_style=f"<style>{FIGURE_CSS}</style>" if sections else "",
     )
     path = out or run_dir / "report.html"
     files.replace(path, [page.encode("utf-8", "replace")])

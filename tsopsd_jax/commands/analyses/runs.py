@@ -32,7 +32,7 @@ def reheating_phases(run_dir: str | Path) -> list[str]:
     """Names of the phases without a reward, which reheat or cool; none where the log alone was kept."""
     with object_store.opened(str(run_dir)) as folder:
         # As it stands in the file: the settings of an older version may lack what this one wants.
-        settings = claim.read_settings(folder / claim.CONFIG_FILE) if (folder / claim.CONFIG_FILE).is_file() else {}
+        settings = claim.settings_of(folder) or {}
     return [str(phase["name"]) for phase in settings.get("phases", []) if phase.get("reward") is None]
 
 
