@@ -113,7 +113,7 @@ def trainer_in(tokenizer):
     return trainers(tokenizer)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def buckets(tmp_path_factory):
     """The folder in which gs://NAME is the folder NAME, in the place of gcsfs."""
     import fsspec
