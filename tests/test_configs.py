@@ -561,6 +561,7 @@ def demo_file(folder: Path, rows: int) -> Path:
     return file
 
 
+@pytest.mark.slow
 def test_more_prompts_than_problems_is_told_by_check_and_at_the_start(tmp_path, capsys):
     file = demo_file(tmp_path, rows=4)
     assert main(["check", str(file)]) == 0
@@ -583,6 +584,7 @@ def test_more_prompts_than_problems_is_told_by_check_and_at_the_start(tmp_path, 
     assert "warning: phase 'rl': optimizer.learning_rate 2 is large" in said
 
 
+@pytest.mark.slow
 def test_train_does_not_go_on_with_other_problems_unless_told_to(tmp_path, capsys):
     file, run = demo_file(tmp_path, rows=4), tmp_path / "run"
     assert main(["train", str(file), "--run-dir", str(run)]) == 0
@@ -638,6 +640,7 @@ def in_a_process(*arguments: str, devices: str = "") -> tuple[int, int, str]:
     return int(exit_code), int(count), done.stderr + done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("joined", [False, True], ids=["alone", "joined"])
 def test_train_divides_the_cpu_as_it_is_told(joined, tmp_path):
     """Joining other processes starts JAX: the setting must come before."""
@@ -843,6 +846,7 @@ def test_what_is_broken_is_named_before_anything_is_sampled(own):
 # ------------------------------------------------------------------ real vocabulary, real prompts
 
 
+@pytest.mark.slow
 @pytest.mark.shared_data
 def test_one_step_of_each_phase_with_the_real_tokenizer_and_prompts(shared_data, tmp_path, capsys):
     folder = tmp_path / "model"
@@ -933,6 +937,7 @@ def test_a_reference_that_is_missing_or_that_nothing_uses_is_refused(settings, w
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_a_reference_has_the_policys_vocabulary(tmp_path):
     """Its other sizes are its own; directory, weights, vocabulary and tokens are looked at before anything is
     written."""

@@ -84,6 +84,7 @@ def test_the_method_fits_on_a_page():
     assert not private
 
 
+@pytest.mark.slow
 def test_the_page_runs_its_three_phases(monkeypatch, tmp_path):
     """A step each: from the same state the reheater keeps the responses' accuracy and RL changes the parameters."""
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
@@ -205,6 +206,7 @@ def test_means_over_rows_are_of_the_whole_update(name, tiny):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-6), whole[0], pieces[0])
 
 
+@pytest.mark.slow
 def test_the_python_api_reheats_a_policy(capsys):
     """Every cell of the script, as a person would run them."""
     runpy.run_path(str(ROOT / "examples" / "python_api.py"))

@@ -138,6 +138,7 @@ def generic(z, tokens):
     )._asdict()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", [1, 2, None])
 @pytest.mark.parametrize("mesh", [None, {"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 1, "tensor": 4}])
 def test_one_pass_equals_two_and_the_formula_on_full_logits(mesh, block, monkeypatch):
@@ -272,6 +273,7 @@ def test_a_vocabulary_over_devices_is_never_gathered():
         assert all(n <= D * 2 * v // 4 for n in of_tokens), line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [1.01, 1.2, 2.0])
 @pytest.mark.parametrize("nats", [1e-4, 1e-3, 1e-2, 0.1])
 def test_collapsed_distributions_keep_their_digits(temperature, nats):

@@ -158,6 +158,7 @@ def test_micro_batches_and_tiles_change_nothing(case, tiny):
     close(gradient(tiny[1], batch, micro_batches=4, tile_tokens=4), reference)
 
 
+@pytest.mark.slow
 def test_eight_devices_equal_one(case, tiny):
     _, gradient, batch, reference = case
     mesh = make_mesh(data=2, fsdp=4)
@@ -173,6 +174,7 @@ def any_arrangement(request):
         pytest.skip("the loss sees whole rows")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("any_arrangement")
 def test_one_pass_equals_two(case, tiny):
     """What `tokenwise` promises; both of this file's own objectives keep it, the one that does not say so too."""
@@ -181,6 +183,7 @@ def test_one_pass_equals_two(case, tiny):
         close(gradient(tiny[1], batch, tokenwise=tokenwise, tile_tokens=4), reference)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("any_arrangement")
 def test_packed_rows_equal_padded_ones(case, tiny):
     """Several responses in a row: no attention across, positions from 0, fewer pieces; also on eight devices."""
