@@ -159,8 +159,8 @@ def test_a_toy_arm_is_the_demo_but_for_what_it_says(name):
     allowed = [
         r"data\.sample|cycle|phases\.[\w-]+",
         r"phases\.(rl|reheat)\.(outcome|stop|guard|learning_rate_control)(\..+)?",
-        r"phases\.rl\.objective(\..+)?|phases\.reheat\.(prompts_per_step|reference)",
-        r"phases\.reheat\.objective\.hyperparameters\.(direction|teacher|teacher_temperature)",
+        r"phases\.rl\.(objective(\..+)?|updates_per_rollout)|phases\.reheat\.(prompts_per_step|reference)",
+        r"phases\.reheat\.objective\.(name|hyperparameters\.(beta|direction|teacher|teacher_temperature))",
         r"phases\.rl-again\.(objective\.hyperparameters\.policy_temperature|sampling\.sampling_temperature)",
     ]
     assert [key for key in changes if not re.fullmatch("|".join(allowed), key)] == []
