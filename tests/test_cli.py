@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
+from etils import epath
 
 from tsopsd_jax.cli import main
 from tsopsd_jax.commands import train
@@ -31,6 +32,7 @@ from tsopsd_jax.display.live_table import LiveTable
 from tsopsd_jax.model import load_pretrained
 from tsopsd_jax.model.packaged import PACKAGED_MODEL
 from tsopsd_jax.rewards import verify_countdown
+from tsopsd_jax.rundir import object_store
 from tsopsd_jax.rundir.checkpoints import SaveError
 from tsopsd_jax.rundir.log import read_evaluations, read_metrics
 from tsopsd_jax.train.trainer import Trainer
@@ -571,6 +573,23 @@ def test_a_run_brings_its_own_benchmark_and_settings(finished, tmp_path, capsys)
     assert {each.name for each in tmp_path.glob("[!.]*")} == {"out", "out.jsonl", "out.jsonl.settings.json", "p.jsonl"}
 
 
+def test_a_run_on_an_object_store_is_asked_as_a_local_one(finished, buckets, tmp_path, capsys, monkeypatch):
+    """The same responses, under the run's address. (Orbax asks Google itself: here its part is a local folder.)"""
+    far = shutil.copytree(finished, buckets / "runs" / "seven")
+    monkeypatch.setattr(object_store, "checkpoints_address", lambda _: epath.Path(far / "checkpoints"))
+    ask = ["generate", "--show", "1", "--first", "1", "--slots", "8", "--run"]
+    assert main([*ask, str(finished)]) == 0
+    local = capsys.readouterr().out
+    assert main([*ask, "gs://runs/seven@3"]) == 0
+    assert capsys.readouterr().out == local
+    out = tmp_path / "out.jsonl"
+    assert main(["generate", "--first", "1", "--slots", "8", "--run", "gs://runs/seven", "--out", str(out)]) == 0
+    assert json.loads((tmp_path / "out.jsonl.settings.json").read_text())["model"] == "gs://runs/seven"
+    capsys.readouterr()
+    assert main([*ask, "gs://runs/eight"]) == 2
+    assert "gs://runs/eight is not a run directory" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("command", "says"),
     [
@@ -579,7 +598,6 @@ def test_a_run_brings_its_own_benchmark_and_settings(finished, tmp_path, capsys)
         ("generate --run RUN --show 1 --score math", "--score: the run's own problems have theirs; leave it out"),
         ("generate --run RUN@1 --show 1", "has no checkpoint of step 1"),
         ("generate --run RUN@3 --step 2 --show 1", "--step: expected the step of --run"),
-        ("generate --run gs://bu/r --show 1", "--run: expected a local folder, got gs://bu/r; tsopsd convert it, then"),
         ("generate --model DIR --show 1", "--prompts: expected a file of JSON lines, got none; only --run has"),
         ("eval --model DIR --out OUT", "--benchmarks: expected names or files, got none"),
         ("eval --run RUN --out OUT --verifier math", "--verifier: the run's own problems have theirs; leave it out"),

@@ -41,8 +41,7 @@ class AskSettings:
 
     def facts(self) -> dict[str, Any]:
         """As a file's settings: what another directory with the same name must not pass for."""
-        own = {"model": str(Path(self.model).resolve()), "sampling": self.sampling.facts()}
-        return dataclasses.asdict(self) | own
+        return dataclasses.asdict(self) | {"sampling": self.sampling.facts()}
 
 
 def asked_policy(args: argparse.Namespace, *, name: str | None = None) -> PolicySource:
@@ -58,8 +57,6 @@ def asked_policy(args: argparse.Namespace, *, name: str | None = None) -> Policy
         if args.step is not None:
             raise ValueError("--step: expected with --run, got it with --model; leave it out")
         return of_directory(args.model, name=name, chat=args.chat, dtype=args.dtype)
-    if "://" in args.run:
-        raise ValueError(f"--run: expected a local folder, got {args.run}; tsopsd convert it, then --model DIR")
     run_dir, step = split_step(args.run)
     if step is not None and args.step not in (None, step):
         raise ValueError(f"--step: expected the step of --run {args.run}, got {args.step}; leave it out")

@@ -14,6 +14,7 @@ from tsopsd_jax.config.restore import checkpoints_of, resolved_config, restore_r
 from tsopsd_jax.model import Qwen3, load_pretrained
 from tsopsd_jax.model.fingerprint import fingerprint
 from tsopsd_jax.model.weights import Weights, held_weights, stored_weights
+from tsopsd_jax.rundir import object_store
 from tsopsd_jax.types import PyTree
 
 
@@ -54,18 +55,23 @@ def of_directory(folder: Path, *, name: str | None, chat: str | None, dtype: str
     )
 
 
-def of_run(run_dir: Path, *, step: int | None, name: str | None, chat: str | None, dtype: str | None) -> PolicySource:
+def of_run(run: str, *, step: int | None, name: str | None, chat: str | None, dtype: str | None) -> PolicySource:
     """The policy of a run's checkpoint (default: the latest), by default under the run's name and the step.
+
+    Args:
+        run: the run's directory, or its address on a store, whose small files are then copied.
 
     Raises:
         ValueError: no run, or it has no checkpoint.
     """
+    run_dir = object_store.copied(run)
+    called = run.rstrip("/") if object_store.address(run_dir) else str(run_dir.resolve())
     config = resolved_config(run_dir)
     with checkpoints_of(run_dir) as checkpoints:
         if step is None:
             step = checkpoints.latest()
         if step is None:
-            raise ValueError(f"{run_dir} has no checkpoints yet")
+            raise ValueError(f"{called} has no checkpoints yet")
         weights = checkpoints.fingerprint_of(step)
     dtype = dtype or config.model.compute_dtype
 
@@ -74,9 +80,9 @@ def of_run(run_dir: Path, *, step: int | None, name: str | None, chat: str | Non
         return model, state.params
 
     return PolicySource(
-        name or f"{run_dir.resolve().name}-{step}",
+        name or f"{called.rpartition('/')[2]}-{step}",
         {
-            "model": str(run_dir.resolve()),
+            "model": called,
             "step": step,
             **model_facts(model_folder(config), weights=False),
             "model_weights": weights,
@@ -100,12 +106,12 @@ def add_policies(parser: argparse.ArgumentParser) -> None:
     add_policy(parser, "--after", "the policy after it")
 
 
-def split_step(text: str) -> tuple[Path, int | None]:
+def split_step(text: str) -> tuple[str, int | None]:
     """Take RUN_DIR@STEP apart; without a step, or where a directory is called so, the step is None."""
     folder, at, step = text.rpartition("@")
     if at and step.isdigit() and not Path(text).exists():
-        return Path(folder), int(step)
-    return Path(text), None
+        return folder, int(step)
+    return text, None
 
 
 def policy_of(text: str, *, dtype: str | None, chat: str | None) -> PolicySource:
@@ -115,12 +121,12 @@ def policy_of(text: str, *, dtype: str | None, chat: str | None) -> PolicySource
         ValueError: there is no such thing.
     """
     run_dir, step = split_step(text)
-    if step is not None:
+    if step is not None or "://" in text:
         return of_run(run_dir, step=step, name=None, chat=chat, dtype=dtype)
     if (Path(text) / "config.json").is_file():
         return of_directory(Path(text), name=None, chat=chat, dtype=dtype)
     if (Path(text) / "config.yaml").is_file():
-        return of_run(Path(text), step=None, name=None, chat=chat, dtype=dtype)
+        return of_run(text, step=None, name=None, chat=chat, dtype=dtype)
     raise ValueError(f"expected a Hugging Face model directory or RUN_DIR@STEP, got {text}: neither is there")
 
 

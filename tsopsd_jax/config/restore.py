@@ -27,7 +27,7 @@ def resolved_config(run_dir: Path) -> Config:
     """
     file = run_dir / claim.CONFIG_FILE
     if not file.is_file():
-        raise ValueError(f"{run_dir} is not a run directory: it has no {claim.CONFIG_FILE}")
+        raise ValueError(f"{object_store.name_of(run_dir)} is not a run directory: it has no {claim.CONFIG_FILE}")
     return strict.build(Config, claim.read_settings(file))
 
 
@@ -47,7 +47,7 @@ def restore_run(
         if step is None:
             run, damaged = checkpoints.restore_newest(like)
             if run is None:
-                raise ValueError(f"{run_dir} has no checkpoints")
+                raise ValueError(f"{object_store.name_of(run_dir)} has no checkpoints")
             for line in damaged:
                 print(f"{line}; step {run.step} is read instead", file=sys.stderr)
             return model, run.state
@@ -68,7 +68,7 @@ def checkpoints_of(run_dir: Path) -> Iterator[Checkpoints]:
     config = resolved_config(run_dir)
     where = object_store.checkpoints_address(run_dir)
     if not where.exists():
-        raise ValueError(f"{run_dir} has no checkpoints")
+        raise ValueError(f"{object_store.name_of(run_dir)} has no checkpoints")
     checkpoints = Checkpoints(where, keep=config.keep_checkpoints)
     try:
         yield checkpoints

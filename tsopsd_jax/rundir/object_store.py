@@ -7,6 +7,7 @@ after the last checkpoint, which a run that goes on drops anyway. Checkpoints ar
 processes.
 """
 
+import atexit
 import contextlib
 import tempfile
 import time
@@ -66,6 +67,11 @@ def address(folder: Path) -> epath.Path | None:
     """Return the address on a store of the run in a local folder; None: it lies in the folder itself."""
     file = folder / ADDRESS_FILE
     return epath.Path(file.read_text().strip()) if file.is_file() else None
+
+
+def name_of(folder: Path) -> str:
+    """Return what a person calls the run in a local folder: its address on a store, or the folder."""
+    return str(address(folder) or folder)
 
 
 def checkpoints_address(folder: Path) -> epath.Path:
@@ -134,3 +140,11 @@ def opened(run_dir: str) -> Iterator[Path]:
         folder = folder_of(run_dir, Path(cache))
         fetch(folder)
         yield folder
+
+
+def copied(run_dir: str) -> Path:
+    """Open a run directory to be read for as long as the process lives: itself, or a copy as of now."""
+    stack = contextlib.ExitStack()
+    folder = stack.enter_context(opened(run_dir))
+    atexit.register(stack.close)
+    return folder
