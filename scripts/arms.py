@@ -1,10 +1,10 @@
 """All arms of the comparison on the demo's task: `python scripts/arms.py [ARM ...] [--minutes 2] [--steps N] [--out
 runs/arms]`.
 
-Each `configs/arms/ARM.yaml` is run as `tsopsd train` would run it, for so many minutes, or so many steps of each phase,
-and stopped as a signal stops it. Then a table: steps, last phase, entropy and accuracy on the rollouts (means of the
-last steps), avg@8 and pass@8 of the last evaluation. The same command again goes on where it stopped. `table.md` holds
-the table.
+Each `configs/arms/ARM.yaml` is run as `tsopsd train` would run it, for so many minutes of processor time (a busy
+machine takes longer and gets as far), or so many steps of each phase, and stopped as a signal stops it. Then a table:
+steps, last phase, entropy and accuracy on the rollouts (means of the last steps), avg@8 and pass@8 of the last
+evaluation. The same command again goes on where it stopped. `table.md` holds the table.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from tsopsd_jax.train.phase import GuardError
 from tsopsd_jax.train.signals import Interrupted
 
 ARMS = Path(__file__).resolve().parents[1] / "configs" / "arms"
+POLL_S = 0.2
 LAST_STEPS = 5
 """Steps over which the table's entropy and accuracy are means: one batch is noise."""
 
@@ -42,20 +44,23 @@ def overrides(config_file: Path, steps: int | None) -> list[str]:
 
 @contextlib.contextmanager
 def limited(minutes: float | None) -> Iterator[threading.Event]:
-    """Ask this process to stop, by a signal, after so many minutes in the block, and set the event; None: never."""
-    over = threading.Event()
+    """Ask this process to stop, by a signal, after so many minutes of processor time in the block, and set the event;
+    None: never."""
+    began, over, left = time.process_time(), threading.Event(), threading.Event()
 
-    def stop() -> None:
+    def watch(seconds: float) -> None:
+        while time.process_time() - began < seconds:
+            if left.wait(POLL_S):
+                return
         over.set()
         os.kill(os.getpid(), signal.SIGTERM)
 
-    timer = threading.Timer(60 * (minutes or 0), stop)
     if minutes is not None:
-        timer.start()
+        threading.Thread(target=watch, args=(60 * minutes,), daemon=True).start()
     try:
         yield over
     finally:
-        timer.cancel()
+        left.set()
 
 
 def run_arm(name: str, run_dir: Path, *, minutes: float | None, settings: list[str]) -> str:
@@ -95,7 +100,7 @@ def main(arguments: list[str] | None = None) -> None:
     known = sorted(path.stem for path in ARMS.glob("*.yaml"))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("arms", nargs="*", metavar="ARM", help=f"default: all ({', '.join(known)})")
-    parser.add_argument("--minutes", type=float, help="of each arm; default: 2, or no limit with --steps")
+    parser.add_argument("--minutes", type=float, help="of processor time for each arm; default: 2, or no limit with --steps")
     parser.add_argument("--steps", type=int, help="steps of each phase, in the place of its stop rules")
     parser.add_argument("--set", action="append", default=[], metavar="a.b=VALUE", help="override one setting of all")
     parser.add_argument("--out", type=Path, default=Path("runs/arms"))
