@@ -100,7 +100,9 @@ def main(arguments: list[str] | None = None) -> None:
     known = sorted(path.stem for path in ARMS.glob("*.yaml"))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("arms", nargs="*", metavar="ARM", help=f"default: all ({', '.join(known)})")
-    parser.add_argument("--minutes", type=float, help="of processor time for each arm; default: 2, or no limit with --steps")
+    parser.add_argument(
+        "--minutes", type=float, help="of processor time for each arm; default: 2, or no limit with --steps"
+    )
     parser.add_argument("--steps", type=int, help="steps of each phase, in the place of its stop rules")
     parser.add_argument("--set", action="append", default=[], metavar="a.b=VALUE", help="override one setting of all")
     parser.add_argument("--out", type=Path, default=Path("runs/arms"))
