@@ -75,11 +75,11 @@ def in_our_order(seed: int, steps: int) -> list[dict[str, str]]:
 
 def trl(python: str, seed: int, steps: int, folder: Path) -> dict[str, list[float]]:
     """Reward and entropy of each step of TRL's GRPOTrainer."""
-    from tsopsd_jax.model.packaged import PACKAGED_MODEL
+    from tsopsd_jax.model.packaged import PACKAGED_MODEL, model_directory
 
     problems = folder / f"{seed}.json"
     problems.write_text(json.dumps(in_our_order(seed, steps)))
-    work = [python, __file__, "--worker", str(PACKAGED_MODEL), str(problems), str(seed), str(steps)]
+    work = [python, __file__, "--worker", str(model_directory(PACKAGED_MODEL)), str(problems), str(seed), str(steps)]
     done = subprocess.run(work, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -193,6 +193,8 @@ def main() -> None:
         return
     facts = {"steps": args.steps, "optimizer": OPTIMIZER}
     result = json.loads(args.out.read_text()) if args.out.exists() else about() | facts | {"runs": {}}
+    if args.steps < WINDOW:
+        parser.error(f"--steps: expected at least {WINDOW}, got {args.steps}")
     if {key: result[key] for key in facts} != facts:
         parser.error(f"{args.out} holds runs of other settings; choose another --out")
     runs = result["runs"]
