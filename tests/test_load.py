@@ -1,10 +1,7 @@
-"""Load: a million problems, ten thousand long rows through the scheduler, a full disk at each write, a store that
-fails."""
+"""Load: a million problems, ten thousand long rows through the scheduler, a store that fails."""
 
-import errno
 import random
 import tracemalloc
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,8 +9,8 @@ import pytest
 from tsopsd_jax.commands import exit_codes
 from tsopsd_jax.data import indices
 from tsopsd_jax.rollout.schedule import Geometry, Schedule
-from tsopsd_jax.rundir import files, object_store
-from tsopsd_jax.rundir.log import RunLog, append_evaluation, read_metrics
+from tsopsd_jax.rundir import object_store
+from tsopsd_jax.rundir.log import RunLog, read_metrics
 from tsopsd_jax.rundir.trackers import Tracker
 
 MILLION = 10**6
@@ -64,84 +61,6 @@ def test_ten_thousand_rows_of_8192_tokens_go_through_the_scheduler():
     assert [ended[row] for row in range(rows)] == lengths.tolist()
     assert schedule.kept_tokens == lengths.sum()
     assert schedule.kept_tokens / schedule.slot_steps > 0.85, "slots are refilled while others go on"
-
-
-# ------------------------------------------------------------------------------------------------ a full disk
-
-
-@pytest.fixture
-def full(monkeypatch):
-    """full(): from now on each write to a file fails as on a full disk; everything can still be read."""
-    opened = Path.open
-
-    def fill() -> None:
-        def refuses(self, mode="r", *args, **kwargs):
-            if mode[0] == "r":
-                return opened(self, mode, *args, **kwargs)
-            raise OSError(errno.ENOSPC, "No space left on device", str(self))
-
-        monkeypatch.setattr(Path, "open", refuses)
-
-    return fill
-
-
-def line(step: int) -> dict:
-    return {"step": step, "phase": "rl", "phase_step": step, "time_s": 1.0}
-
-
-WRITES = {
-    "evaluation": lambda log: append_evaluation(log.run_dir, {"stage": "later", "step": 1}),
-    "samples": lambda log: log.write_samples([{"step": 1, "response": "more"}]),
-    "status": lambda log: log.status.state("ended"),
-    "rows that are not finite": lambda log: log.write_nonfinite(1, "weight", {"row": np.arange(2)}),
-    "a file that is replaced": lambda log: files.replace(log.run_dir / "metrics.jsonl", [b"{}"]),
-}
-
-
-@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
-def test_a_full_disk_leaves_what_was_there_and_is_exit_code_6(write, tmp_path, full, capsys):
-    with RunLog(tmp_path, last_step=0, tracker=Tracker(tensorboard=False)) as log:
-        log.write(line(1))
-        log.write_samples([{"step": 1, "response": "first"}])
-        log.write_evaluation({"stage": "base", "step": 0})
-        before = {path.name: path.read_bytes() for path in tmp_path.glob("*.json*")}
-        full()
-        with pytest.raises(OSError, match="No space left on device") as caught:
-            write(log)
-    assert {path.name: path.read_bytes() for path in tmp_path.glob("*.json*") if "partial" not in path.name} == before
-    assert exit_codes.explain("train", caught.value) == 6
-    assert capsys.readouterr().err.count("\n") == 1
-
-
-class Torn:
-    """A file whose disk is full in the midst of a line."""
-
-    def __init__(self, file):
-        self.file, self.closed = file, False
-
-    def write(self, data: bytes) -> None:
-        self.file.write(data[: len(data) // 2])
-        self.file.flush()
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    def flush(self) -> None:
-        pass
-
-    def close(self) -> None:
-        self.closed = True
-        self.file.close()
-
-
-def test_half_a_line_on_a_full_disk_is_cut_off_by_the_next_start(tmp_path):
-    with RunLog(tmp_path, last_step=0, tracker=Tracker(tensorboard=False)) as log:
-        log.write(line(1))
-        log._file = Torn(log._file)  # pyright: ignore[reportAttributeAccessIssue]
-        with pytest.raises(OSError, match="No space left on device"):
-            log.write(line(2))
-    assert not (tmp_path / "metrics.jsonl").read_bytes().endswith(b"\n")
-    with RunLog(tmp_path, last_step=1, tracker=Tracker(tensorboard=False)) as log:
-        log.write(line(2))
-    assert [each["step"] for each in read_metrics(tmp_path)] == [1, 2]
 
 
 # ------------------------------------------------------------------------------------------------ a store
@@ -198,3 +117,7 @@ def test_a_store_that_fails_always_ends_the_run_with_exit_code_6(tmp_path, flaky
     assert failed[0] == 6
     assert exit_codes.explain("train", caught.value) == 6
     assert "the same command goes on from the last checkpoint" in capsys.readouterr().err
+
+
+def line(step: int) -> dict:
+    return {"step": step, "phase": "rl", "phase_step": step, "time_s": 1.0}

@@ -151,7 +151,10 @@ def _tell(run_dir: Path) -> None:
         for line in transitions(evaluations, read_metrics(run_dir)):
             print(line)
     if read_metrics(run_dir):
-        print(f"report: {write_report(run_dir)}")
+        try:
+            print(f"report: {write_report(run_dir)}")
+        except OSError as error:  # the page is never worth the run
+            print(f"warning: {error} (or tsopsd report {run_dir})", file=sys.stderr)
     object_store.push(run_dir)
 
 

@@ -16,6 +16,7 @@ from tsopsd_jax.rundir import files, object_store
 from tsopsd_jax.rundir.checkpoints import read_progress
 from tsopsd_jax.rundir.lock import locked
 from tsopsd_jax.rundir.log import EVALUATIONS_FILE, METRICS_FILE, read_evaluations
+from tsopsd_jax.writing import writes_to
 
 CONFIG_FILE, LOCK_FILE = "config.yaml", ".lock"
 INPUTS_FILE = "inputs.json"
@@ -189,8 +190,9 @@ def _keep_inputs(run_dir: Path, inputs: Mapping[str, str]) -> None:
     for name in inputs:
         if name.endswith(".py"):
             copy = _copy_of(run_dir, name)
-            copy.parent.mkdir(exist_ok=True)
-            copy.write_bytes(Path(name).read_bytes())
+            with writes_to(copy):
+                copy.parent.mkdir(exist_ok=True)
+            files.replace(copy, [Path(name).read_bytes()])
     files.replace(run_dir / INPUTS_FILE, [json.dumps(dict(inputs), indent=1).encode() + b"\n"])
 
 

@@ -46,7 +46,8 @@ def read_out(out: Path) -> list[Evaluated]:
     found = []
     for file in out.glob("*/*.jsonl"):
         # A response that two processes sampled is one response.
-        rows = {(line["id"], line["sample"]): line for line in resumable_jsonl.lines(file)}
+        keys = ("id", "sample", "tokens", "stopped", "correct", "entropy_nats")
+        rows = {(line["id"], line["sample"]): line for line in resumable_jsonl.lines(file, *keys)}
         responses = [
             Response(
                 at,

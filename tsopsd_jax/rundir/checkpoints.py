@@ -21,6 +21,7 @@ from tsopsd_jax.judge.groups import Groups
 from tsopsd_jax.rundir import digests
 from tsopsd_jax.rundir.run_state import RunProgress, RunState
 from tsopsd_jax.types import PyTree, Rollout, TrainState
+from tsopsd_jax.writing import WriteError
 
 # Orbax logs the traceback of each error in each of its threads, besides raising it; here errors are told in one line.
 logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
@@ -30,7 +31,7 @@ class DamagedError(ValueError):
     """A checkpoint is not what was written; the message names the step and what is wrong."""
 
 
-class SaveError(OSError):
+class SaveError(WriteError):
     """A checkpoint could not be written, or cannot be read; the message says why and what to do."""
 
 

@@ -16,6 +16,9 @@ from pathlib import Path
 
 from etils import epath
 
+from tsopsd_jax.rundir import files
+from tsopsd_jax.writing import WriteError, writes_to
+
 FILES = (
     "config.yaml",
     "inputs.json",
@@ -36,7 +39,7 @@ ADDRESS_FILE = ".store"
 """A file in the local folder that holds the address of the run."""
 
 
-class StoreError(OSError):
+class StoreError(WriteError):
     """A file could not be written to the store; the message says why and what to do."""
 
 
@@ -57,8 +60,9 @@ def folder_of(run_dir: str, cache: Path) -> Path:
             'for gs:// pip install "tsopsd-jax[gcs]", and gcloud auth application-default login'
         ) from error
     folder = cache / "runs" / urllib.parse.quote(run_dir.rstrip("/"), safe="")
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / ADDRESS_FILE).write_text(run_dir + "\n")
+    with writes_to(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    files.replace(folder / ADDRESS_FILE, [run_dir.encode() + b"\n"])
     return folder
 
 
@@ -92,8 +96,9 @@ def fetch(folder: Path) -> None:
     for pattern in FILES:
         for file in far.glob(pattern):
             near = folder / file.relative_to(far)
-            near.parent.mkdir(exist_ok=True)
-            near.write_bytes(file.read_bytes())
+            with writes_to(near):
+                near.parent.mkdir(exist_ok=True)
+            files.replace(near, [file.read_bytes()])
 
 
 def push(folder: Path) -> None:

@@ -100,7 +100,8 @@ class _TensorBoard:
     """An event file of TensorBoard. Events of earlier processes from `purge_step` on are not shown any more.
 
     tensorboardX's own SummaryWriter hands events to a thread: its flush leaves out what still waits there, and a full
-    disk ends the thread and then blocks the run. Here they are written in turn.
+    disk ends the thread and then blocks the run. Here they are written in turn. What cannot be written is said once and
+    is not worth the run: metrics.jsonl has all of it.
     """
 
     def __init__(self, folder: Path, *, purge_step: int):
@@ -112,13 +113,27 @@ class _TensorBoard:
             proto: Any = importlib.import_module("tensorboardX.proto.event_pb2")
             from tensorboardX.summary import scalar, text
 
-        folder.mkdir(parents=True, exist_ok=True)
         self._event, self._scalar, self._text = proto.Event, scalar, text
-        # Its file names count whole seconds; a process that restarts within one would overwrite a file.
-        self._writer = EventsWriter(str(folder / "events"), f".{uuid.uuid4().hex[:8]}")
-        start = proto.SessionLog(status=proto.SessionLog.START)
-        self._writer.write_event(proto.Event(wall_time=time.time(), step=purge_step, session_log=start))
+        self._folder = folder
+        self._writer: Any = None
         self._flushed = time.monotonic()
+        with self._failing():
+            folder.mkdir(parents=True, exist_ok=True)
+            # Its file names count whole seconds; a process that restarts within one would overwrite a file.
+            self._writer = EventsWriter(str(folder / "events"), f".{uuid.uuid4().hex[:8]}")
+            start = proto.SessionLog(status=proto.SessionLog.START)
+            self._writer.write_event(proto.Event(wall_time=time.time(), step=purge_step, session_log=start))
+
+    @contextlib.contextmanager
+    def _failing(self) -> Iterator[None]:
+        """What cannot be written inside the block ends the events, not the run."""
+        try:
+            yield
+        except OSError as error:
+            print(f"warning: events in {self._folder} could not be written ({error}); the run goes on", file=sys.stderr)
+            if self._writer is not None:  # what it holds back would be tried again, and fail, when it is collected
+                self._writer._py_recordio_writer._writer.raw.close()
+            self._writer = None
 
     def show(self, _file: str, step: int, values: Mapping[str, Any], /) -> None:
         for name, value in values.items():
@@ -129,16 +144,23 @@ class _TensorBoard:
         self._write(step, self._text(SAMPLES_TAG, sample_texts.samples_as_markdown(records)))
 
     def _write(self, step: int, summary: Any) -> None:
-        self._writer.write_event(self._event(wall_time=time.time(), step=step, summary=summary))
+        if self._writer is None:
+            return
+        with self._failing():
+            self._writer.write_event(self._event(wall_time=time.time(), step=step, summary=summary))
         if time.monotonic() - self._flushed > FLUSH_S:
             self.flush()
 
     def flush(self) -> None:
-        self._writer.flush()
+        if self._writer is not None:
+            with self._failing():
+                self._writer.flush()
         self._flushed = time.monotonic()
 
     def close(self) -> None:
-        self._writer.close()
+        if self._writer is not None:
+            with self._failing():
+                self._writer.close()
 
 
 @contextlib.contextmanager
