@@ -1,13 +1,19 @@
 """Load: a million problems, ten thousand long rows through the scheduler, a store that fails."""
 
+import dataclasses
+import hashlib
 import random
 import tracemalloc
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
 
 from tsopsd_jax.commands import exit_codes
-from tsopsd_jax.data import indices
+from tsopsd_jax.config import Config, claim
+from tsopsd_jax.config.claim import inputs_of
+from tsopsd_jax.data import Problem, indices, load_problems
+from tsopsd_jax.data.encode import pack_prompts
 from tsopsd_jax.rollout.schedule import Geometry, Schedule
 from tsopsd_jax.rundir import object_store
 from tsopsd_jax.rundir.log import RunLog, read_metrics
@@ -30,6 +36,89 @@ def test_the_cursor_of_a_million_problems():
     peak_bytes = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak_bytes <= 40 * MILLION, "a few permutations of integers, no lists of objects"
+
+
+class Counting(Sequence):
+    """Problems that count how often they are asked for."""
+
+    def __init__(self, problems):
+        self.problems, self.asked = problems, 0
+
+    def __len__(self):
+        return len(self.problems)
+
+    def __getitem__(self, at):
+        self.asked += len(range(*at.indices(len(self)))) if isinstance(at, slice) else 1
+        return self.problems[at]
+
+
+def start_of_a_run(file, rows: int, tokenizer) -> tuple[int, int]:
+    """Read, tokenise and digest a file of problems: bytes that are held, and at most, beside those of the file."""
+    tracemalloc.start()
+    problems = load_problems("jsonl", path=file)
+    packed = pack_prompts(problems, tokenizer, max_prompt_tokens=2048)
+    inputs_of(Config.__new__(Config), {"training problems": problems})
+    held, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(problems) == packed.count == rows
+    return held, most
+
+
+def test_each_problem_costs_the_same_however_many_there_are(tmp_path, tokenizer, monkeypatch):
+    """In memory, at its highest too: no list of all lines, no table of prompts as wide as the longest may be, no text
+    of all problems. (Python's own memory and NumPy's; benchmarks/problems.py measures a million rows.)"""
+    monkeypatch.setattr(claim.strict, "plain", lambda _: {})
+    cost, margin = {}, 5_000_000  # what does not grow with the rows: a piece of prompts as lists
+    for rows in (15_000, 30_000):
+        file = tmp_path / f"{rows}.jsonl"
+        with file.open("w") as out:
+            for at in range(rows):
+                text = f"{at % 89 + 10} {at // 89 % 89 + 10} {at // 7921 + 10} 7 -> {at % 83 + 10} :"
+                out.write(f'{{"id": "p{at}", "problem": "{text}", "answer": "7", "level": 3}}\n')
+        cost[rows] = start_of_a_run(file, rows, tokenizer)
+    (held, most), (held_of_twice, most_of_twice) = cost.values()
+    assert held_of_twice <= 2.1 * held
+    assert most_of_twice <= 2.1 * most
+    assert held_of_twice / 30_000 < 1_500, "bytes a row"
+    assert most_of_twice < 1.6 * held_of_twice + margin
+
+
+def test_each_problem_is_looked_at_once(tokenizer):
+    rows = 40_000
+    problems = Counting([Problem(str(at), "3 5 7 9 -> 24 :", "24") for at in range(rows)])
+    encoded = []
+    counting = dataclasses.replace(tokenizer)
+    object.__setattr__(counting, "encode", lambda text, before: encoded.append(text) or tokenizer.encode(text, before))
+    packed = pack_prompts(problems, counting, max_prompt_tokens=7)
+    assert problems.asked == len(encoded) == rows
+    tokens, lengths = packed.padded(np.asarray([rows - 1, 0, 20_000]))
+    assert tokens.tolist() == [tokenizer.encode("3 5 7 9 -> 24 :")] * 3
+    assert lengths.tolist() == [7] * 3
+
+
+def test_packed_prompts_are_the_padded_ones(tokenizer):
+    texts = ["3 5 7 9 -> 24 :", "3 5 -> 24 :", "3 ->", "1 2 3 4 -> 10 :"]
+    packed = pack_prompts([Problem(t, t, "1") for t in texts], tokenizer, max_prompt_tokens=9)
+    tokens, lengths = packed.padded(np.asarray([1, 3, 1]))
+    for row, at in enumerate((1, 3, 1)):
+        ids = tokenizer.encode(texts[at])
+        assert tokens[row].tolist() == ids + [0] * (9 - len(ids))
+        assert lengths[row] == len(ids)
+    assert packed.padded(np.empty(0, np.int64))[0].shape == (0, 9)
+    with pytest.raises(ValueError, match="prompt 'long' has 7 tokens, expected 1 to 5"):
+        pack_prompts([Problem("long", texts[0], "1")], tokenizer, max_prompt_tokens=5)
+
+
+def test_the_digest_of_problems_is_that_of_their_list(monkeypatch):
+    """As it always was: runs that were begun before know their problems again."""
+    monkeypatch.setattr(claim.strict, "plain", lambda _: {})
+    rows = [Problem("a", "x \u00e9", "1"), Problem("b", "y", "2", {"level": 3}, (("system", "s"),))]
+    text = '[["x \\u00e9", "1"], ["y", "2", {"level": 3}, [["system", "s"]]]]'
+    found = inputs_of(Config.__new__(Config), {"training problems": rows, "none": []})
+    assert found == {
+        "training problems": f"2, sha256 {hashlib.sha256(text.encode()).hexdigest()[:16]}",
+        "none": f"0, sha256 {hashlib.sha256(b'[]').hexdigest()[:16]}",
+    }
 
 
 def test_ten_thousand_rows_of_8192_tokens_go_through_the_scheduler():

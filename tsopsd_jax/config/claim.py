@@ -132,7 +132,11 @@ def inputs_of(config: Config, problems: Mapping[str, Sequence[Problem]]) -> dict
     """
     found = {}
     for name, rows in problems.items():
-        digest = hashlib.sha256(json.dumps([_learned(row) for row in rows], default=str).encode())
+        # That of one JSON list, which for a million problems would be a text of gigabytes.
+        digest = hashlib.sha256(b"[")
+        for at, row in enumerate(rows):
+            digest.update((", " if at else "").encode() + json.dumps(_learned(row), default=str).encode())
+        digest.update(b"]")
         found[name] = f"{len(rows):,}, sha256 {digest.hexdigest()[:16]}"
     for path in _function_files(strict.plain(config)):
         found[path] = f"sha256 {hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]}"
