@@ -227,7 +227,7 @@ def _check_alike(file: Path, facts: dict[str, Any]) -> None:
     """Other models' responses to the same benchmark can stand beside these in one table."""
     for other in file.parent.glob("*.jsonl"):
         theirs, mine = (
-            {name: of[name] for name in ALIKE} for of in (resumable_jsonl.read_output_settings(other), facts)
+            {name: of.get(name) for name in ALIKE} for of in (resumable_jsonl.read_output_settings(other), facts)
         )
         if differs := resumable_jsonl.first_changed(theirs, mine):
             raise ValueError(

@@ -7,6 +7,7 @@ them resumes from the last checkpoint. 6: a checkpoint, the log or a result coul
 command resumes after room was made.
 """
 
+import errno
 import os
 import sys
 import traceback
@@ -15,6 +16,8 @@ from pathlib import Path
 from tsopsd_jax.display.foreign_text import one_line
 from tsopsd_jax.writing import WriteError, is_full
 
+_OF_A_FILE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
+"""Errors that say of a file what the person who named it can mend."""
 DONE, OUR_FAULT, BAD_INPUT, GUARD, INTERRUPTED, COULD_NOT_WRITE = 0, 1, 2, 3, 4, 6
 
 
@@ -50,6 +53,9 @@ def explain(command: str, error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):  # a second signal, or one before the first step
         print(f"tsopsd {command}: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return INTERRUPTED
+    if isinstance(error, OSError) and error.errno in _OF_A_FILE and error.filename is not None:
+        print(f"tsopsd {command}: {one_line(error)}; mend its place or its rights, or name another", file=sys.stderr)
+        return BAD_INPUT
     if is_full(error):
         print(f"tsopsd {command}: {one_line(error)}; make room, and the same command goes on", file=sys.stderr)
         return COULD_NOT_WRITE

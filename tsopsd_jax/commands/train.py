@@ -192,6 +192,8 @@ def _claimed(config: Config, run_dir: Path, inputs: dict[str, str], accept_chang
             stack.enter_context(claim.held(run_dir))
             object_store.fetch(run_dir)
             changed = claim.claim(run_dir, config, inputs, accept_changed=accept_changed)
+            for stall in run_dir.glob(STALL_FILE.format("*")):  # of earlier processes, which may have been more
+                stall.unlink(missing_ok=True)
         changed = processes.from_first(changed)
         if object_store.address(run_dir) is None and not (run_dir / claim.CONFIG_FILE).is_file():
             raise ValueError(

@@ -16,6 +16,7 @@ from tsopsd_jax.rundir import files, object_store
 from tsopsd_jax.rundir.checkpoints import read_progress
 from tsopsd_jax.rundir.lock import locked
 from tsopsd_jax.rundir.log import EVALUATIONS_FILE, METRICS_FILE, read_evaluations
+from tsopsd_jax.rundir.status import read_status
 from tsopsd_jax.writing import writes_to
 
 CONFIG_FILE, LOCK_FILE = "config.yaml", ".lock"
@@ -108,9 +109,8 @@ def _check_not_lost(run_dir: Path) -> None:
         return
     removed = object_store.address(run_dir) is None and not where.exists()  # it is made before the first step
     empty = not where.exists() or not any(each.name.isdigit() for each in where.iterdir())
-    if removed or (
-        empty and any(record["step"] for record in read_evaluations(run_dir))
-    ):  # they were of saved policies
+    saved = read_status(run_dir).get("saved_step") or any(record["step"] for record in read_evaluations(run_dir))
+    if removed or (empty and saved):  # evaluations after the first step are of saved policies
         raise ValueError(
             f"{run_dir} holds the log of a run whose checkpoints are gone, so that it cannot go on; "
             f"to begin anew choose another --run-dir, or remove {run_dir}"

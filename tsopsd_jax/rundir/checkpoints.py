@@ -27,6 +27,10 @@ from tsopsd_jax.writing import WriteError
 logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
 
 
+UNFINISHED = ".orbax-checkpoint-tmp"
+"""Part of the name of a checkpoint that is being written."""
+
+
 class DamagedError(ValueError):
     """A checkpoint is not what was written; the message names the step and what is wrong."""
 
@@ -48,6 +52,8 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(directory, options=options)
         self._writing: int | None = None
         """Step of a save that was not yet seen to be whole."""
+        self.whole_step = self.latest()
+        """Step of the newest checkpoint that was seen to be whole, or None."""
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, in order, read from the directory:
@@ -106,7 +112,7 @@ class Checkpoints:
             self._manager.wait_until_finished()
             if processes.is_first():
                 self._open(self._writing)
-        self._writing = None
+        self.whole_step, self._writing = self._writing, None
 
     def _open(self, step: int) -> None:
         """Read what a checkpoint says of itself, down to where each part of an array lies."""
@@ -210,6 +216,13 @@ class Checkpoints:
             )
         return None, []
 
+    def remove_unfinished(self) -> None:
+        """Remove what saves left behind that were killed: each takes the room of a checkpoint. For the run alone."""
+        for path in list(self._manager.directory.iterdir()) if processes.is_first() else []:
+            if UNFINISHED in path.name:
+                path.rmtree(missing_ok=True)
+        processes.exchange(None)
+
     def set_aside(self, after: int) -> None:
         """Rename the checkpoints after that step to `STEP.damaged`,
         so that the run that goes on may take their place."""
@@ -221,6 +234,7 @@ class Checkpoints:
             path.rename(next(path.parent / name for name in names if not (path.parent / name).exists()))
         processes.exchange(None)
         self._manager.reload()
+        self.whole_step = self.latest()
 
 
 def read_progress(directory: epath.PathLike) -> RunProgress | None:

@@ -16,22 +16,28 @@ def partial(path: Path) -> Path:
     return path.with_name(path.name + ".partial")
 
 
-def replace(path: Path, content: Iterable[bytes]) -> None:
+def replace(path: Path, content: Iterable[bytes], *, alone: bool = True) -> None:
     """Write `content` beside `path`, then rename: a crash leaves the old file or the new one, never half of one.
+
+    Args:
+        path: of the file.
+        content: its bytes.
+        alone: whether nobody else writes it at the same time; False: the last one's is there in the end, whole.
 
     Raises:
         WriteError: it could not be written; the old file stands, and nothing beside it takes up room.
     """
+    aside = partial(path if alone else path.with_name(f"{path.name}.{os.getpid()}"))
     try:
         with writes_to(path):
-            with partial(path).open("wb") as file:
+            with aside.open("wb") as file:
                 file.writelines(content)
                 file.flush()
                 os.fsync(file.fileno())
-            partial(path).replace(path)
+            aside.replace(path)
     except BaseException:
         with contextlib.suppress(OSError):
-            partial(path).unlink(missing_ok=True)
+            aside.unlink(missing_ok=True)
         raise
 
 

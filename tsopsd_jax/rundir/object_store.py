@@ -67,9 +67,18 @@ def folder_of(run_dir: str, cache: Path) -> Path:
 
 
 def address(folder: Path) -> epath.Path | None:
-    """Return the address on a store of the run in a local folder; None: it lies in the folder itself."""
+    """Return the address on a store of the run in a local folder; None: it lies in the folder itself.
+
+    Raises:
+        ValueError: what the folder says is none.
+    """
     file = folder / ADDRESS_FILE
-    return epath.Path(file.read_text().strip()) if file.is_file() else None
+    if not file.is_file():
+        return None
+    text = file.read_text(errors="replace").strip()
+    if "://" not in text:
+        raise ValueError(f"{file}: expected the address of a run on a store, got {text!r:.80}; remove that file")
+    return epath.Path(text)
 
 
 def checkpoints_address(folder: Path) -> epath.Path:
@@ -86,14 +95,13 @@ def fetch(folder: Path) -> None:
     far = address(folder)
     if far is None:
         return
+    there = far.exists()  # a store that cannot be reached says so before anything is removed
+    if there and not (far / FILES[0]).exists() and any(far.iterdir()):
+        raise ValueError(f"{far} is not empty and holds no run; choose another --run-dir")
     for pattern in FILES:
         for file in folder.glob(pattern):
             file.unlink()
-    if not far.exists():
-        return
-    if not (far / FILES[0]).exists() and any(far.iterdir()):
-        raise ValueError(f"{far} is not empty and holds no run; choose another --run-dir")
-    for pattern in FILES:
+    for pattern in FILES if there else ():
         for file in far.glob(pattern):
             near = folder / file.relative_to(far)
             with writes_to(near):
@@ -134,7 +142,13 @@ def _write(to: epath.Path, content: bytes) -> None:
 
 @contextlib.contextmanager
 def opened(run_dir: str) -> Iterator[Path]:
-    """Open a run directory to be read: itself, or a copy of what a store holds."""
+    """Open a run directory to be read: itself, or a copy of what a store holds.
+
+    A local folder is left as it is, also one in which a run on a store keeps its files: that run may go on.
+    """
+    if "://" not in run_dir:
+        yield Path(run_dir)
+        return
     with tempfile.TemporaryDirectory() as cache:
         folder = folder_of(run_dir, Path(cache))
         fetch(folder)

@@ -22,8 +22,11 @@ def settings_file(out: Path) -> Path:
     return out.with_name(out.name + ".settings.json")
 
 
-def read_output_settings(out: Path) -> dict[str, Any]:
+def read_output_settings(out: Path, *numbers: str) -> dict[str, Any]:
     """Read the settings that `out` was begun with.
+
+    Args:
+        numbers: settings that must be there, as numbers.
 
     Raises:
         ValueError: there are none, so another program wrote `out`; or they cannot be read.
@@ -33,9 +36,12 @@ def read_output_settings(out: Path) -> dict[str, Any]:
         raise ValueError(
             f"{out} exists and was not written by this command ({beside.name} is missing); choose another --out"
         )
-    return files.read_object(
-        beside, what=f"the settings that {out.name} was begun with", remedy="choose another --out, or --again"
-    )
+    what, remedy = f"the settings that {out.name} was begun with", "choose another --out, or --again"
+    found = files.read_object(beside, what=what, remedy=remedy)
+    for name in numbers:
+        if type(found.get(name)) not in (int, float):
+            raise ValueError(f"{beside}: expected {what}, got {found.get(name)!r:.80} as {name}; {remedy}")
+    return found
 
 
 def first_changed(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> str | None:

@@ -188,8 +188,8 @@ class _TrackedRun:
         self._table = vars(module).get("Table")
         file = run_dir / TRACKER_FILE
         if file.is_file():
-            known = json.loads(file.read_text(encoding="utf-8"))
-            self._sent = {name: max(step, known["sent"][name]) for name, step in logged.items()}
+            known = _known(file)
+            self._sent = {name: max(step, known["sent"].get(name, -1)) for name, step in logged.items()}
         else:
             known = {"id": os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:12]}
             self._sent = dict.fromkeys(logged, -1)
@@ -232,6 +232,22 @@ class _TrackedRun:
     def close(self) -> None:
         if self._run is not None:
             self._run.finish()
+
+
+def _known(file: Path) -> dict[str, Any]:
+    """The tracked run's id, and what it was sent.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
+    what, remedy = "a tracked run's id and what it was sent", "remove it, and another run begins there"
+    found = files.read_object(file, what=what, remedy=remedy)
+    sent = found.get("sent")
+    if not isinstance(found.get("id"), str) or not isinstance(sent, dict):
+        raise ValueError(f"{file}: expected {what}, got {', '.join(found) or 'nothing'}; {remedy}")
+    if not all(type(step) is int for step in sent.values()):
+        raise ValueError(f"{file}: expected numbers of steps, got {sent!r:.80}; {remedy}")
+    return found
 
 
 def _module(name: str) -> Any:

@@ -38,7 +38,7 @@ class Unfinished:
         """Read what was saved; nothing if there is no such file, or a damaged one. Of several processes all read the
         same, or none."""
         found, saved = dict[str, np.ndarray](), 0.0
-        with contextlib.suppress(*_DAMAGE), np.load(self._file, allow_pickle=False) as stored:
+        with contextlib.suppress(*_DAMAGE), self._file.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             if str(stored["settings"]) == self._settings:
                 read = {name: stored[name] for name in stored.files if name not in ("settings", "saved")}
                 found, saved = read, float(stored["saved"])
