@@ -50,10 +50,11 @@ Seen = list[dict[str, Any]]
 def configuration(folder: Path, args: argparse.Namespace) -> Path:
     """Write the demo's configuration with phases of so many steps together."""
     config = yaml.safe_load(DEMO_CONFIG.read_text())
-    for phase in config["phases"]:
-        group = phase["responses_per_prompt"]
+    many = len(config["phases"])
+    for at, phase in enumerate(config["phases"], start=1):
+        group, steps = phase["responses_per_prompt"], args.steps * at // many - args.steps * (at - 1) // many
         phase |= {"prompts_per_step": args.prompts * (1 if group > 1 else 2), "guard": {}}
-        phase |= {"stop": {"steps": args.steps // 3}, "responses_per_prompt": min(group, args.responses)}
+        phase |= {"stop": {"steps": steps}, "responses_per_prompt": min(group, args.responses)}
     config["evaluation"] |= {"samples": 2, "rows_at_once": 16, "every_steps": args.evaluate_every}
     config["evaluation"]["data"]["first"] = 8
     config |= {"checkpoint_every_steps": args.save_every, "samples": {"every_steps": 5}}
@@ -132,7 +133,7 @@ def facts_of(seen: Seen, weights: dict[int, dict[str, int]], args: argparse.Name
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "command": f"python scripts/soak.py {' '.join(sys.argv[1:])}".strip(),
         "steps": last,
-        "steps_asked": 3 * (args.steps // 3),
+        "steps_asked": args.steps,
         "seconds": round(seconds),
         "growth_per_1000_steps": growth(seen) if last > 10 else {},
         "median_step": step_cost(seen),
@@ -195,7 +196,7 @@ def soak(args: argparse.Namespace) -> dict:
             cpu_s, clock_s = time.process_time(), time.monotonic()
             took = {"cpu_s": round(cpu_s - clock["cpu_s"], 4), "clock_s": round(clock_s - clock["clock_s"], 4)}
             seen.append({"step": step, "phase": phase, **usage(), **took})
-            if step == 10 or step % max(1, args.steps // 10) == 0 or step == 3 * (args.steps // 3):
+            if step == 10 or step % max(1, args.steps // 10) == 0:
                 weights[step] = weight(run_dir)
             if clock_s - clock["noted"] > NOTE_S:
                 clock["noted"] = clock_s

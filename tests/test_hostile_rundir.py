@@ -1,5 +1,5 @@
-"""A run directory in the hands of somebody who wishes it ill, or only looks: files that vanish, change, are copied while
-the run goes on, cannot be written; clocks that are set back; two who look, start or write at once."""
+"""A run directory in the hands of somebody who wishes it ill, or only looks: files that vanish, change, are copied
+while the run goes on, cannot be written; clocks that are set back; two who look, start or write at once."""
 
 import gc
 import json
@@ -326,7 +326,7 @@ def test_a_log_that_is_taken_away_ends_the_run(how, run_dir, capsys):
 
 def test_a_run_directory_that_is_removed_while_it_runs(trainer_in, tmp_path):
     trainer = trainer_in(tmp_path / "run", phases=(rl_phase(stop=StopRule(steps=4)),), every=1)
-    trainer.after_step = lambda: shutil.rmtree(tmp_path / "run") if trainer.run_state.step == 2 else None
+    trainer.after_step = lambda: trainer.run_state.step == 2 and (tmp_path / "run").rename(tmp_path / "gone")
     with pytest.raises(WriteError):
         trainer.run()
 
