@@ -187,7 +187,7 @@ EFFECTS: dict[str, tuple] = {
     "data.drop_longer": ("true", refused, "data.max_prompt_tokens=30", "evaluation.data=null"),
     "data.first": ("3", prompts),
     "data.sample": ("3", prompts),
-    "data.max_prompt_tokens": ("200", lambda run: run.task.encoded[0].shape, "evaluation.data=null"),
+    "data.max_prompt_tokens": ("200", lambda run: run.task.encoded.max_prompt_tokens, "evaluation.data=null"),
     "seed": ("1", lambda run: (run.key, run.task.seed, weights(run))),
     "mesh.data": ("2", lambda run: dict(run.mesh.shape)),
     "mesh.fsdp": ("3", refused),  # of eight devices

@@ -127,7 +127,7 @@ def test_the_page_of_a_run(run_dir):
 def test_responses_that_utf8_cannot_hold_are_kept(tmp_path):
     """And a line stays one for readers that split at all line ends of Unicode; other text is left readable."""
     out = tmp_path / "out.jsonl"
-    with out.open("w", encoding="utf-8") as file:
+    with resumable_jsonl.open_lines(out) as file:
         resumable_jsonl.append(file, {"response": HOSTILE})
         resumable_jsonl.append(file, {"response": "日本"})
     lines = out.read_text(encoding="utf-8").splitlines()

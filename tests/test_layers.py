@@ -18,6 +18,7 @@ ORDER = [
     "metric_names",
     "huggingface",
     "loading",
+    "writing",
     "distributed",
     "losses",
     "advantages",

@@ -1,19 +1,22 @@
-"""Load: a million problems, ten thousand long rows through the scheduler, a full disk at each write, a store that
-fails."""
+"""Load: a million problems, ten thousand long rows through the scheduler, a store that fails."""
 
-import errno
+import dataclasses
+import hashlib
 import random
 import tracemalloc
-from pathlib import Path
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
 
 from tsopsd_jax.commands import exit_codes
-from tsopsd_jax.data import indices
+from tsopsd_jax.config import Config, claim
+from tsopsd_jax.config.claim import inputs_of
+from tsopsd_jax.data import Problem, indices, load_problems
+from tsopsd_jax.data.encode import pack_prompts
 from tsopsd_jax.rollout.schedule import Geometry, Schedule
-from tsopsd_jax.rundir import files, object_store
-from tsopsd_jax.rundir.log import RunLog, append_evaluation, read_metrics
+from tsopsd_jax.rundir import object_store
+from tsopsd_jax.rundir.log import RunLog, read_metrics
 from tsopsd_jax.rundir.trackers import Tracker
 
 MILLION = 10**6
@@ -33,6 +36,89 @@ def test_the_cursor_of_a_million_problems():
     peak_bytes = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak_bytes <= 40 * MILLION, "a few permutations of integers, no lists of objects"
+
+
+class Counting(Sequence):
+    """Problems that count how often they are asked for."""
+
+    def __init__(self, problems):
+        self.problems, self.asked = problems, 0
+
+    def __len__(self):
+        return len(self.problems)
+
+    def __getitem__(self, at):
+        self.asked += len(range(*at.indices(len(self)))) if isinstance(at, slice) else 1
+        return self.problems[at]
+
+
+def start_of_a_run(file, rows: int, tokenizer) -> tuple[int, int]:
+    """Read, tokenise and digest a file of problems: bytes that are held, and at most, beside those of the file."""
+    tracemalloc.start()
+    problems = load_problems("jsonl", path=file)
+    packed = pack_prompts(problems, tokenizer, max_prompt_tokens=2048)
+    inputs_of(Config.__new__(Config), {"training problems": problems})
+    held, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(problems) == packed.count == rows
+    return held, most
+
+
+def test_each_problem_costs_the_same_however_many_there_are(tmp_path, tokenizer, monkeypatch):
+    """In memory, at its highest too: no list of all lines, no table of prompts as wide as the longest may be, no text
+    of all problems. (Python's own memory and NumPy's; benchmarks/problems.py measures a million rows.)"""
+    monkeypatch.setattr(claim.strict, "plain", lambda _: {})
+    cost, margin = {}, 5_000_000  # what does not grow with the rows: a piece of prompts as lists
+    for rows in (15_000, 30_000):
+        file = tmp_path / f"{rows}.jsonl"
+        with file.open("w") as out:
+            for at in range(rows):
+                text = f"{at % 89 + 10} {at // 89 % 89 + 10} {at // 7921 + 10} 7 -> {at % 83 + 10} :"
+                out.write(f'{{"id": "p{at}", "problem": "{text}", "answer": "7", "level": 3}}\n')
+        cost[rows] = start_of_a_run(file, rows, tokenizer)
+    (held, most), (held_of_twice, most_of_twice) = cost.values()
+    assert held_of_twice <= 2.1 * held
+    assert most_of_twice <= 2.1 * most
+    assert held_of_twice / 30_000 < 1_500, "bytes a row"
+    assert most_of_twice < 1.6 * held_of_twice + margin
+
+
+def test_each_problem_is_looked_at_once(tokenizer):
+    rows = 40_000
+    problems = Counting([Problem(str(at), "3 5 7 9 -> 24 :", "24") for at in range(rows)])
+    encoded = []
+    counting = dataclasses.replace(tokenizer)
+    object.__setattr__(counting, "encode", lambda text, before: encoded.append(text) or tokenizer.encode(text, before))
+    packed = pack_prompts(problems, counting, max_prompt_tokens=7)
+    assert problems.asked == len(encoded) == rows
+    tokens, lengths = packed.padded(np.asarray([rows - 1, 0, 20_000]))
+    assert tokens.tolist() == [tokenizer.encode("3 5 7 9 -> 24 :")] * 3
+    assert lengths.tolist() == [7] * 3
+
+
+def test_packed_prompts_are_the_padded_ones(tokenizer):
+    texts = ["3 5 7 9 -> 24 :", "3 5 -> 24 :", "3 ->", "1 2 3 4 -> 10 :"]
+    packed = pack_prompts([Problem(t, t, "1") for t in texts], tokenizer, max_prompt_tokens=9)
+    tokens, lengths = packed.padded(np.asarray([1, 3, 1]))
+    for row, at in enumerate((1, 3, 1)):
+        ids = tokenizer.encode(texts[at])
+        assert tokens[row].tolist() == ids + [0] * (9 - len(ids))
+        assert lengths[row] == len(ids)
+    assert packed.padded(np.empty(0, np.int64))[0].shape == (0, 9)
+    with pytest.raises(ValueError, match="prompt 'long' has 7 tokens, expected 1 to 5"):
+        pack_prompts([Problem("long", texts[0], "1")], tokenizer, max_prompt_tokens=5)
+
+
+def test_the_digest_of_problems_is_that_of_their_list(monkeypatch):
+    """As it always was: runs that were begun before know their problems again."""
+    monkeypatch.setattr(claim.strict, "plain", lambda _: {})
+    rows = [Problem("a", "x \u00e9", "1"), Problem("b", "y", "2", {"level": 3}, (("system", "s"),))]
+    text = '[["x \\u00e9", "1"], ["y", "2", {"level": 3}, [["system", "s"]]]]'
+    found = inputs_of(Config.__new__(Config), {"training problems": rows, "none": []})
+    assert found == {
+        "training problems": f"2, sha256 {hashlib.sha256(text.encode()).hexdigest()[:16]}",
+        "none": f"0, sha256 {hashlib.sha256(b'[]').hexdigest()[:16]}",
+    }
 
 
 def test_ten_thousand_rows_of_8192_tokens_go_through_the_scheduler():
@@ -64,84 +150,6 @@ def test_ten_thousand_rows_of_8192_tokens_go_through_the_scheduler():
     assert [ended[row] for row in range(rows)] == lengths.tolist()
     assert schedule.kept_tokens == lengths.sum()
     assert schedule.kept_tokens / schedule.slot_steps > 0.85, "slots are refilled while others go on"
-
-
-# ------------------------------------------------------------------------------------------------ a full disk
-
-
-@pytest.fixture
-def full(monkeypatch):
-    """full(): from now on each write to a file fails as on a full disk; everything can still be read."""
-    opened = Path.open
-
-    def fill() -> None:
-        def refuses(self, mode="r", *args, **kwargs):
-            if mode[0] == "r":
-                return opened(self, mode, *args, **kwargs)
-            raise OSError(errno.ENOSPC, "No space left on device", str(self))
-
-        monkeypatch.setattr(Path, "open", refuses)
-
-    return fill
-
-
-def line(step: int) -> dict:
-    return {"step": step, "phase": "rl", "phase_step": step, "time_s": 1.0}
-
-
-WRITES = {
-    "evaluation": lambda log: append_evaluation(log.run_dir, {"stage": "later", "step": 1}),
-    "samples": lambda log: log.write_samples([{"step": 1, "response": "more"}]),
-    "status": lambda log: log.status.state("ended"),
-    "rows that are not finite": lambda log: log.write_nonfinite(1, "weight", {"row": np.arange(2)}),
-    "a file that is replaced": lambda log: files.replace(log.run_dir / "metrics.jsonl", [b"{}"]),
-}
-
-
-@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
-def test_a_full_disk_leaves_what_was_there_and_is_exit_code_6(write, tmp_path, full, capsys):
-    with RunLog(tmp_path, last_step=0, tracker=Tracker(tensorboard=False)) as log:
-        log.write(line(1))
-        log.write_samples([{"step": 1, "response": "first"}])
-        log.write_evaluation({"stage": "base", "step": 0})
-        before = {path.name: path.read_bytes() for path in tmp_path.glob("*.json*")}
-        full()
-        with pytest.raises(OSError, match="No space left on device") as caught:
-            write(log)
-    assert {path.name: path.read_bytes() for path in tmp_path.glob("*.json*") if "partial" not in path.name} == before
-    assert exit_codes.explain("train", caught.value) == 6
-    assert capsys.readouterr().err.count("\n") == 1
-
-
-class Torn:
-    """A file whose disk is full in the midst of a line."""
-
-    def __init__(self, file):
-        self.file, self.closed = file, False
-
-    def write(self, data: bytes) -> None:
-        self.file.write(data[: len(data) // 2])
-        self.file.flush()
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    def flush(self) -> None:
-        pass
-
-    def close(self) -> None:
-        self.closed = True
-        self.file.close()
-
-
-def test_half_a_line_on_a_full_disk_is_cut_off_by_the_next_start(tmp_path):
-    with RunLog(tmp_path, last_step=0, tracker=Tracker(tensorboard=False)) as log:
-        log.write(line(1))
-        log._file = Torn(log._file)  # pyright: ignore[reportAttributeAccessIssue]
-        with pytest.raises(OSError, match="No space left on device"):
-            log.write(line(2))
-    assert not (tmp_path / "metrics.jsonl").read_bytes().endswith(b"\n")
-    with RunLog(tmp_path, last_step=1, tracker=Tracker(tensorboard=False)) as log:
-        log.write(line(2))
-    assert [each["step"] for each in read_metrics(tmp_path)] == [1, 2]
 
 
 # ------------------------------------------------------------------------------------------------ a store
@@ -198,3 +206,7 @@ def test_a_store_that_fails_always_ends_the_run_with_exit_code_6(tmp_path, flaky
     assert failed[0] == 6
     assert exit_codes.explain("train", caught.value) == 6
     assert "the same command goes on from the last checkpoint" in capsys.readouterr().err
+
+
+def line(step: int) -> dict:
+    return {"step": step, "phase": "rl", "phase_step": step, "time_s": 1.0}

@@ -149,7 +149,7 @@ def _add_missing(
     )
     failures: list[str] = []
     with contextlib.ExitStack() as stack:
-        streams = [stack.enter_context(file.open("a", encoding="utf-8")) for file in files]
+        streams = [stack.enter_context(resumable_jsonl.open_lines(file)) for file in files]
         for response in found:
             row = rows[response.row]
             failures += [response.failures[0]] if response.failures else []
@@ -199,7 +199,7 @@ def _missing(
     """What is still to be sampled, in order."""
     rows, row_id, problem = [], [], 0
     for at, (benchmark, file) in enumerate(zip(benchmarks, files, strict=True)):
-        done = {(line["id"], line["sample"]) for line in resumable_jsonl.lines(file)}
+        done = {(line["id"], line["sample"]) for line in resumable_jsonl.lines(file, "id", "sample")}
         for place, p in enumerate(benchmark.problems):
             todo = [s for s in range(samples) if (p.id, s) not in done]
             rows += [_Row(at, problem, p.id, s, p) for s in todo]
@@ -227,7 +227,7 @@ def _check_alike(file: Path, facts: dict[str, Any]) -> None:
     """Other models' responses to the same benchmark can stand beside these in one table."""
     for other in file.parent.glob("*.jsonl"):
         theirs, mine = (
-            {name: of[name] for name in ALIKE} for of in (resumable_jsonl.read_output_settings(other), facts)
+            {name: of.get(name) for name in ALIKE} for of in (resumable_jsonl.read_output_settings(other), facts)
         )
         if differs := resumable_jsonl.first_changed(theirs, mine):
             raise ValueError(

@@ -3,8 +3,8 @@
 0: done. 1: our own fault. 2: bad input; one line says what. 3: a guard stopped the run to protect the policy.
 4: a signal stopped the run. It was saved, unless the signal came twice, and the same command resumes it.
 5: another process of the run died or failed, or this one hung (`distributed.heartbeat`); the same command in all of
-them resumes from the last checkpoint. 6: a checkpoint or the log could not be written (a full disk); the same command
-resumes after room was made.
+them resumes from the last checkpoint. 6: a checkpoint, the log or a result could not be written (a full disk); the same
+command resumes after room was made.
 """
 
 import errno
@@ -14,9 +14,11 @@ import traceback
 from pathlib import Path
 
 from tsopsd_jax.display.foreign_text import one_line
+from tsopsd_jax.writing import WriteError, is_full
 
+_OF_A_FILE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
+"""Errors that say of a file what the person who named it can mend."""
 DONE, OUR_FAULT, BAD_INPUT, GUARD, INTERRUPTED, COULD_NOT_WRITE = 0, 1, 2, 3, 4, 6
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def no_backend(error: BaseException) -> bool:
@@ -36,9 +38,9 @@ def interrupted(out: Path | None) -> int:
 
 def explain(command: str, error: BaseException) -> int:
     """Print what went wrong; returns the exit code for it."""
-    if isinstance(error, ValueError):
+    if isinstance(error, WriteError | ValueError):
         print(f"tsopsd {command}: {one_line(error)}", file=sys.stderr)
-        return BAD_INPUT
+        return COULD_NOT_WRITE if isinstance(error, WriteError) or is_full(error) else BAD_INPUT
     if no_backend(error):
         asked = os.environ.get("JAX_PLATFORMS")
         words = one_line(error) or "no device of that kind was found"
@@ -51,12 +53,11 @@ def explain(command: str, error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):  # a second signal, or one before the first step
         print(f"tsopsd {command}: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return INTERRUPTED
-    if isinstance(error, OSError):
-        from tsopsd_jax.rundir.checkpoints import SaveError  # here: `--help` is quick
-        from tsopsd_jax.rundir.object_store import StoreError
-
-        if isinstance(error, SaveError | StoreError) or error.errno in _FULL:
-            print(f"tsopsd {command}: {one_line(error)}", file=sys.stderr)
-            return COULD_NOT_WRITE
+    if isinstance(error, OSError) and error.errno in _OF_A_FILE and error.filename is not None:
+        print(f"tsopsd {command}: {one_line(error)}; mend its place or its rights, or name another", file=sys.stderr)
+        return BAD_INPUT
+    if is_full(error):
+        print(f"tsopsd {command}: {one_line(error)}; make room, and the same command goes on", file=sys.stderr)
+        return COULD_NOT_WRITE
     traceback.print_exception(error)
     return OUR_FAULT

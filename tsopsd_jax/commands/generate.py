@@ -133,7 +133,7 @@ def _add_missing(
 ) -> tuple[int, int]:
     """Sample the responses that `out`, which is ours and held, does not have yet."""
     tokens, lengths = prompted
-    done = {(line["id"], line["sample"]) for line in resumable_jsonl.lines(out)}
+    done = {(line["id"], line["sample"]) for line in resumable_jsonl.lines(out, "id", "sample")}
     rows = np.asarray(
         [
             i * settings.samples + k
@@ -161,7 +161,7 @@ def _add_missing(
         del params
         todo = Prompts(tokens[which], lengths[which], rows)
         stream = engine.stream(view, todo, jax.random.key(settings.seed), group=which, on_progress=table.sampling)
-        with out.open("a", encoding="utf-8") as file:
+        with resumable_jsonl.open_lines(out) as file:
             for ended in stream:
                 at = int(which[ended.row])
                 problem = asked.problems[at]

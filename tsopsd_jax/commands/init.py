@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from tsopsd_jax.commands import exit_codes
+from tsopsd_jax.rundir import files
+from tsopsd_jax.writing import writes_to
 
 PROBLEM_FIELDS = ("problem", "question", "prompt", "instruction")
 ANSWER_FIELDS = ("answer", "expected_answer", "solution", "target")
@@ -85,14 +87,11 @@ def run(args: argparse.Namespace) -> int:
     """Write the file; one that is there stays as it is."""
     path = Path(args.file)
     text = configuration(path, model=args.model, data=args.data, reward=args.reward)
-    try:
+    if path.exists():
+        raise ValueError(f"{path}: expected no such file, got one; remove it, or name another: tsopsd init FILE.yaml")
+    with writes_to(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("x", encoding="utf-8") as file:
-            file.write(text)
-    except FileExistsError:
-        raise ValueError(
-            f"{path}: expected no such file, got one; remove it, or name another: tsopsd init FILE.yaml"
-        ) from None
+    files.replace(path, [text.encode()])
     print(f"{path}: written. Next: tsopsd check {path}, then tsopsd train {path}")
     return exit_codes.DONE
 

@@ -26,6 +26,7 @@ from tsopsd_jax.display.html_parts import details, escape, shorten
 from tsopsd_jax.display.page import write_report
 from tsopsd_jax.rundir import files, object_store
 from tsopsd_jax.rundir.log import read_evaluations, read_metrics
+from tsopsd_jax.writing import WriteError, is_full
 
 MAX_JSON_CHARACTERS = 60_000
 SEE = {
@@ -72,6 +73,10 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"--analyses: expected a directory that tsopsd analyse wrote, got {folder}")
     try:
         print(_write_one(args) if len(args.run_dirs) == 1 else _write_several(args))
+    except WriteError as error:
+        if is_full(error):
+            raise
+        raise ValueError(f"{error}, or name another file with --out") from error
     except OSError as error:
         place = args.out or (args.run_dirs[0] if len(args.run_dirs) == 1 else "report.html")
         raise ValueError(f"{place}: cannot write the page ({error.strerror}); name another file with --out") from error
@@ -112,7 +117,7 @@ def _write_several(args: argparse.Namespace) -> str:
         sections.append(Section("Accuracies", says, accuracies))
     out = args.out or Path("report.html")
     page = comparison_page(" · ".join(groups), f"{len(runs)} runs: {', '.join(names)}", [*sections, *analyses])
-    files.replace(out, [page.encode("utf-8", "replace")])
+    files.replace(out, [page.encode("utf-8", "replace")], alone=False)
     return str(out)
 
 

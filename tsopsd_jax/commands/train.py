@@ -151,7 +151,10 @@ def _tell(run_dir: Path) -> None:
         for line in transitions(evaluations, read_metrics(run_dir)):
             print(line)
     if read_metrics(run_dir):
-        print(f"report: {write_report(run_dir)}")
+        try:
+            print(f"report: {write_report(run_dir)}")
+        except OSError as error:  # the page is never worth the run
+            print(f"warning: {error} (or tsopsd report {run_dir})", file=sys.stderr)
     object_store.push(run_dir)
 
 
@@ -189,6 +192,8 @@ def _claimed(config: Config, run_dir: Path, inputs: dict[str, str], accept_chang
             stack.enter_context(claim.held(run_dir))
             object_store.fetch(run_dir)
             changed = claim.claim(run_dir, config, inputs, accept_changed=accept_changed)
+            for stall in run_dir.glob(STALL_FILE.format("*")):  # of earlier processes, which may have been more
+                stall.unlink(missing_ok=True)
         changed = processes.from_first(changed)
         if object_store.address(run_dir) is None and not (run_dir / claim.CONFIG_FILE).is_file():
             raise ValueError(

@@ -16,6 +16,8 @@ from tsopsd_jax.rundir import files, object_store
 from tsopsd_jax.rundir.checkpoints import read_progress
 from tsopsd_jax.rundir.lock import locked
 from tsopsd_jax.rundir.log import EVALUATIONS_FILE, METRICS_FILE, read_evaluations
+from tsopsd_jax.rundir.status import read_status
+from tsopsd_jax.writing import writes_to
 
 CONFIG_FILE, LOCK_FILE = "config.yaml", ".lock"
 INPUTS_FILE = "inputs.json"
@@ -107,9 +109,8 @@ def _check_not_lost(run_dir: Path) -> None:
         return
     removed = object_store.address(run_dir) is None and not where.exists()  # it is made before the first step
     empty = not where.exists() or not any(each.name.isdigit() for each in where.iterdir())
-    if removed or (
-        empty and any(record["step"] for record in read_evaluations(run_dir))
-    ):  # they were of saved policies
+    saved = read_status(run_dir).get("saved_step") or any(record["step"] for record in read_evaluations(run_dir))
+    if removed or (empty and saved):  # evaluations after the first step are of saved policies
         raise ValueError(
             f"{run_dir} holds the log of a run whose checkpoints are gone, so that it cannot go on; "
             f"to begin anew choose another --run-dir, or remove {run_dir}"
@@ -131,7 +132,11 @@ def inputs_of(config: Config, problems: Mapping[str, Sequence[Problem]]) -> dict
     """
     found = {}
     for name, rows in problems.items():
-        digest = hashlib.sha256(json.dumps([_learned(row) for row in rows], default=str).encode())
+        # That of one JSON list, which for a million problems would be a text of gigabytes.
+        digest = hashlib.sha256(b"[")
+        for at, row in enumerate(rows):
+            digest.update((", " if at else "").encode() + json.dumps(_learned(row), default=str).encode())
+        digest.update(b"]")
         found[name] = f"{len(rows):,}, sha256 {digest.hexdigest()[:16]}"
     for path in _function_files(strict.plain(config)):
         found[path] = f"sha256 {hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]}"
@@ -189,8 +194,9 @@ def _keep_inputs(run_dir: Path, inputs: Mapping[str, str]) -> None:
     for name in inputs:
         if name.endswith(".py"):
             copy = _copy_of(run_dir, name)
-            copy.parent.mkdir(exist_ok=True)
-            copy.write_bytes(Path(name).read_bytes())
+            with writes_to(copy):
+                copy.parent.mkdir(exist_ok=True)
+            files.replace(copy, [Path(name).read_bytes()])
     files.replace(run_dir / INPUTS_FILE, [json.dumps(dict(inputs), indent=1).encode() + b"\n"])
 
 

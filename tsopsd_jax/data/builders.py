@@ -18,6 +18,7 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.proto import tf_example_pb2
 
 from tsopsd_jax.data.layouts import TEXTS, Problem, prepared_folder
+from tsopsd_jax.writing import WriteError
 
 
 class ProblemSet(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -55,6 +56,10 @@ def build_dataset(name: str, splits: Mapping[str, Iterable[Problem]], directory:
     """Write a data set and return its folder; one that exists there is replaced when the new one is whole.
 
     Built beside the final place and moved there by a rename: nothing half-built is ever found there.
+
+    Raises:
+        ValueError: the folder cannot be made, or what the problems are read from is not as it should be.
+        WriteError: it could not be written; what was there before is there still.
     """
     directory, final = Path(directory), prepared_folder(name, directory)
     with contextlib.ExitStack() as stack:
@@ -70,8 +75,15 @@ def build_dataset(name: str, splits: Mapping[str, Iterable[Problem]], directory:
         builder = ProblemSet(name=name, splits=splits, data_dir=str(workplace), file_format="array_record")
         # The caller shows progress, if anybody does.
         tfds.disable_progress_bar()
-        with contextlib.redirect_stdout(io.StringIO()):
-            builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
+        except (OSError, RuntimeError) as error:  # TFDS and array_record each have their own words for a full disk
+            words = " ".join(str(error).split())
+            raise WriteError(
+                f"data set {name} could not be written to {directory}: {words}; make room, or name another folder with "
+                "cache_dir, --cache-dir or TSOPSD_CACHE_DIR"
+            ) from error
         with contextlib.suppress(FileNotFoundError):
             os.rename(final, workplace / "old")
         try:

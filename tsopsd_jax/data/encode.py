@@ -1,6 +1,7 @@
-"""Prompts as right-padded arrays of tokens."""
+"""Prompts as arrays of tokens: packed for a whole data set, right-padded for those that are sampled from."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -11,14 +12,58 @@ Prompt = tuple[str, tuple[tuple[str, str], ...]]
 """The user's text, and the (role, content) of the messages before it."""
 
 
+AT_ONCE = 8192
+"""Prompts that are tokenised before they are packed: as lists of integers they take ten times the memory."""
+
+
+class PackedPrompts(NamedTuple):
+    """The prompts of a data set one behind the other: padded, a million of them would take gigabytes."""
+
+    tokens: np.ndarray
+    """int32 [all tokens]."""
+    starts: np.ndarray
+    """int64 [N + 1]: prompt i is `tokens[starts[i] : starts[i + 1]]`."""
+    max_prompt_tokens: int
+
+    @property
+    def count(self) -> int:
+        """How many prompts there are."""
+        return len(self.starts) - 1
+
+    def padded(self, which: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The prompts with these numbers [B]: right-padded tokens [B, max_prompt_tokens] and lengths [B]."""
+        tokens = np.zeros((len(which), self.max_prompt_tokens), np.int32)
+        lengths = (self.starts[which + 1] - self.starts[which]).astype(np.int32)
+        for row, (at, length) in enumerate(zip(which, lengths, strict=True)):
+            tokens[row, :length] = self.tokens[self.starts[at] :][:length]
+        return tokens, lengths
+
+
+def pack_prompts(problems: Sequence[Problem], tokenizer: Tokenizer, *, max_prompt_tokens: int) -> PackedPrompts:
+    """Tokenise the prompts of a data set; each process takes its share.
+
+    Raises:
+        ValueError: for a prompt that is empty or longer than the limit, naming it.
+    """
+    pieces, starts = [np.empty(0, np.int32)], np.zeros(len(problems) + 1, np.int64)
+    for first in range(0, len(problems), AT_ONCE):
+        part = problems[first : first + AT_ONCE]
+        ids = processes.divided(lambda i, part=part: tokenizer.encode(part[i].prompt, part[i].before), len(part))
+        for problem, prompt in zip(part, ids, strict=True):
+            _check_length(problem.id, len(prompt), max_prompt_tokens)
+        starts[first + 1 : first + 1 + len(part)] = [len(prompt) for prompt in ids]
+        pieces.append(np.fromiter((token for prompt in ids for token in prompt), np.int32))
+    return PackedPrompts(np.concatenate(pieces), np.cumsum(starts), max_prompt_tokens)
+
+
 def encode_prompts(problems: Sequence[Problem], tokenizer: Tokenizer, *, max_prompt_tokens: int):
     """Tokenise prompts: right-padded tokens [N, max_prompt_tokens] and lengths [N]; each process takes its share.
 
     Raises:
         ValueError: for a prompt that is empty or longer than the limit, naming it.
     """
-    ids = processes.divided(lambda i: tokenizer.encode(problems[i].prompt, problems[i].before), len(problems))
-    return pad_prompts([problem.id for problem in problems], ids, max_prompt_tokens=max_prompt_tokens)
+    packed = pack_prompts(problems, tokenizer, max_prompt_tokens=max_prompt_tokens)
+    return packed.padded(np.arange(packed.count))
 
 
 def encode_to_fit(
@@ -55,12 +100,16 @@ def pad_prompts(names: Sequence[str], ids: Sequence[Sequence[int]], *, max_promp
     tokens = np.zeros((len(ids), max_prompt_tokens), np.int32)
     lengths = np.zeros(len(ids), np.int32)
     for row, (name, prompt) in enumerate(zip(names, ids, strict=True)):
-        if not len(prompt):
-            raise ValueError(f"prompt {name!r}: expected a text, got no token; remove the row, or see data.template")
-        if len(prompt) > max_prompt_tokens:
-            raise ValueError(
-                f"prompt {name!r} has {len(prompt)} tokens, expected 1 to {max_prompt_tokens}; raise "
-                "max_prompt_tokens of its data section, or leave long training problems out with data.drop_longer: true"
-            )
+        _check_length(name, len(prompt), max_prompt_tokens)
         tokens[row, : len(prompt)], lengths[row] = prompt, len(prompt)
     return tokens, lengths
+
+
+def _check_length(name: str, length_tokens: int, most: int) -> None:
+    if not length_tokens:
+        raise ValueError(f"prompt {name!r}: expected a text, got no token; remove the row, or see data.template")
+    if length_tokens > most:
+        raise ValueError(
+            f"prompt {name!r} has {length_tokens} tokens, expected 1 to {most}; raise max_prompt_tokens of its data "
+            "section, or leave long training problems out with data.drop_longer: true"
+        )

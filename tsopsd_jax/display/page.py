@@ -70,7 +70,7 @@ def write_report(run_dir: str | Path, out: Path | None = None, *, sections: Sequ
         figure_style=f"<style>{FIGURE_CSS}</style>" if sections else "",
     )
     path = out or run_dir / "report.html"
-    files.replace(path, [page.encode("utf-8", "replace")])
+    files.replace(path, [page.encode("utf-8", "replace")], alone=False)  # the run and a person who looks
     return path
 
 

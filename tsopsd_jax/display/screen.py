@@ -89,6 +89,13 @@ def _secured(stream: TextIO | None, keep_going: bool) -> TextIO:
     )
 
 
+class _Messages(logging.FileHandler):
+    """A file of messages; those that a full disk does not take are left out."""
+
+    def handleError(self, _record: logging.LogRecord) -> None:
+        pass
+
+
 @contextlib.contextmanager
 def library_messages(file: Path) -> Iterator[None]:
     """Append to `file` what libraries log, warn of or write to descriptor 2, inside the block.
@@ -96,7 +103,7 @@ def library_messages(file: Path) -> Iterator[None]:
     What is printed to `sys.stderr` is shown as before, if that is a stream of its own meanwhile, as `rich.live.Live`
     makes one.
     """
-    handler = logging.FileHandler(file, encoding="utf-8")
+    handler = _Messages(file, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root, shown = logging.getLogger(), os.dup(2)
     before = root.handlers[:]
@@ -111,4 +118,5 @@ def library_messages(file: Path) -> Iterator[None]:
         os.close(shown)
         logging.captureWarnings(False)
         root.handlers[:] = before
-        handler.close()
+        with contextlib.suppress(OSError):  # a full disk
+            handler.close()

@@ -46,7 +46,8 @@ def read_out(out: Path) -> list[Evaluated]:
     found = []
     for file in out.glob("*/*.jsonl"):
         # A response that two processes sampled is one response.
-        rows = {(line["id"], line["sample"]): line for line in resumable_jsonl.lines(file)}
+        keys = ("id", "sample", "tokens", "stopped", "correct", "entropy_nats")
+        rows = {(line["id"], line["sample"]): line for line in resumable_jsonl.lines(file, *keys)}
         responses = [
             Response(
                 at,
@@ -59,7 +60,8 @@ def read_out(out: Path) -> list[Evaluated]:
             )
             for at, (_, row) in enumerate(sorted(rows.items()))
         ]
-        found.append(Evaluated(file.stem, file.parent.name, resumable_jsonl.read_output_settings(file), responses))
+        settings = resumable_jsonl.read_output_settings(file, "problems", "samples", resumable_jsonl.BEGUN)
+        found.append(Evaluated(file.stem, file.parent.name, settings, responses))
     return sorted(found, key=lambda e: (e.settings[resumable_jsonl.BEGUN], e.benchmark))
 
 
@@ -149,7 +151,7 @@ def write_tables(out: Path, *, k: int | None) -> str:
     text = markdown(table, evaluated, k)
     summaries = "".join(json.dumps(e.summary(k)) + "\n" for e in finished)
     for name, content in (("table.md", text), ("table.csv", as_csv(table)), ("results.jsonl", summaries)):
-        files.replace(out / name, [content.encode()])
+        files.replace(out / name, [content.encode()], alone=False)
     return text
 
 

@@ -29,6 +29,7 @@ from tsopsd_jax.model.hf_config import config_json, read_config
 from tsopsd_jax.model.hf_layout import EMBED, HEAD, STORED_DTYPES, Stored, cast, stored_tensors
 from tsopsd_jax.model.qwen3 import Qwen3
 from tsopsd_jax.types import PyTree
+from tsopsd_jax.writing import writes_to
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 GENERATION_CONFIG = "generation_config.json"
@@ -44,10 +45,8 @@ CARRIED_FILES = (
     GENERATION_CONFIG,
 )
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-# Of old checkpoints: the rotation's frequencies, which follow from config.json.
-_DERIVED = "rotary_emb.inv_freq"
-# Marks the weight files that this module wrote, and therefore may replace.
-_PRODUCER = "tsopsd_jax"
+_DERIVED = "rotary_emb.inv_freq"  # of old checkpoints: the rotation's frequencies, which follow from config.json
+_PRODUCER = "tsopsd_jax"  # marks the weight files that this module wrote, and therefore may replace
 
 
 # -------------------------------------------------------------------------------------------------- reading
@@ -340,6 +339,7 @@ def save_pretrained(
 
     Raises:
         ValueError: parameters that do not fit the model, a directory of someone else's, no tokenizer files.
+        WriteError: it could not be written; what was there before is there still.
     """
     folder, native = Path(path).resolve(), _check_params(model, params)
     target = native if dtype is None else np.dtype(dtype)
@@ -359,7 +359,7 @@ def save_pretrained(
             for tensor in stored_tensors(model):
                 fetch_tensor(tensor, params)
         else:
-            with _replacing(folder) as fresh:
+            with writes_to(folder), _replacing(folder) as fresh:
                 for name, shard in shards.items():
                     entries = [(t.layout.name, t.layout.stored_shape(t.shape)) for t in shard]
                     _write_safetensors(fresh / name, entries, target, map(value, shard))

@@ -21,16 +21,21 @@ from tsopsd_jax.judge.groups import Groups
 from tsopsd_jax.rundir import digests
 from tsopsd_jax.rundir.run_state import RunProgress, RunState
 from tsopsd_jax.types import PyTree, Rollout, TrainState
+from tsopsd_jax.writing import WriteError
 
 # Orbax logs the traceback of each error in each of its threads, besides raising it; here errors are told in one line.
 logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
+
+
+UNFINISHED = ".orbax-checkpoint-tmp"
+"""Part of the name of a checkpoint that is being written."""
 
 
 class DamagedError(ValueError):
     """A checkpoint is not what was written; the message names the step and what is wrong."""
 
 
-class SaveError(OSError):
+class SaveError(WriteError):
     """A checkpoint could not be written, or cannot be read; the message says why and what to do."""
 
 
@@ -47,6 +52,8 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(directory, options=options)
         self._writing: int | None = None
         """Step of a save that was not yet seen to be whole."""
+        self.whole_step = self.latest()
+        """Step of the newest checkpoint that was seen to be whole, or None."""
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, in order, read from the directory:
@@ -105,7 +112,7 @@ class Checkpoints:
             self._manager.wait_until_finished()
             if processes.is_first():
                 self._open(self._writing)
-        self._writing = None
+        self.whole_step, self._writing = self._writing, None
 
     def _open(self, step: int) -> None:
         """Read what a checkpoint says of itself, down to where each part of an array lies."""
@@ -209,6 +216,13 @@ class Checkpoints:
             )
         return None, []
 
+    def remove_unfinished(self) -> None:
+        """Remove what saves left behind that were killed: each takes the room of a checkpoint. For the run alone."""
+        for path in list(self._manager.directory.iterdir()) if processes.is_first() else []:
+            if UNFINISHED in path.name:
+                path.rmtree(missing_ok=True)
+        processes.exchange(None)
+
     def set_aside(self, after: int) -> None:
         """Rename the checkpoints after that step to `STEP.damaged`,
         so that the run that goes on may take their place."""
@@ -220,6 +234,7 @@ class Checkpoints:
             path.rename(next(path.parent / name for name in names if not (path.parent / name).exists()))
         processes.exchange(None)
         self._manager.reload()
+        self.whole_step = self.latest()
 
 
 def read_progress(directory: epath.PathLike) -> RunProgress | None:

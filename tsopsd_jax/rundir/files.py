@@ -1,10 +1,14 @@
 """Files that survive a crash: written aside and renamed, and JSON lines whose last one may be torn."""
 
+import contextlib
+import io
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+from tsopsd_jax.writing import writes_to
 
 
 def partial(path: Path) -> Path:
@@ -12,13 +16,42 @@ def partial(path: Path) -> Path:
     return path.with_name(path.name + ".partial")
 
 
-def replace(path: Path, content: Iterable[bytes]) -> None:
-    """Write `content` beside `path`, then rename: a crash leaves the old file or the new one, never half of one."""
-    with partial(path).open("wb") as file:
-        file.writelines(content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial(path).replace(path)
+def replace(path: Path, content: Iterable[bytes], *, alone: bool = True) -> None:
+    """Write `content` beside `path`, then rename: a crash leaves the old file or the new one, never half of one.
+
+    Args:
+        path: of the file.
+        content: its bytes.
+        alone: whether nobody else writes it at the same time; False: the last one's is there in the end, whole.
+
+    Raises:
+        WriteError: it could not be written; the old file stands, and nothing beside it takes up room.
+    """
+    aside = partial(path if alone else path.with_name(f"{path.name}.{os.getpid()}"))
+    try:
+        with writes_to(path):
+            with aside.open("wb") as file:
+                file.writelines(content)
+                file.flush()
+                os.fsync(file.fileno())
+            aside.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
+        raise
+
+
+def append_bytes(file: io.FileIO, data: bytes) -> None:
+    """Write all of `data` at the end of a file that was opened with `buffering=0`.
+
+    Nothing is held back: what a full disk did not take is not tried again where the file is closed.
+
+    Raises:
+        WriteError: it could not be written; a part of it may stand there (see `mend`).
+    """
+    with writes_to(file.name):
+        while data:
+            data = data[file.write(data) :]
 
 
 def json_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
@@ -47,9 +80,17 @@ def json_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
                 broken = number
 
 
+def objects(path: Path) -> Iterator[dict[str, Any]]:
+    """Read the objects of a file of JSON lines, one after the other; none if it is absent. Raises as `json_lines`
+    does."""
+    if path.is_file():
+        for _, record in json_lines(path):
+            yield record
+
+
 def read_objects(path: Path) -> list[dict[str, Any]]:
-    """Read the objects of a file of JSON lines; none if it is absent. Raises as `json_lines` does."""
-    return [record for _, record in json_lines(path)] if path.is_file() else []
+    """Read all objects of a file of JSON lines; none if it is absent. Raises as `json_lines` does."""
+    return list(objects(path))
 
 
 def read_object(path: Path, *, what: str, remedy: str) -> dict[str, Any]:
@@ -72,9 +113,24 @@ def read_object(path: Path, *, what: str, remedy: str) -> dict[str, Any]:
 
 
 def mend(path: Path, keep: Callable[[dict[str, Any]], bool] = lambda _: True) -> None:
-    """Rewrite a file of JSON lines, if it exists, without a torn end and without the objects that `keep` rejects.
+    """Take from a file of JSON lines, if it exists, a torn end and the objects that `keep` rejects.
 
-    The other lines stay as they are, byte for byte. Raises as `json_lines` does.
+    The other lines stay as they are, byte for byte. What goes is nearly always the end of the file, which is cut off
+    where it stands: that takes no room, and no time. Raises as `json_lines` does.
     """
-    if path.is_file():
-        replace(path, (line for line, record in json_lines(path) if keep(record)))
+    if not path.is_file():
+        return
+    at = end = 0
+    for line, record in json_lines(path):
+        if keep(record):
+            if end < at:  # something before it goes
+                replace(path, (line for line, record in json_lines(path) if keep(record)))
+                return
+            end += len(line)
+        at += len(line)
+    with writes_to(path), path.open("r+b", buffering=0) as file:
+        missing = end - file.seek(0, os.SEEK_END)
+        if missing > 0:  # the last line has lost its newline
+            append_bytes(file, b"\n")
+        elif missing < 0:
+            file.truncate(end)

@@ -3,15 +3,23 @@
 import contextlib
 import errno
 import fcntl
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
+
+ATTEMPTS, PAUSE_S = 10, 0.05
+"""Attempts to take a lock, and the pause between two: who only looks holds it for a moment."""
 
 
 def is_held(file: Path) -> bool | None:
-    """Whether a process on this machine holds the lock `file`; None: it cannot be told (no such file, no locks)."""
+    """Whether a process on this machine holds the lock `file`; None: it cannot be told (no such file, no locks).
+
+    Who looks needs no right to write there, and is in nobody's way who looks, too.
+    """
     try:
-        with file.open("r+") as stream:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with file.open("r") as stream:
+            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
     except OSError:
@@ -38,10 +46,20 @@ def locked(file: Path, *, taken: str, unwritable: str) -> Iterator[None]:
         raise ValueError(unwritable.format(reason=error.strerror)) from error
     with stream:
         try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _take(stream)
         except BlockingIOError:
             raise ValueError(taken) from None
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):  # a file system without locks
                 raise
         yield
+
+
+def _take(stream: TextIO) -> None:
+    """Take a lock for oneself; BlockingIOError: another holds it, and did not only look."""
+    for _ in range(ATTEMPTS - 1):
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        time.sleep(PAUSE_S)
+    fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)

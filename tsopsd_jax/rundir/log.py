@@ -7,6 +7,7 @@ written as null.
 import io
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -17,6 +18,7 @@ import numpy as np
 from tsopsd_jax.rundir import files, object_store
 from tsopsd_jax.rundir.status import Status
 from tsopsd_jax.rundir.trackers import Tracker, open_mirrors
+from tsopsd_jax.writing import WriteError, writes_to
 
 METRICS_FILE = "metrics.jsonl"
 EVALUATIONS_FILE = "evaluations.jsonl"
@@ -49,17 +51,22 @@ class RunLog:
         logged = {}
         for name in (METRICS_FILE, EVALUATIONS_FILE, SAMPLES_FILE):
             path = self.run_dir / name
-            logged[name] = max((_step(record, path) for record in files.read_objects(path)), default=-1)
+            logged[name] = max((_step(record, path) for record in files.objects(path)), default=-1)
             files.mend(path, lambda record: record.get("step", 0) <= last_step)
-        self.status = Status(self.run_dir, last_step=last_step, lines=files.read_objects(self.run_dir / METRICS_FILE))
+        self._path = self.run_dir / METRICS_FILE
+        self.status = Status(self.run_dir, last_step=last_step, lines=files.objects(self._path))
+        self.missing_steps = last_step - sum(1 for _ in files.objects(self._path))
+        """Steps before the first one to come that have no line."""
         self._mirrors = open_mirrors(self.run_dir, tracker, last_step=last_step, logged=logged)
-        self._file = (self.run_dir / METRICS_FILE).open("ab")
+        with writes_to(self._path):
+            self._file = self._path.open("ab", buffering=0)
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Append one step's line (`step` an integer above all before it; values scalars, strings or None).
 
         Raises:
             ValueError: if `step` is missing or not above the last one, or if a value is not a scalar.
+            WriteError: it could not be written, or somebody removed or replaced the file.
         """
         record = {key: strict_json(value) for key, value in line.items()}
         step = record.get("step")
@@ -71,8 +78,8 @@ class RunLog:
         for key, value in record.items():
             if isinstance(value, dict | list):
                 raise ValueError(f"a metrics line holds scalars, got {type(value).__name__} under {key!r}")
-        self._file.write(_encode(record))
-        self._file.flush()
+        files.append_bytes(self._file, _encode(record))
+        self._check_there()
         self._step = step
         self.status.count(record)
         self._show(METRICS_FILE, step, record)
@@ -82,8 +89,9 @@ class RunLog:
         if not records:
             return
         plain = [strict_json(record) for record in records]
-        with (self.run_dir / SAMPLES_FILE).open("ab") as file:
-            file.writelines(map(_encode, plain))
+        path = self.run_dir / SAMPLES_FILE
+        with writes_to(path), path.open("ab", buffering=0) as file:
+            files.append_bytes(file, b"".join(map(_encode, plain)))
         for mirror in self._mirrors:
             mirror.show_samples(SAMPLES_FILE, plain[0]["step"], plain)
 
@@ -108,8 +116,22 @@ class RunLog:
         for mirror in self._mirrors:
             mirror.show(file, step, values)
 
+    def _check_there(self) -> None:
+        """Lines that are written to a file without a name are lost, and where its place was taken another run began."""
+        try:
+            size = self._path.stat().st_size
+        except FileNotFoundError:
+            size = -1
+        if size < self._file.tell():
+            raise WriteError(
+                f"{self._path} was removed or replaced while the run went on; the same command goes on from the last "
+                "checkpoint, if that is still there"
+            )
+
     def flush(self) -> None:
-        """Put on disk what the mirrors hold back, and the status."""
+        """Put on disk the lines, what the mirrors hold back, and the status."""
+        with writes_to(self._path):
+            os.fsync(self._file.fileno())
         self.status.write()
         for mirror in self._mirrors:
             mirror.flush()

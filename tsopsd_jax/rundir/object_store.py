@@ -17,6 +17,9 @@ from pathlib import Path
 
 from etils import epath
 
+from tsopsd_jax.rundir import files
+from tsopsd_jax.writing import WriteError, writes_to
+
 FILES = (
     "config.yaml",
     "inputs.json",
@@ -37,7 +40,7 @@ ADDRESS_FILE = ".store"
 """A file in the local folder that holds the address of the run."""
 
 
-class StoreError(OSError):
+class StoreError(WriteError):
     """A file could not be written to the store; the message says why and what to do."""
 
 
@@ -58,15 +61,25 @@ def folder_of(run_dir: str, cache: Path) -> Path:
             'for gs:// pip install "tsopsd-jax[gcs]", and gcloud auth application-default login'
         ) from error
     folder = cache / "runs" / urllib.parse.quote(run_dir.rstrip("/"), safe="")
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / ADDRESS_FILE).write_text(run_dir + "\n")
+    with writes_to(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    files.replace(folder / ADDRESS_FILE, [run_dir.encode() + b"\n"])
     return folder
 
 
 def address(folder: Path) -> epath.Path | None:
-    """Return the address on a store of the run in a local folder; None: it lies in the folder itself."""
+    """Return the address on a store of the run in a local folder; None: it lies in the folder itself.
+
+    Raises:
+        ValueError: what the folder says is none.
+    """
     file = folder / ADDRESS_FILE
-    return epath.Path(file.read_text().strip()) if file.is_file() else None
+    if not file.is_file():
+        return None
+    text = file.read_text(errors="replace").strip()
+    if "://" not in text:
+        raise ValueError(f"{file}: expected the address of a run on a store, got {text!r:.80}; remove that file")
+    return epath.Path(text)
 
 
 def name_of(folder: Path) -> str:
@@ -88,18 +101,18 @@ def fetch(folder: Path) -> None:
     far = address(folder)
     if far is None:
         return
+    there = far.exists()  # a store that cannot be reached says so before anything is removed
+    if there and not (far / FILES[0]).exists() and any(far.iterdir()):
+        raise ValueError(f"{far} is not empty and holds no run; choose another --run-dir")
     for pattern in FILES:
         for file in folder.glob(pattern):
             file.unlink()
-    if not far.exists():
-        return
-    if not (far / FILES[0]).exists() and any(far.iterdir()):
-        raise ValueError(f"{far} is not empty and holds no run; choose another --run-dir")
-    for pattern in FILES:
+    for pattern in FILES if there else ():
         for file in far.glob(pattern):
             near = folder / file.relative_to(far)
-            near.parent.mkdir(exist_ok=True)
-            near.write_bytes(file.read_bytes())
+            with writes_to(near):
+                near.parent.mkdir(exist_ok=True)
+            files.replace(near, [file.read_bytes()])
 
 
 def push(folder: Path) -> None:
@@ -135,7 +148,13 @@ def _write(to: epath.Path, content: bytes) -> None:
 
 @contextlib.contextmanager
 def opened(run_dir: str) -> Iterator[Path]:
-    """Open a run directory to be read: itself, or a copy of what a store holds."""
+    """Open a run directory to be read: itself, or a copy of what a store holds.
+
+    A local folder is left as it is, also one in which a run on a store keeps its files: that run may go on.
+    """
+    if "://" not in run_dir:
+        yield Path(run_dir)
+        return
     with tempfile.TemporaryDirectory() as cache:
         folder = folder_of(run_dir, Path(cache))
         fetch(folder)

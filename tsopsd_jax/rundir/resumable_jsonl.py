@@ -1,14 +1,16 @@
 """Files of JSON lines that the same command resumes after an interruption,
 with the settings that they were begun with."""
 
+import io
 import json
 import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from tsopsd_jax.rundir import files
+from tsopsd_jax.writing import writes_to
 
 _ESCAPED = re.compile("[\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 BEGUN = "begun"
@@ -20,8 +22,11 @@ def settings_file(out: Path) -> Path:
     return out.with_name(out.name + ".settings.json")
 
 
-def read_output_settings(out: Path) -> dict[str, Any]:
+def read_output_settings(out: Path, *numbers: str) -> dict[str, Any]:
     """Read the settings that `out` was begun with.
+
+    Args:
+        numbers: settings that must be there, as numbers.
 
     Raises:
         ValueError: there are none, so another program wrote `out`; or they cannot be read.
@@ -31,9 +36,12 @@ def read_output_settings(out: Path) -> dict[str, Any]:
         raise ValueError(
             f"{out} exists and was not written by this command ({beside.name} is missing); choose another --out"
         )
-    return files.read_object(
-        beside, what=f"the settings that {out.name} was begun with", remedy="choose another --out, or --again"
-    )
+    what, remedy = f"the settings that {out.name} was begun with", "choose another --out, or --again"
+    found = files.read_object(beside, what=what, remedy=remedy)
+    for name in numbers:
+        if type(found.get(name)) not in (int, float):
+            raise ValueError(f"{beside}: expected {what}, got {found.get(name)!r:.80} as {name}; {remedy}")
+    return found
 
 
 def first_changed(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> str | None:
@@ -68,9 +76,24 @@ def remove(out: Path) -> None:
     settings_file(out).unlink(missing_ok=True)
 
 
-def lines(out: Path) -> list[dict[str, Any]]:
-    """Read the lines of `out`, without a half-written last one; none if it is absent."""
-    return files.read_objects(out)
+def lines(out: Path, *keys: str) -> list[dict[str, Any]]:
+    """Read the lines of `out`, without a half-written last one; none if it is absent.
+
+    Args:
+        keys: of numbers or texts that each line must have.
+
+    Raises:
+        ValueError: a line lacks one, or a line before the last is no object; names the line.
+    """
+    found = files.read_objects(out)
+    for number, line in enumerate(found, start=1):
+        for key in keys:
+            if not isinstance(line.get(key), int | float | str):
+                raise ValueError(
+                    f"{out}, line {number}: expected a number or a text as {key}, got {line.get(key)!r:.80}; remove "
+                    "that line to go on"
+                )
+    return found
 
 
 def claim_output(out: Path, settings: Mapping[str, Any]) -> None:
@@ -81,17 +104,31 @@ def claim_output(out: Path, settings: Mapping[str, Any]) -> None:
     """
     check_ours(out, settings)
     if not out.exists():
-        out.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps({**settings, BEGUN: time.time()}, indent=1) + "\n"
-        files.replace(settings_file(out), [text.encode()])
-        out.touch()
+        with writes_to(out):
+            out.parent.mkdir(parents=True, exist_ok=True)
+            files.replace(settings_file(out), [text.encode()])
+            out.touch()
     elif sum(len(line) for line, _ in files.json_lines(out)) != out.stat().st_size:
         files.mend(out)
 
 
-def append(file: TextIO, line: Mapping[str, Any]) -> None:
-    """Append a line and flush it, so that what was sampled is kept. A text that UTF-8 cannot hold, or that some readers
-    would take for two lines, is written with escapes."""
+def open_lines(out: Path) -> io.FileIO:
+    """Open `out` for `append`.
+
+    Raises:
+        WriteError: it cannot be opened.
+    """
+    with writes_to(out):
+        return out.open("ab", buffering=0)
+
+
+def append(file: io.FileIO, line: Mapping[str, Any]) -> None:
+    """Append a line at once, so that what was sampled is kept. A text that UTF-8 cannot hold, or that some readers
+    would take for two lines, is written with escapes.
+
+    Raises:
+        WriteError: it could not be written; what was before it stays.
+    """
     text = json.dumps(line, ensure_ascii=False)
-    file.write((json.dumps(line) if _ESCAPED.search(text) else text) + "\n")
-    file.flush()
+    files.append_bytes(file, (json.dumps(line) if _ESCAPED.search(text) else text).encode() + b"\n")

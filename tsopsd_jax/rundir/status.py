@@ -25,6 +25,8 @@ STALL_FILE = "stall-{}.txt"
 """What a process that makes no progress waits for, with its stacks; the number is the process's."""
 RUNNING, ENDED, STOPPED, GUARD, FAILED = "running", "ended", "stopped", "guard", "failed"
 """States: a run that was killed still reads `running`, since nobody was left to say so."""
+MOST_STARTS = 100
+"""Starts of a run that are kept, the first and the latest: one that ends at once may be started without end."""
 LONGEST_REASON = 4_000
 """Characters of a reason that are kept: it may quote what a model wrote."""
 _YEAR_9999 = 253_370_764_800
@@ -44,6 +46,7 @@ class Status:
     def __init__(self, run_dir: Path, *, last_step: int, lines: Iterable[Mapping[str, Any]]):
         self._file = run_dir / STATUS_FILE
         before = read_status(run_dir)
+        starts = before.get("starts", [])
         self._said = {
             "state": RUNNING,
             "reason": None,
@@ -52,7 +55,12 @@ class Status:
             "phases": [end for end in before.get("phases", []) if end["step"] <= last_step],
             "skipped_updates": 0,
             "held_updates": 0,
-            "starts": [*before.get("starts", []), {"step": last_step, "time": time.time(), **machine()}],
+            "saved_step": before.get("saved_step"),
+            "starts": [
+                *starts[:1],
+                *starts[1:][2 - MOST_STARTS :],
+                {"step": last_step, "time": time.time(), **machine()},
+            ],
         }
         for line in lines:
             self.count(line)
@@ -69,6 +77,12 @@ class Status:
         """Write why a phase ended after `step`."""
         self._said["phases"].append({"phase": phase, "step": step, "reason": reason[:LONGEST_REASON]})
         self.write()
+
+    def saved(self, step: int | None) -> None:
+        """Write the step of the newest whole checkpoint, if there is another one than before."""
+        if step is not None and step != self._said["saved_step"]:
+            self._said["saved_step"] = step
+            self.write()
 
     def state(self, state: str, reason: str | None = None) -> None:
         """Write that the run is in `state` now, and why."""
@@ -96,7 +110,12 @@ def _well_formed(found: Mapping[str, Any]) -> bool:
     if not all(isinstance(each, list) and all(isinstance(item, dict) for item in each) for each in (phases, starts)):
         return False
     texts = [found.get(name) for name in ("state", "reason", "phase")]
-    steps = [found.get("step", 0), *(end.get("step") for end in phases), *(start.get("step", 0) for start in starts)]
+    steps = [
+        found.get("step", 0),
+        found.get("saved_step") or 0,
+        *(end.get("step") for end in phases),
+        *(start.get("step", 0) for start in starts),
+    ]
     times = [found.get("time"), *(start.get("time") for start in starts)]
     return (
         all(text is None or isinstance(text, str) for text in texts)

@@ -100,7 +100,8 @@ class _TensorBoard:
     """An event file of TensorBoard. Events of earlier processes from `purge_step` on are not shown any more.
 
     tensorboardX's own SummaryWriter hands events to a thread: its flush leaves out what still waits there, and a full
-    disk ends the thread and then blocks the run. Here they are written in turn.
+    disk ends the thread and then blocks the run. Here they are written in turn. What cannot be written is said once and
+    is not worth the run: metrics.jsonl has all of it.
     """
 
     def __init__(self, folder: Path, *, purge_step: int):
@@ -112,13 +113,27 @@ class _TensorBoard:
             proto: Any = importlib.import_module("tensorboardX.proto.event_pb2")
             from tensorboardX.summary import scalar, text
 
-        folder.mkdir(parents=True, exist_ok=True)
         self._event, self._scalar, self._text = proto.Event, scalar, text
-        # Its file names count whole seconds; a process that restarts within one would overwrite a file.
-        self._writer = EventsWriter(str(folder / "events"), f".{uuid.uuid4().hex[:8]}")
-        start = proto.SessionLog(status=proto.SessionLog.START)
-        self._writer.write_event(proto.Event(wall_time=time.time(), step=purge_step, session_log=start))
+        self._folder = folder
+        self._writer: Any = None
         self._flushed = time.monotonic()
+        with self._failing():
+            folder.mkdir(parents=True, exist_ok=True)
+            # Its file names count whole seconds; a process that restarts within one would overwrite a file.
+            self._writer = EventsWriter(str(folder / "events"), f".{uuid.uuid4().hex[:8]}")
+            start = proto.SessionLog(status=proto.SessionLog.START)
+            self._writer.write_event(proto.Event(wall_time=time.time(), step=purge_step, session_log=start))
+
+    @contextlib.contextmanager
+    def _failing(self) -> Iterator[None]:
+        """What cannot be written inside the block ends the events, not the run."""
+        try:
+            yield
+        except OSError as error:
+            print(f"warning: events in {self._folder} could not be written ({error}); the run goes on", file=sys.stderr)
+            if self._writer is not None:  # what it holds back would be tried again, and fail, when it is collected
+                self._writer._py_recordio_writer._writer.raw.close()
+            self._writer = None
 
     def show(self, _file: str, step: int, values: Mapping[str, Any], /) -> None:
         for name, value in values.items():
@@ -129,16 +144,23 @@ class _TensorBoard:
         self._write(step, self._text(SAMPLES_TAG, sample_texts.samples_as_markdown(records)))
 
     def _write(self, step: int, summary: Any) -> None:
-        self._writer.write_event(self._event(wall_time=time.time(), step=step, summary=summary))
+        if self._writer is None:
+            return
+        with self._failing():
+            self._writer.write_event(self._event(wall_time=time.time(), step=step, summary=summary))
         if time.monotonic() - self._flushed > FLUSH_S:
             self.flush()
 
     def flush(self) -> None:
-        self._writer.flush()
+        if self._writer is not None:
+            with self._failing():
+                self._writer.flush()
         self._flushed = time.monotonic()
 
     def close(self) -> None:
-        self._writer.close()
+        if self._writer is not None:
+            with self._failing():
+                self._writer.close()
 
 
 @contextlib.contextmanager
@@ -166,8 +188,8 @@ class _TrackedRun:
         self._table = vars(module).get("Table")
         file = run_dir / TRACKER_FILE
         if file.is_file():
-            known = json.loads(file.read_text(encoding="utf-8"))
-            self._sent = {name: max(step, known["sent"][name]) for name, step in logged.items()}
+            known = _known(file)
+            self._sent = {name: max(step, known["sent"].get(name, -1)) for name, step in logged.items()}
         else:
             known = {"id": os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:12]}
             self._sent = dict.fromkeys(logged, -1)
@@ -210,6 +232,22 @@ class _TrackedRun:
     def close(self) -> None:
         if self._run is not None:
             self._run.finish()
+
+
+def _known(file: Path) -> dict[str, Any]:
+    """The tracked run's id, and what it was sent.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
+    what, remedy = "a tracked run's id and what it was sent", "remove it, and another run begins there"
+    found = files.read_object(file, what=what, remedy=remedy)
+    sent = found.get("sent")
+    if not isinstance(found.get("id"), str) or not isinstance(sent, dict):
+        raise ValueError(f"{file}: expected {what}, got {', '.join(found) or 'nothing'}; {remedy}")
+    if not all(type(step) is int for step in sent.values()):
+        raise ValueError(f"{file}: expected numbers of steps, got {sent!r:.80}; {remedy}")
+    return found
 
 
 def _module(name: str) -> Any:

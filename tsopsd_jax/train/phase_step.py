@@ -302,12 +302,12 @@ class PhaseStep:
         behind them."""
         phase, start = self.phase, run.progress.position
         count, group = phase.prompts_per_step, phase.responses_per_prompt
-        tokens, lengths = self.task.encoded
-        chosen = indices(len(lengths), seed=self.task.seed, position=start, count=count)
+        encoded = self.task.encoded
+        chosen = indices(encoded.count, seed=self.task.seed, position=start, count=count)
         rows = np.repeat(chosen, group)
         row_id = (np.arange(count * group) + start * group).astype(np.uint32)
         asked = [self.task.problems[int(i)] for i in rows]
-        return Prompts(tokens[rows], lengths[rows], row_id), asked, run.at(position=start + count)
+        return Prompts(*encoded.padded(rows), row_id), asked, run.at(position=start + count)
 
     def _reference(self, run: RunState) -> PyTree | None:
         """Parameters of the phase's reference: the run's copy, or another model's, loaded when it is first asked

@@ -1,6 +1,7 @@
 """Traces of chosen steps, for xprof (`tensorboard --logdir RUN_DIR/profile` with its profile plugin)."""
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,7 +30,11 @@ class StepProfile:
             self.close()
 
     def close(self) -> None:
-        """Write the trace, if one is being taken."""
+        """Write the trace, if one is being taken; one that cannot be written (a full disk) is not worth the run."""
         if self.tracing:
             self.tracing = False
-            jax.profiler.stop_trace()
+            try:
+                jax.profiler.stop_trace()
+            except (OSError, RuntimeError) as error:
+                words = " ".join(str(error).split())
+                print(f"warning: the trace was not written ({words}); the run goes on without it", file=sys.stderr)

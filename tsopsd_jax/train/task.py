@@ -5,10 +5,8 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from tsopsd_jax.data import Problem, Tokenizer
-from tsopsd_jax.data.encode import encode_prompts
+from tsopsd_jax.data.encode import PackedPrompts, pack_prompts
 from tsopsd_jax.rewards import Rewards
 from tsopsd_jax.rollout import Sampling
 
@@ -46,6 +44,6 @@ class Task:
     seed: int
 
     @functools.cached_property
-    def encoded(self) -> tuple[np.ndarray, np.ndarray]:
-        """(tokens [problems, max_prompt_tokens], lengths)."""
-        return encode_prompts(self.problems, self.tokenizer, max_prompt_tokens=self.max_prompt_tokens)
+    def encoded(self) -> PackedPrompts:
+        """The prompts' tokens, in the order of the problems."""
+        return pack_prompts(self.problems, self.tokenizer, max_prompt_tokens=self.max_prompt_tokens)

@@ -100,6 +100,12 @@ class Trainer:
         self.log = None
         if processes.is_first():
             self.log = RunLog(run_dir, last_step=self.run_state.step, tracker=tracker)
+            if missing := self.log.missing_steps:
+                table.note(
+                    f"warning: the log lacks {missing:,} of the {self.run_state.step:,} steps that were taken; was it "
+                    "copied while the run went on?"
+                )
+            self._saved()
         self.signals = StopRequest(table.note, table.close)
         self.compilations, self.pace = Compilations(), Pace()
         self.steps = PhaseSteps(phases, shared, cycle)
@@ -116,13 +122,14 @@ class Trainer:
             SaveError: a checkpoint could not be written.
         """
         with contextlib.ExitStack() as closing:
+            closing.enter_context(self.signals.heard())  # until all is closed: a signal must not cut off the last save
             if self.log is not None:
                 closing.callback(self.log.close)
+            closing.callback(self._saved)
             closing.callback(self.checkpoints.close)
             closing.callback(heartbeat.tick, "writing the last checkpoint")
             closing.callback(self.steps.close)
             closing.callback(self.profile.close)
-            closing.enter_context(self.signals.heard())
             closing.enter_context(self.compilations.told())
             self._evaluate()
             while self.progress.phase < len(self.phases):
@@ -194,7 +201,7 @@ class Trainer:
         while True:
             if self._evaluate():  # also where a run goes on that was stopped while it evaluated
                 self._leave("took no step after")
-            self.checkpoints.check()
+            self._check_saved()
             self._renew_reference(phase)
             heartbeat.tick(f"step {self.run_state.step + 1}")
             compiled_s = self.compilations.seconds
@@ -234,7 +241,7 @@ class Trainer:
 
     def _between_segments(self, progress: Any) -> None:
         """Show a rollout, and leave it if that is asked: a step that was not finished has changed nothing."""
-        self.checkpoints.check()
+        self._check_saved()
         self.table.sampling(progress)
         if asked := self.signals.asked():
             self._save()
@@ -332,6 +339,7 @@ class Trainer:
         optimizer = self.phases[0].optimizer  # every phase's optimizer state has the same structure
         like = abstract_state(model, optimizer, mesh)
         heartbeat.tick("restoring a checkpoint")
+        self.checkpoints.remove_unfinished()
         run, damaged = self.checkpoints.restore_newest(like, start_like=like.params)
         if run is None:
             heartbeat.tick("loading the weights")
@@ -351,8 +359,19 @@ class Trainer:
         self.run_state = self.run_state.at(elapsed_s=time.monotonic() - self.began)
         if self.log is not None:  # first: the log must not be behind the checkpoint
             self.log.push()
-        self.checkpoints.save(self.run_state)
+        self.checkpoints.save(self.run_state)  # which waits for the one before
         self.saved_step = step
+        self._saved()
+
+    def _check_saved(self) -> None:
+        """See whether the last save is over, and whole."""
+        self.checkpoints.check()
+        self._saved()
+
+    def _saved(self) -> None:
+        """Write down which checkpoint there is: a run whose checkpoints vanish must not pass for a new one."""
+        if self.log is not None:
+            self.log.status.saved(self.checkpoints.whole_step)
 
     def _leave(self, what: str) -> None:
         """Stop where a signal asked for it; `what` says what was done before."""

@@ -1,7 +1,6 @@
 """`tsopsd analyse forks`: stochastic rollouts against the greedy ones of the same checkpoint (figure 6, table 2)."""
 
 import argparse
-import contextlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -87,7 +86,7 @@ def _sampled(
         "prompts_sha256": digest([" ".join(map(str, prompt)) for prompt in prompts]),
     }
     resumable_jsonl.claim_output(file, facts)
-    done = {(line["prompt"], line["sample"]) for line in resumable_jsonl.lines(file)}
+    done = {(line["prompt"], line["sample"]) for line in resumable_jsonl.lines(file, "prompt", "sample")}
     numbers = (GREEDY, *range(args.samples))
     todo = [(p, s) for p in range(len(prompts)) for s in numbers if (p, s) not in done]
     table.note(f"{policy.name}: {len(done)} rollouts are there, {len(todo)} to go")
@@ -127,8 +126,7 @@ def _sample(
     ids = np.asarray([p * (args.samples + 1) + s + 1 for p, s in rows], np.uint32)
     asked = Prompts(prompts[0][which], prompts[1][which], ids)
     stream = engine.stream(view, asked, jax.random.key(args.seed), group=which, on_progress=table.sampling)
-    with contextlib.ExitStack() as stack:
-        out = stack.enter_context(file.open("a", encoding="utf-8"))
+    with resumable_jsonl.open_lines(file) as out:
         for ended in stream:
             prompt, sample = rows[ended.row]
             line = {
