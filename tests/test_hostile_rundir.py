@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -443,6 +444,28 @@ def test_a_signal_while_the_last_checkpoint_is_written_does_not_cut_it_off(train
         signal.signal(signal.SIGTERM, before)
     assert trainer.signals.number == signal.SIGTERM
     assert Checkpoints(tmp_path / "checkpoints", keep=1).steps() == [2]
+
+
+def test_a_signal_before_the_loop_is_exit_code_4():
+    """While a model is read, or an analysis goes on."""
+    script = """
+import sys, time, types
+from tsopsd_jax import cli
+def run(_):
+    print("ready", flush=True)
+    time.sleep(60)
+cli._module = lambda name: types.SimpleNamespace(add=lambda parser: None, run=run)
+sys.argv = ["tsopsd", "demo"]
+sys.exit(cli.program())
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 4, said
+    assert said == "tsopsd demo: interrupted; the same command goes on from the last checkpoint\n"
 
 
 # ------------------------------------------------------------------------------------ damaged and doubled files
