@@ -318,11 +318,29 @@ def test_a_log_that_is_taken_away_ends_the_run(how, run_dir, capsys):
         (run_dir / "metrics.jsonl").unlink()
     if how == "replaced":
         (run_dir / "metrics.jsonl").write_text(json.dumps(line(1)) + "\n")
-    with pytest.raises(WriteError, match=r"metrics\.jsonl was removed or replaced while the run went on") as caught:
+    with pytest.raises(WriteError, match=r"metrics\.jsonl was removed, replaced or written by") as caught:
         log.write(line(5))
     log.close()
     assert exit_codes.explain("train", caught.value) == 6
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_two_runs_in_one_directory_whose_lock_was_removed(run_dir):
+    """The second cuts off what it takes again. The first sees it at its next step, and ends; so does the second, into
+    whose file the first wrote one line; and the next start drops that."""
+    first = RunLog(run_dir, last_step=3, tracker=EVENTLESS)
+    first.write(line(4))
+    second = RunLog(run_dir, last_step=3, tracker=EVENTLESS)
+    second.write(line(4) | {"time_s": 99.0})
+    with pytest.raises(WriteError, match="written by another process while the run went on"):
+        first.write(line(5))
+    with pytest.raises(WriteError, match="written by another process while the run went on"):
+        second.write(line(5))
+    first.close()
+    second.close()
+    with RunLog(run_dir, last_step=4, tracker=EVENTLESS) as log:
+        log.write(line(5))
+    assert [each["time_s"] for each in read_metrics(run_dir)] == [4.0, 8.0, 12.0, 99.0, 20.0]
 
 
 def test_a_run_directory_that_is_removed_while_it_runs(trainer_in, tmp_path):

@@ -115,6 +115,7 @@ def test_the_log_is_pushed_before_the_checkpoint():
         saved_step=2,
         began=0.0,
         checkpoints=checkpoints,
+        _saved=lambda: None,
     )
     Trainer._save(run)
     assert done == ["log", "checkpoint"]
