@@ -98,9 +98,16 @@ MUTANTS = [
     Mutant(
         "a log that is taken away is written on",
         "rundir/log.py",
-        "if size < self._file.tell():",
-        "if size < -1:",
+        "if size < self._end or",
+        "if size < -1 or",
         "test_hostile_rundir.py -k taken_away",
+    ),
+    Mutant(
+        "two processes write one log",
+        "rundir/log.py",
+        "or self._file.tell() != self._end:",
+        "or self._file.tell() < 0:",
+        "test_hostile_rundir.py -k lock_was_removed",
     ),
     Mutant(
         "a checkpoint may be ahead of its log on the disk",

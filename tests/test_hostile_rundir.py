@@ -1,13 +1,15 @@
 """A run directory in the hands of somebody who wishes it ill, or only looks: files that vanish, change, are copied
 while the run goes on, cannot be written; clocks that are set back; two who look, start or write at once."""
 
+import fcntl
 import gc
 import json
-import multiprocessing
 import os
 import shutil
 import signal
 import subprocess
+import sys
+import threading
 import time
 from pathlib import Path
 
@@ -99,28 +101,19 @@ def test_a_start_in_a_directory_that_cannot_be_written_is_one_line(run_dir, seal
         claim.held(sealed(run_dir)).__enter__()
 
 
-def looks(file: Path, until: float) -> None:
-    while time.monotonic() < until:
-        is_held(file)
-
-
 def test_who_looks_keeps_nobody_from_starting(tmp_path):
-    """Three processes ask without pause whether a lock is held, and a run takes it a hundred times."""
-    file, fork = tmp_path / ".lock", multiprocessing.get_context("spawn")
+    """Nor does he take another who looks for a run."""
+    file = tmp_path / ".lock"
     file.touch()
-    lookers = [fork.Process(target=looks, args=(file, time.monotonic() + 60), daemon=True) for _ in range(3)]
-    for each in lookers:
-        each.start()
-    time.sleep(1.0)
-    try:
-        for _ in range(100):
-            with locked(file, taken="taken", unwritable=""):
-                assert is_held(file) is True
-            assert is_held(file) is False, "another who looks is no holder"
-    finally:
-        for each in lookers:
-            each.kill()
-            each.join()
+    with file.open() as looker:
+        fcntl.flock(looker, fcntl.LOCK_SH)  # as `is_held` does, for a moment
+        assert is_held(file) is False
+        later = threading.Timer(0.2, fcntl.flock, (looker, fcntl.LOCK_UN))
+        later.start()
+        with locked(file, taken="taken", unwritable=""):
+            assert is_held(file) is True
+        later.join()
+    assert is_held(file) is False
 
 
 def test_a_second_start_still_is_refused(tmp_path, monkeypatch):
@@ -317,11 +310,29 @@ def test_a_log_that_is_taken_away_ends_the_run(how, run_dir, capsys):
         (run_dir / "metrics.jsonl").unlink()
     if how == "replaced":
         (run_dir / "metrics.jsonl").write_text(json.dumps(line(1)) + "\n")
-    with pytest.raises(WriteError, match=r"metrics\.jsonl was removed or replaced while the run went on") as caught:
+    with pytest.raises(WriteError, match=r"metrics\.jsonl was removed, replaced or written by") as caught:
         log.write(line(5))
     log.close()
     assert exit_codes.explain("train", caught.value) == 6
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_two_runs_in_one_directory_whose_lock_was_removed(run_dir):
+    """The second cuts off what it takes again. The first sees it at its next step, and ends; so does the second, into
+    whose file the first wrote one line; and the next start drops that."""
+    first = RunLog(run_dir, last_step=3, tracker=EVENTLESS)
+    first.write(line(4))
+    second = RunLog(run_dir, last_step=3, tracker=EVENTLESS)
+    second.write(line(4) | {"time_s": 99.125})
+    with pytest.raises(WriteError, match="written by another process while the run went on"):
+        first.write(line(5))
+    with pytest.raises(WriteError, match="written by another process while the run went on"):
+        second.write(line(5))
+    first.close()
+    second.close()
+    with RunLog(run_dir, last_step=4, tracker=EVENTLESS) as log:
+        log.write(line(5))
+    assert [each["time_s"] for each in read_metrics(run_dir)] == [4.0, 8.0, 12.0, 99.125, 20.0]
 
 
 def test_a_run_directory_that_is_removed_while_it_runs(trainer_in, tmp_path):
@@ -443,6 +454,28 @@ def test_a_signal_while_the_last_checkpoint_is_written_does_not_cut_it_off(train
         signal.signal(signal.SIGTERM, before)
     assert trainer.signals.number == signal.SIGTERM
     assert Checkpoints(tmp_path / "checkpoints", keep=1).steps() == [2]
+
+
+def test_a_signal_before_the_loop_is_exit_code_4():
+    """While a model is read, or an analysis goes on."""
+    script = """
+import sys, time, types
+from tsopsd_jax import cli
+def run(_):
+    print("ready", flush=True)
+    time.sleep(60)
+cli._module = lambda name: types.SimpleNamespace(add=lambda parser: None, run=run)
+sys.argv = ["tsopsd", "demo"]
+sys.exit(cli.program())
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 4, said
+    assert said == "tsopsd demo: interrupted; the same command goes on from the last checkpoint\n"
 
 
 # ------------------------------------------------------------------------------------ damaged and doubled files

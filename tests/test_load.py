@@ -5,6 +5,7 @@ import hashlib
 import random
 import tracemalloc
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -14,6 +15,9 @@ from tsopsd_jax.config import Config, claim
 from tsopsd_jax.config.claim import inputs_of
 from tsopsd_jax.data import Problem, indices, load_problems
 from tsopsd_jax.data.encode import pack_prompts
+from tsopsd_jax.rewards import math as verifier
+from tsopsd_jax.rewards import verify_math
+from tsopsd_jax.rewards.symbolic import Workers
 from tsopsd_jax.rollout.schedule import Geometry, Schedule
 from tsopsd_jax.rundir import object_store
 from tsopsd_jax.rundir.log import RunLog, read_metrics
@@ -150,6 +154,22 @@ def test_ten_thousand_rows_of_8192_tokens_go_through_the_scheduler():
     assert [ended[row] for row in range(rows)] == lengths.tolist()
     assert schedule.kept_tokens == lengths.sum()
     assert schedule.kept_tokens / schedule.slot_steps > 0.85, "slots are refilled while others go on"
+
+
+def test_every_answer_at_its_limit_is_answered_and_leaves_nothing(monkeypatch):
+    """All responses of a step ask for a sum that never ends: each costs its limit and its worker, no more."""
+    workers = Workers(wall_s=0.3)
+    monkeypatch.setattr(verifier, "WORKERS", workers)
+    endless = [f"Answer: \\sum_{{k=1}}^{{10^{{12}}}} \\sin({n} k)" for n in range(1, 13)]
+    try:
+        with ThreadPoolExecutor(2) as threads:
+            assert list(threads.map(lambda text: verify_math(text, "34"), endless)) == [0.0] * len(endless)
+        assert workers.pool.cut_off == len(endless)
+        assert workers.pool.idle == [], "each was killed, and waited for"
+        assert verify_math("Answer: \\sqrt{8}", "2\\sqrt{2}") == 1.0
+        assert len(workers.pool.idle) == 1
+    finally:
+        workers.pool.close()
 
 
 # ------------------------------------------------------------------------------------------------ a store

@@ -8,6 +8,7 @@ import difflib
 import importlib
 import importlib.metadata
 import os
+import signal
 import sys
 import threading
 from pathlib import Path
@@ -87,9 +88,11 @@ def main(argv: list[str] | None = None) -> int:
 def program() -> int:
     """Run the command of this process's arguments; returns its exit code.
 
+    SIGTERM is what Ctrl-C is, also before a run's loop begins to listen and after it ended: exit code 4, with a line.
     Python waits for threads before it ends, and one may compile for minutes the phases to come. After a signal nobody
     waits for it.
     """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     code = main()
     if code == exit_codes.INTERRUPTED and any(t.name.startswith("compile") for t in threading.enumerate()):
         sys.stdout.flush()

@@ -60,6 +60,8 @@ class RunLog:
         self._mirrors = open_mirrors(self.run_dir, tracker, last_step=last_step, logged=logged)
         with writes_to(self._path):
             self._file = self._path.open("ab", buffering=0)
+        self._end = self._file.tell()
+        """Where the file ends, if nobody else writes it."""
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Append one step's line (`step` an integer above all before it; values scalars, strings or None).
@@ -78,8 +80,10 @@ class RunLog:
         for key, value in record.items():
             if isinstance(value, dict | list):
                 raise ValueError(f"a metrics line holds scalars, got {type(value).__name__} under {key!r}")
-        files.append_bytes(self._file, _encode(record))
-        self._check_there()
+        data = _encode(record)
+        files.append_bytes(self._file, data)
+        self._end += len(data)
+        self._check_ours()
         self._step = step
         self.status.count(record)
         self._show(METRICS_FILE, step, record)
@@ -116,16 +120,17 @@ class RunLog:
         for mirror in self._mirrors:
             mirror.show(file, step, values)
 
-    def _check_there(self) -> None:
-        """Lines that are written to a file without a name are lost, and where its place was taken another run began."""
+    def _check_ours(self) -> None:
+        """Lines that are written to a file without a name are lost; and where another process writes the file, whose
+        lock somebody removed, there are two runs in one directory."""
         try:
             size = self._path.stat().st_size
         except FileNotFoundError:
             size = -1
-        if size < self._file.tell():
+        if size < self._end or self._file.tell() != self._end:
             raise WriteError(
-                f"{self._path} was removed or replaced while the run went on; the same command goes on from the last "
-                "checkpoint, if that is still there"
+                f"{self._path} was removed, replaced or written by another process while the run went on; the same "
+                "command goes on from the last checkpoint, if that is still there"
             )
 
     def flush(self) -> None:
