@@ -1,4 +1,4 @@
-"""Does reheating help, at a size anybody can repeat? `python scripts/reproduce_small.py WORK [--seeds 1 2] [--arms ...]`.
+"""Does reheating help, at a size anybody can repeat? `python scripts/reproduce_small.py WORK [--seeds 1 2] [--arms A]`.
 
 For each seed RL until the entropy has collapsed; then every arm of `configs/small` goes on from that policy, optimizer
 included, until it has sampled the same number of tokens (a reheating's count). Policies are kept on the way and
@@ -160,9 +160,8 @@ def run_all(units: Sequence[tuple[int, str]], command: Sequence[str], settings: 
 
 def _startable(waiting: Sequence[tuple[int, str]], running: Any, settings: Settings) -> Iterator[tuple[int, str]]:
     for seed, arm in waiting:
-        if arm in (COLLAPSE, BASE):
-            yield seed, arm
-        elif settings.study.is_trained(seed, COLLAPSE) and (seed, COLLAPSE) not in running:
+        collapsed = settings.study.is_trained(seed, COLLAPSE) and (seed, COLLAPSE) not in running
+        if collapsed or arm in (COLLAPSE, BASE):
             yield seed, arm
 
 

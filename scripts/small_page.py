@@ -1,2 +1,230 @@
-def write(results, page):
-    return ""
+"""The tables of docs/small_scale.md, from the files of results: numbers are never typed by hand.
+
+The page's sentences are written by people; between `<!-- NAME -->` and `<!-- end of NAME -->` stands what this module
+writes.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from small_claims import Claim, own_claims, papers_claims
+from small_results import (
+    BASE,
+    COLLAPSE,
+    COLLAPSED,
+    PAPERS,
+    REHEATED,
+    WHOLE,
+    Key,
+    Results,
+    Score,
+    accuracy,
+    greedy,
+    passes,
+    read_folder,
+)
+from small_statistics import Interval
+
+NOTHING = "–"
+
+
+def shown(interval: Interval | None, *, digits: int = 2) -> str:
+    """Write an interval as `[low, high]`, or a dash."""
+    if interval is None or math.isnan(interval.low):
+        return NOTHING
+    return f"[{interval.low:.{digits}f}, {interval.high:.{digits}f}]"
+
+
+def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Write a table, or a sentence where it has no rows."""
+    if not rows:
+        return "Not measured yet.\n"
+    lines = [titles, ["---"] * len(titles), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def claims(found: Sequence[Claim]) -> str:
+    """One line a claim: verdict, interval, what it is of, seeds."""
+    rows = [
+        [
+            each.claim,
+            f"**{each.verdict}**",
+            shown(each.interval),
+            NOTHING if each.interval is None else f"{each.interval.mean:.2f}",
+            str(each.seeds),
+            each.measure,
+            each.change,
+        ]
+        for each in found
+    ]
+    return table(["claim", "verdict", "interval", "mean", "seeds", "of what", "what would change our mind"], rows)
+
+
+def _difference(results: Results, arm: str, point: str, score: Score) -> str:
+    if arm == "dapo":
+        return ""
+    found = results.difference([(arm, point)], [("dapo", point)], score)
+    if found is None:
+        return ""
+    return f" ({100 * found.mean:+.1f} [{100 * found.low:.1f}, {100 * found.high:.1f}])"
+
+
+SCORES: dict[str, Score] = {
+    "avg@8, top-p 0.7": accuracy(PAPERS),
+    "pass@8, top-p 0.7": passes(8, PAPERS),
+    "avg@8, top-p 1": accuracy(WHOLE),
+    "pass@8, top-p 1": passes(8, WHOLE),
+    "pass@64, top-p 1": passes(64, WHOLE),
+}
+
+
+def arms(results: Results) -> str:
+    """Every arm at the last point that it shares with plain DAPO, with paired differences; above them what all began
+    with."""
+    rows = []
+    for arm, point in [
+        (BASE, BASE),
+        (COLLAPSE, COLLAPSED),
+        *((arm, results.last(arm, "dapo")) for arm in results.arms()),
+    ]:
+        seeds = (
+            results.seeds((arm, point), *([("dapo", point)] if arm not in (BASE, COLLAPSE) else [])) if point else []
+        )
+        if not seeds or point is None:
+            continue
+        cells = [arm, point, str(len(seeds))]
+        for title, score in SCORES.items():
+            if int(re.findall(r"@(\d+)", title)[0]) > results.policies[Key(seeds[0], arm, point)]["samples"]:
+                cells.append(NOTHING)
+                continue
+            mean = 100 * results.scores(arm, point, score, seeds).mean()
+            other = "" if arm in (BASE, COLLAPSE) else _difference(results, arm, point, score)
+            cells.append(f"{mean:.1f}{other}")
+        nats = np.mean([results.policies[Key(seed, arm, point)]["entropy_nats"] for seed in seeds])
+        rows.append([*cells, f"{nats:.3f}"])
+    return table(["arm", "tokens since the collapse", "seeds", *SCORES, "entropy, nats"], rows)
+
+
+def courses(results: Results) -> str:
+    """Avg@8 (top-p 0.7) and entropy of every arm at every point."""
+    points = results.token_points("dapo")
+    rows = []
+    for arm in results.arms():
+        cells = [arm]
+        for point in [REHEATED, *points]:
+            seeds = results.seeds((arm, point))
+            if not seeds:
+                cells.append(NOTHING)
+                continue
+            nats = np.mean([results.policies[Key(seed, arm, point)]["entropy_nats"] for seed in seeds])
+            cells.append(f"{100 * results.mean(arm, point, accuracy()):.1f}, {nats:.3f} ({len(seeds)})")
+        rows.append(cells)
+    return table(["arm", "just reheated", *points], rows)
+
+
+def pass_curves(results: Results) -> str:
+    """Pass@k of every arm at the last point, for k from 1 to 64."""
+    rows = []
+    for top_p in (WHOLE, PAPERS):
+        for arm, point in [(BASE, BASE), (COLLAPSE, COLLAPSED), *((a, results.last(a)) for a in results.arms())]:
+            if point is None or not results.seeds((arm, point)):
+                continue
+            samples = results.policies[Key(results.seeds((arm, point))[0], arm, point)]["samples"]
+            values = [
+                f"{100 * results.mean(arm, point, passes(k, top_p)):.1f}" if k <= samples else NOTHING
+                for k in (1, 2, 4, 8, 16, 32, 64)
+            ]
+            rows.append([arm, point, top_p, *values])
+    return table(["arm", "point", "top-p", *(f"@{k}" for k in (1, 2, 4, 8, 16, 32, 64))], rows)
+
+
+def reheatings(results: Results) -> str:
+    """What each reheating did, beside the collapsed policy sampled at the same entropy."""
+    rows = []
+    for arm in results.arms():
+        for seed in results.seeds((arm, REHEATED), (COLLAPSE, COLLAPSED)):
+            before, after = (results.policies[Key(seed, *each)] for each in ((COLLAPSE, COLLAPSED), (arm, REHEATED)))
+            facts, scores = after["reheating"], (greedy, accuracy(PAPERS), accuracy(WHOLE))
+            phase = next(p for p in results.courses[seed, arm]["phases"] if p["phase"] == "reheat")
+            values = [
+                " -> ".join(f"{100 * score(of).mean():.1f}" for of in (before, after, facts["ideal"]))
+                for score in scores
+            ]
+            rows.append(
+                [
+                    arm,
+                    str(seed),
+                    f"{phase['steps']}, {phase['tokens'] / 1e6:.2f}M",
+                    f"{before['entropy_nats']:.3f} -> {after['entropy_nats']:.3f}",
+                    *values,
+                    f"{facts['temperature']:.2f}",
+                    f"{facts['top_1_agreement']:.3f}",
+                    f"{facts['top_10_overlap']:.3f}, {facts['top_10_mass']:.4f}",
+                    f"{facts['forward_kl_nats']:.3f}",
+                ]
+            )
+    titles = ["arm", "seed", "steps, tokens", "entropy, nats", "greedy, %", "avg@8, top-p 0.7", "avg@8, top-p 1",
+              "T", "top-1 agreement", "top-10 overlap, mass", "KL, nats"]  # fmt: skip
+    return table(titles, rows)
+
+
+def toy(results: Results) -> str:
+    """How the toy differs from the paper, in numbers."""
+    rows = []
+    for name, arm, point in (
+        ("base", BASE, BASE),
+        ("collapsed", COLLAPSE, COLLAPSED),
+        ("reheated", "pr_fkl", REHEATED),
+    ):
+        seeds = results.seeds((arm, point))
+        if seeds:
+            of = [results.policies[Key(seed, arm, point)] for seed in seeds]
+            uncertain, nats, tokens = (
+                np.mean([m[k] for m in of]) for k in ("uncertain_fraction", "entropy_nats", "tokens")
+            )
+            rows.append([name, str(len(seeds)), f"{nats:.3f}", f"{tokens:.1f}", f"{100 * uncertain:.1f}"])
+    return table(["policy", "seeds", "entropy, nats", "tokens a response", "tokens of 0.5 nats or more, %"], rows)
+
+
+def sections(results: Results, tuning: Results) -> dict[str, str]:
+    """Every generated section of the page by its name."""
+    count = len(results.seeds((COLLAPSE, COLLAPSED)))
+    with_plain = len(results.seeds(("dapo", results.last("dapo") or "")))
+    return {
+        "seeds": f"Seeds with a collapsed policy: {count}; with plain continuation to the last point: {with_plain}.\n",
+        "claims of the paper": claims(papers_claims(results)),
+        "claims beyond the paper": claims(own_claims(results)),
+        "arms": arms(results),
+        "courses": courses(results),
+        "pass curves": pass_curves(results),
+        "reheatings": reheatings(results),
+        "toy": toy(results),
+        "tuning": courses(tuning) + "\n" + reheatings(tuning),
+    }
+
+
+def _filled(page: str, found: dict[str, str]) -> str:
+    """Put every section into its place in the page.
+
+    Raises:
+        ValueError: a section has no place.
+    """
+    for name, text in found.items():
+        place = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end of {name} -->)", flags=re.DOTALL)
+        if not place.search(page):
+            raise ValueError(f"the page has no place for {name!r}: expected <!-- {name} --> and <!-- end of {name} -->")
+        page = place.sub(lambda match, text=text: match[1] + text + match[2], page)
+    return page
+
+
+def write(folder: Path, page: Path | None) -> str:
+    """Write the generated sections into a page, or return them as text where there is none."""
+    found = sections(*read_folder(folder))
+    if page is None:
+        return "\n".join(f"{name}\n\n{text}" for name, text in found.items())
+    filled = _filled(page.read_text(encoding="utf-8"), found)
+    page.write_text(filled, encoding="utf-8")
+    return filled

@@ -191,8 +191,9 @@ def course(study: Study, seed: int, arm: str, *, points: int = 60) -> dict[str, 
         points: at most so many means of the course, each over steps that follow each other.
 
     Returns:
-        Plain data: phases [{phase, steps, tokens, entropy_first_nats, entropy_last_nats}], and of equal length tokens
-        (since the run began, at each mean's end), entropy_nats, accuracy_fraction.
+        Plain data: phases [{phase, steps, tokens, entropy_first_nats, entropy_last_nats}]; reheating_nats, the entropy
+        of every step of the first reheating; and of equal length tokens (since the run began, at each mean's end),
+        entropy_nats, accuracy_fraction.
     """
     lines = read_metrics(study.run_dir(seed, arm))
     phases: dict[str, list[dict[str, Any]]] = {}
@@ -215,6 +216,7 @@ def course(study: Study, seed: int, arm: str, *, points: int = 60) -> dict[str, 
             }
             for name, of in phases.items()
         ],
+        "reheating_nats": [round(line[ENTROPY], 5) for line in phases.get("reheat", [])],
         "tokens": ends,
         "entropy_nats": [_mean(piece, ENTROPY) for piece in pieces],
         "accuracy_fraction": [_mean(piece, ACCURACY) for piece in pieces],
