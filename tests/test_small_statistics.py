@@ -2,16 +2,12 @@
 
 import itertools
 import math
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+from small_scripts import script
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
-import small_statistics as statistics  # pyright: ignore[reportMissingImports]
-
-sys.path.pop(0)
+statistics = script("small_statistics")
 Interval = statistics.Interval
 
 
