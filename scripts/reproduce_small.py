@@ -26,9 +26,7 @@ import small_measure
 import small_page
 from small_study import COLLAPSE, COLLAPSED, REHEATED, Point, Study, course, named, train, writing_json
 
-from tsopsd_jax.config import load_config
-from tsopsd_jax.config.places import datasets_folder, model_folder
-from tsopsd_jax.data import load_problems
+from tsopsd_jax.config.places import model_folder
 from tsopsd_jax.policy import Policy
 from tsopsd_jax.train.phase import GuardError
 from tsopsd_jax.train.signals import EXIT_INTERRUPTED, Interrupted
@@ -54,8 +52,9 @@ class Settings(NamedTuple):
     def questions(self, point: str) -> small_measure.Questions:
         """Return the problems and the number of responses of a point."""
         many = point in (BASE, COLLAPSED, named(self.study.token_points[-1])) or point.startswith(REHEATED)
-        problems = load_problems("countdown", split="test", directory=datasets_folder(None), first=self.problems)
-        return small_measure.Questions(problems, self.end_samples if many else self.samples)
+        config, problems = self.study.load_arm(COLLAPSE, 0), self.study.test_problems(self.problems)
+        samples = self.end_samples if many else self.samples
+        return small_measure.Questions(problems, samples, config.phases[0].max_response_tokens)
 
     def measured(self, seed: int, arm: str, point: str) -> Path:
         """Return the file of a policy's measures."""
@@ -98,7 +97,7 @@ def run_unit(settings: Settings, seed: int, arm: str) -> None:
     if arm == BASE:
         file, questions = settings.measured(seed, BASE, BASE), settings.questions(BASE)
         if not file.is_file():
-            folder = model_folder(load_config(settings.study.configs / f"{COLLAPSE}.yaml", []))
+            folder = model_folder(settings.study.load_arm(COLLAPSE, seed))
             with writing_json(file) as found:
                 found |= Point(BASE, BASE, 0, 0, 0.0)._asdict()
                 found |= small_measure.measure(Policy.load(folder), questions)
@@ -189,6 +188,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--problems", type=int, default=1024)
     parser.add_argument("--samples", type=int, default=16, help="responses a problem at points on the way")
     parser.add_argument("--end-samples", type=int, default=64, help="and at the others")
+    parser.add_argument("--task", type=Path, metavar="DIR", help="of scripts/pretrain_countdown.py, with --results")
     parser.add_argument("--configs", type=Path, default=ROOT / "configs" / "small")
     parser.add_argument("--results", type=Path, default=RESULTS, help="files of results")
     parser.add_argument("--page", type=Path, metavar="FILE.md", help="write the page from the results and end")
@@ -201,7 +201,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run what is asked for; returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
     args = parse(arguments)
-    study = Study(args.work, args.configs, [int(tokens) for tokens in sorted(args.tokens)])
+    study = Study(args.work, args.configs, [int(tokens) for tokens in sorted(args.tokens)], args.task)
     settings = Settings(study, args.problems, args.samples, args.end_samples, args.results)
     if args.unit:
         try:

@@ -29,8 +29,6 @@ UNCERTAIN_NATS = 0.5
 """Tokens of at least this entropy are called uncertain."""
 COMPARED, SLOTS = 1024, 1024
 """Responses on whose tokens policies are compared; responses decoded side by side."""
-MAX_TOKENS = 19
-"""Of a response, its end included."""
 STEPS_OF_TEMPERATURE = 8
 
 
@@ -39,12 +37,16 @@ class Questions(NamedTuple):
 
     problems: Sequence[Problem]
     samples: int
+    max_tokens: int
+    """Of a response, its end included."""
 
 
 def draw(policy: Policy, questions: Questions, sampling: Sampling) -> list[list[Sample]]:
     """Draw responses to every problem, a list for each; the same randomness for every policy."""
     prompts = [problem.prompt for problem in questions.problems]
-    return policy.sample(prompts, samples=questions.samples, max_tokens=MAX_TOKENS, sampling=sampling, slots=SLOTS)
+    return policy.sample(
+        prompts, samples=questions.samples, max_tokens=questions.max_tokens, sampling=sampling, slots=SLOTS
+    )
 
 
 def right_of(drawn: Sequence[Sequence[Sample]], problems: Sequence[Problem]) -> list[int]:
@@ -95,7 +97,7 @@ def temperature_of_entropy(policy: Policy, questions: Questions, nats: float) ->
         questions: few suffice; the first of them are answered once each.
         nats: aimed at; at or below the policy's own: 1.
     """
-    few = Questions(questions.problems[:COMPARED], 1)
+    few = questions._replace(problems=questions.problems[:COMPARED], samples=1)
     low, high = 0.0, float(np.log(8.0))
     if entropy_of(draw(policy, few, WHOLE)) >= nats:
         return 1.0
@@ -114,7 +116,7 @@ def likeness(collapsed: Policy, reheated: Policy, questions: Questions) -> dict[
         likeliest, those in common; top_10_mass: their probability under the reheated policy; forward_kl_nats:
         KL(collapsed || reheated).
     """
-    drawn = draw(collapsed, Questions(questions.problems[:COMPARED], 1), WHOLE)
+    drawn = draw(collapsed, questions._replace(problems=questions.problems[:COMPARED], samples=1), WHOLE)
     answered = [Answered(each[0].prompt_tokens.tolist(), each[0].tokens.tolist()) for each in drawn]
     mesh = make_mesh()
     limit = collapsed.model.config.max_position_embeddings

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 
 from tsopsd_jax.commands.train import open_trainer
 from tsopsd_jax.config import Config, load_config
-from tsopsd_jax.config.places import model_folder
+from tsopsd_jax.config.places import datasets_folder, model_folder
+from tsopsd_jax.data import Problem, countdown, load_problems
 from tsopsd_jax.display.live_table import LiveTable
 from tsopsd_jax.metric_names import ACCURACY, ENTROPY, TOKENS
 from tsopsd_jax.model import save_pretrained
@@ -52,6 +53,40 @@ class Study(NamedTuple):
     configs: Path
     token_points: Sequence[int]
     """Tokens sampled since the collapse at which an arm's policy is kept; the last is its budget."""
+    task: Path | None = None
+    """A directory of `scripts/pretrain_countdown.py --task`, in the place of the packaged model and its problems."""
+
+    def load_arm(self, arm: str, seed: int) -> Config:
+        """Load the configuration of an arm for a seed; see `RATE`.
+
+        Raises:
+            ValueError: no such file, or a wrong setting.
+        """
+        name, _, rate = arm.partition(RATE)
+        file = self.configs / f"{name}.yaml"
+        phases = [phase.name for phase in load_config(file, []).phases]
+        settings = [f"seed={seed}"]
+        if rate:
+            turned = "reheat" if "reheat" in phases else phases[-1]
+            settings.append(f"phases.{turned}.optimizer.learning_rate={rate}")
+        if self.task is not None:
+            prompt, response = self._lengths()
+            data = f"{{name: jsonl, path: {self.task}/train.jsonl, verifier: countdown, max_prompt_tokens: {prompt}}}"
+            settings += [f"model.path={self.task}/model", f"data={data}"]
+            settings += [f"phases.{phase}.max_response_tokens={response}" for phase in phases]
+        return load_config(file, settings)
+
+    def test_problems(self, first: int) -> Sequence[Problem]:
+        """Load the first problems that no run has seen."""
+        if self.task is not None:
+            return load_problems("jsonl", path=self.task / "test.jsonl", first=first)
+        return load_problems("countdown", split="test", directory=datasets_folder(None), first=first)
+
+    def _lengths(self) -> tuple[int, int]:
+        """Tokens of the task's prompts, and of its responses with one to spare, as the demo has it."""
+        assert self.task is not None
+        prompt, response = countdown.lengths(len(self.test_problems(1)[0].answer.split(" ")) - 2)
+        return prompt, response + 1
 
     def run_dir(self, seed: int, arm: str) -> Path:
         """Return the run directory of an arm."""
@@ -78,22 +113,6 @@ def named(tokens: int) -> str:
     return f"{tokens / 1e6:g}M"
 
 
-def load_arm(configs: Path, arm: str, seed: int) -> Config:
-    """Load the configuration of an arm for a seed; see `RATE`.
-
-    Raises:
-        ValueError: no such file, or a wrong setting.
-    """
-    name, _, rate = arm.partition(RATE)
-    file = configs / f"{name}.yaml"
-    settings = [f"seed={seed}"]
-    if rate:
-        phases = [phase.name for phase in load_config(file, settings).phases]
-        turned = "reheat" if "reheat" in phases else phases[-1]
-        settings.append(f"phases.{turned}.optimizer.learning_rate={rate}")
-    return load_config(file, settings)
-
-
 def from_the_start(config: Config, collapse: Config) -> bool:
     """Return whether an arm is a run of its own, since its first phase is not the collapse's."""
     return config.phases[0] != collapse.phases[0]
@@ -117,10 +136,10 @@ def train(study: Study, seed: int, arm: str) -> None:
         GuardError: a guard of the run stopped it.
         ValueError: the schedule ended before the last point.
     """
-    config, run_dir = load_arm(study.configs, arm, seed), study.run_dir(seed, arm)
+    config, run_dir = study.load_arm(arm, seed), study.run_dir(seed, arm)
     collapsed = study.run_dir(seed, COLLAPSE)
     run_dir.parent.mkdir(parents=True, exist_ok=True)
-    if arm != COLLAPSE and not from_the_start(config, load_arm(study.configs, COLLAPSE, seed)):
+    if arm != COLLAPSE and not from_the_start(config, study.load_arm(COLLAPSE, seed)):
         fork(collapsed, run_dir)
     before = 0 if arm == COLLAPSE else sum(line[TOKENS] for line in read_metrics(collapsed))
     with open_trainer(config, run_dir, LiveTable(stream=sys.stderr)) as trainer:

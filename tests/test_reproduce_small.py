@@ -14,6 +14,7 @@ from tsopsd_jax.config.build import make_phase
 
 study, results, claims, page = (script(f"small_{name}") for name in ("study", "results", "claims", "page"))
 CONFIGS = ROOT / "configs" / "small"
+STUDY = study.Study(Path("work"), CONFIGS, [1_000_000])
 ARMS = sorted({path.stem for path in CONFIGS.glob("*.yaml")} - {"schedule", "collapse"})
 
 # ------------------------------------------------------------------ arms
@@ -21,7 +22,7 @@ ARMS = sorted({path.stem for path in CONFIGS.glob("*.yaml")} - {"schedule", "col
 
 @pytest.mark.parametrize("arm", ARMS)
 def test_an_arm_goes_on_from_the_collapse_or_is_a_run_of_its_own(arm):
-    config, collapse = (study.load_arm(CONFIGS, name, 3) for name in (arm, "collapse"))
+    config, collapse = (STUDY.load_arm(name, 3) for name in (arm, "collapse"))
     for phase in config.phases:
         make_phase(phase)
     assert config.seed == 3
@@ -57,11 +58,22 @@ def test_the_papers_arms_differ_in_what_they_claim_and_in_nothing_else():
 
 def test_an_arm_may_have_another_rate():
     def rates(arm):
-        return {phase.name: phase.optimizer.learning_rate for phase in study.load_arm(CONFIGS, arm, 0).phases}
+        return {phase.name: phase.optimizer.learning_rate for phase in STUDY.load_arm(arm, 0).phases}
 
     assert rates("pr_fkl@1e-4") == rates("pr_fkl") | {"reheat": 1e-4}
     assert rates("dapo@5e-5") == rates("dapo") | {"rl-again": 5e-5}
     assert rates("held@5e-5") == {"rl": 5e-5}
+
+
+def test_a_task_of_ones_own_takes_the_place_of_the_packaged_one(tmp_path):
+    problems = '{"problem": "1 2 3 4 5 -> 15 :", "answer": "1 2 3 4 5 -> 15"}\n'
+    (tmp_path / "test.jsonl").write_text(problems)
+    made = STUDY._replace(task=tmp_path)
+    config = made.load_arm("pr_fkl@1e-4", 7)
+    assert (config.model.path, config.data.path) == (f"{tmp_path}/model", f"{tmp_path}/train.jsonl")
+    assert config.data.max_prompt_tokens == 8
+    assert [phase.max_response_tokens for phase in config.phases] == [25, 25, 25]
+    assert [problem.answer for problem in made.test_problems(1)] == ["1 2 3 4 5 -> 15"]
 
 
 # ------------------------------------------------------------------ what is kept
