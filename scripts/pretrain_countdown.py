@@ -107,7 +107,7 @@ def main() -> None:
     )
     model, rng = Qwen3(shape), np.random.default_rng(args.seed)
     params = model.init(jax.random.key(args.seed))
-    rate = optax.warmup_cosine_decay_schedule(0.0, 3e-3, 100, args.steps, 1e-5)
+    rate = optax.warmup_cosine_decay_schedule(0.0, 3e-3, min(100, args.steps // 4), args.steps, 1e-5)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.98, weight_decay=0.01))
     state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
     update = jax.jit(make_update(model, cross_entropy(), optimizer), donate_argnums=0)

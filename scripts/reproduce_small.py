@@ -49,26 +49,44 @@ class Settings(NamedTuple):
     """Responses a problem at the collapse, after a reheating, and at an arm's last point; elsewhere `samples`."""
     results: Path
 
-    def questions(self, point: str) -> small_measure.Questions:
-        """Return the problems and the number of responses of a point."""
+    def samples_at(self, point: str) -> int:
+        """Return the number of responses to a problem at a point."""
         many = point in (BASE, COLLAPSED, named(self.study.token_points[-1])) or point.startswith(REHEATED)
-        config, problems = self.study.load_arm(COLLAPSE, 0), self.study.test_problems(self.problems)
-        samples = self.end_samples if many else self.samples
-        return small_measure.Questions(problems, samples, config.phases[0].max_response_tokens)
+        return self.end_samples if many else self.samples
 
-    def measured(self, seed: int, arm: str, point: str) -> Path:
-        """Return the file of a policy's measures."""
+    def questions(self, point: str) -> small_measure.Questions:
+        """Return what a policy is asked at a point."""
+        config, problems = self.study.load_arm(COLLAPSE, 0), self.study.test_problems(self.problems)
+        return small_measure.Questions(problems, self.samples_at(point), config.phases[0].max_response_tokens)
+
+    def file_of(self, seed: int, arm: str, point: str) -> Path:
+        """Return the file of a policy's measures; the base model is the same for all seeds."""
+        if arm == BASE:
+            return self.study.work / "base.json"
         return self.study.work / f"seed-{seed}" / "measures" / arm / f"{point}.json"
+
+    def is_measured(self, seed: int, arm: str, point: str) -> bool:
+        """Return whether a policy answered as many problems as often as is asked for, or oftener."""
+        file = self.file_of(seed, arm, point)
+        if not file.is_file():
+            return False
+        old = json.loads(file.read_text(encoding="utf-8"))
+        return old["problems"] == self.problems and old["samples"] >= self.samples_at(point)
+
+    def is_done(self, seed: int, arm: str) -> bool:
+        """Return whether there is nothing left to do for an arm of a seed."""
+        if arm == BASE:
+            return self.is_measured(seed, BASE, BASE)
+        points = [each.point for each in self.study.points(seed, arm)]
+        return self.study.is_trained(seed, arm) and all(self.is_measured(seed, arm, point) for point in points)
 
 
 def measure_arm(settings: Settings, seed: int, arm: str) -> None:
     """Measure every policy of an arm that has not been measured so."""
     for point in settings.study.points(seed, arm):
-        file, questions = settings.measured(seed, arm, point.point), settings.questions(point.point)
-        if file.is_file():
-            old = json.loads(file.read_text())
-            if (old["problems"], old["samples"]) == (len(questions.problems), questions.samples):
-                continue
+        if settings.is_measured(seed, arm, point.point):
+            continue
+        file, questions = settings.file_of(seed, arm, point.point), settings.questions(point.point)
         policy = Policy.load(settings.study.policy_dir(seed, arm, point.point))
         with writing_json(file) as found:
             found |= point._asdict() | small_measure.measure(policy, questions)
@@ -95,12 +113,10 @@ def _words(found: dict[str, Any]) -> str:
 def run_unit(settings: Settings, seed: int, arm: str) -> None:
     """Train an arm of a seed and measure it; the base model's measures for `BASE`."""
     if arm == BASE:
-        file, questions = settings.measured(seed, BASE, BASE), settings.questions(BASE)
-        if not file.is_file():
-            folder = model_folder(settings.study.load_arm(COLLAPSE, seed))
-            with writing_json(file) as found:
-                found |= Point(BASE, BASE, 0, 0, 0.0)._asdict()
-                found |= small_measure.measure(Policy.load(folder), questions)
+        folder = model_folder(settings.study.load_arm(COLLAPSE, seed))
+        with writing_json(settings.file_of(seed, BASE, BASE)) as found:
+            found |= Point(BASE, BASE, 0, 0, 0.0)._asdict()
+            found |= small_measure.measure(Policy.load(folder), settings.questions(BASE))
         return
     if not settings.study.is_trained(seed, arm):
         train(settings.study, seed, arm)
@@ -110,10 +126,11 @@ def run_unit(settings: Settings, seed: int, arm: str) -> None:
 def collect(settings: Settings, seed: int) -> None:
     """Write what is measured of a seed to its file of results."""
     files = sorted((settings.study.work / f"seed-{seed}" / "measures").glob("*/*.json"))
-    policies = [json.loads(file.read_text()) for file in files]
-    arms = [arm for arm in dict.fromkeys(policy["arm"] for policy in policies) if arm != BASE]
-    if not policies:
+    if not files:
         return
+    base = settings.file_of(seed, BASE, BASE)
+    policies = [json.loads(file.read_text()) for file in (*files, *([base] if base.is_file() else []))]
+    arms = [arm for arm in dict.fromkeys(policy["arm"] for policy in policies) if arm != BASE]
     with writing_json(settings.results / f"seed-{seed}.json") as found:
         found["seed"] = seed
         found["policies"] = sorted(policies, key=lambda p: (p["arm"], p["tokens"], p["step"]))
@@ -124,8 +141,8 @@ def collect(settings: Settings, seed: int) -> None:
 
 
 def units_of(seeds: Sequence[int], arms: Sequence[str]) -> list[tuple[int, str]]:
-    """Order the units: a seed after the other, its collapse first."""
-    return [(seed, arm) for seed in seeds for arm in (COLLAPSE, BASE, *arms)]
+    """Order the units: a seed after the other, its collapse first; the base model with the first."""
+    return [(seed, arm) for seed in seeds for arm in (COLLAPSE, *([BASE] if seed == seeds[0] else []), *arms)]
 
 
 def run_all(units: Sequence[tuple[int, str]], command: Sequence[str], settings: Settings, parallel: int) -> list[str]:
@@ -134,7 +151,7 @@ def run_all(units: Sequence[tuple[int, str]], command: Sequence[str], settings: 
     Returns:
         The units that failed, in words.
     """
-    waiting, running, failed = list(units), {}, []
+    waiting, running, failed = [unit for unit in units if not settings.is_done(*unit)], {}, []
     try:
         while waiting or running:
             for unit in list(_startable(waiting, running, settings))[: parallel - len(running)]:
@@ -149,6 +166,8 @@ def run_all(units: Sequence[tuple[int, str]], command: Sequence[str], settings: 
                 if code and unit[1] == COLLAPSE:
                     waiting = [other for other in waiting if other[0] != unit[0]]
             time.sleep(0.2)
+        for seed in dict.fromkeys(seed for seed, _ in units):
+            collect(settings, seed)
     finally:
         for process in running.values():
             process.terminate()  # it saves its last step

@@ -89,7 +89,8 @@ def papers_claims(results: Results) -> list[Claim]:
     steady = _last(results, ["pr_fkl_t15"], ["pr_fkl"])
     overlap = results.per_seed("pr_fkl", REHEATED, lambda measured: measured["reheating"]["top_10_overlap"])
     hard, rollout = _last(results, ["pr_fkl"], ["dapo"], hard=True), ["pr_fkl", "pr_rkl"]
-    wide = _last(results, ["pr_fkl"], ["dapo"], score=passes(8, PAPERS))
+    enough = results.least_samples() >= 8
+    wide = _last(results, ["pr_fkl"], ["dapo"], score=passes(8, PAPERS)) if enough else None
     policy, direction = _last(results, rollout, ["rr"]), _last(results, ["pr_fkl"], ["pr_rkl"])
     return [
         all_beat(results),

@@ -73,6 +73,10 @@ class Results(NamedTuple):
         """Return a score of each seed and problem, [S, P]."""
         return np.stack([score(self.policies[Key(seed, arm, point)]) for seed in seeds])
 
+    def least_samples(self) -> int:
+        """Return the least number of responses that a policy gave to a problem; 0 where none was measured."""
+        return min((measured["samples"] for measured in self.policies.values()), default=0)
+
     def mean(self, arm: str, point: str, score: Score) -> float:
         """Return the mean of a score over the seeds that have it."""
         return float(self.scores(arm, point, score, self.seeds((arm, point))).mean())

@@ -245,7 +245,19 @@ def test_the_whole_chain_at_toy_size_and_again(tmp_path):
     )
     for arm in ("collapse", "dapo", "pr_fkl_frozen"):
         (configs / f"{arm}.yaml").write_text((CONFIGS / f"{arm}.yaml").read_text())
-    words = [str(work), "--configs", str(configs), "--results", str(out), "--seeds", "3", "--problems", "16"]
+    words = [
+        str(work),
+        "--configs",
+        str(configs),
+        "--results",
+        str(out),
+        "--seeds",
+        "3",
+        "--problems",
+        "16",
+        "--parallel",
+        "2",
+    ]
     words += ["--samples", "2", "--end-samples", "2", "--arms", "dapo", "pr_fkl_frozen", "--tokens"]
     run_script("reproduce_small.py", *words, "4000")
     content = (out / "seed-3.json").read_text()
