@@ -34,7 +34,7 @@ from tsopsd_jax.train.signals import EXIT_INTERRUPTED, Interrupted
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "small"
 FIRST_ARMS = ("dapo", "dapo_reset", "pr_fkl", "pr_fkl_frozen", "rr", "pr_rkl")
-OTHER_ARMS = ("held", "pr_fkl_t15", "adaptive_entropy_bonus", "kl_cov", "clip_cov")
+OTHER_ARMS = ("held", "pr_fkl_t15", "adaptive_entropy_bonus", "kl_cov", "clip_cov", "cycle")
 BASE = "base"
 GUARD = 3
 

@@ -56,6 +56,17 @@ def test_the_papers_arms_differ_in_what_they_claim_and_in_nothing_else():
     assert changes_of("rr") == {*changes_of("dapo"), *hot}
 
 
+def test_the_cycle_has_the_schedules_phases_twice():
+    once, twice = ({p["name"]: p for p in strict.plain(load_config(CONFIGS / f"{name}.yaml", []))["phases"]}
+                   for name in ("schedule", "cycle"))  # fmt: skip
+    assert list(twice) == ["rl", "reheat", "rl-again", "reheat-2", "rl-again-2"]
+    again = once["rl-again"] | {"stop": twice["rl-again"]["stop"]}
+    for name, expected in (("rl", once["rl"]), ("reheat", once["reheat"]), ("rl-again", again)):
+        assert twice[name] == expected
+    assert twice["reheat-2"] == once["reheat"] | {"name": "reheat-2"}
+    assert twice["rl-again-2"] == once["rl-again"] | {"name": "rl-again-2", "outcome": "continued again"}
+
+
 def test_an_arm_may_have_another_rate():
     def rates(arm):
         return {phase.name: phase.optimizer.learning_rate for phase in STUDY.load_arm(arm, 0).phases}
