@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 from small_claims import Claim, own_claims, papers_claims
+from small_figure import draw, drawable
 from small_results import (
     BASE,
     COLLAPSE,
@@ -189,8 +190,8 @@ def toy(results: Results) -> str:
     return table(["policy", "seeds", "entropy, nats", "tokens a response", "tokens of 0.5 nats or more, %"], rows)
 
 
-def sections(results: Results, tuning: Results) -> dict[str, str]:
-    """Every generated section of the page by its name."""
+def sections(results: Results, tuning: Results, picture: str = "small_scale.png") -> dict[str, str]:
+    """Every generated section of the page by its name; `picture` is the file of its figure."""
     count = len(results.seeds((COLLAPSE, COLLAPSED)))
     with_plain = len(results.seeds(("dapo", results.last("dapo") or "")))
     return {
@@ -199,6 +200,7 @@ def sections(results: Results, tuning: Results) -> dict[str, str]:
         "claims beyond the paper": claims(own_claims(results)),
         "arms": arms(results),
         "courses": courses(results),
+        "figure": f"![entropy and accuracy of every arm]({picture})\n" if drawable(results) else "Not measured yet.\n",
         "pass curves": pass_curves(results),
         "reheatings": reheatings(results),
         "toy": toy(results),
@@ -222,9 +224,12 @@ def _filled(page: str, found: dict[str, str]) -> str:
 
 def write(folder: Path, page: Path | None) -> str:
     """Write the generated sections into a page, or return them as text where there is none."""
-    found = sections(*read_folder(folder))
+    reported, tuning = read_folder(folder)
+    found = sections(reported, tuning, "small_scale.png" if page is None else page.with_suffix(".png").name)
     if page is None:
         return "\n".join(f"{name}\n\n{text}" for name, text in found.items())
     filled = _filled(page.read_text(encoding="utf-8"), found)
     page.write_text(filled, encoding="utf-8")
+    if drawable(reported):
+        draw(reported, page.with_suffix(".png"))
     return filled

@@ -146,7 +146,9 @@ def planted(folder: Path, seeds: int, gains: dict[str, float]) -> None:
         reheated["reheating"] |= {"top_1_agreement": 0.95, "top_10_overlap": 0.97 + 0.001 * seed}
         phases = [{"phase": "reheat", "steps": 10, "tokens": 90_000}]
         course = {"phases": phases, "reheating_nats": np.linspace(0.08, 0.12, 10).tolist()}
-        content = {"seed": seed, "policies": [base, collapsed, *arms, reheated], "courses": {"pr_fkl": course}}
+        course |= {"tokens": [5_000_000, 9_000_000], "entropy_nats": [0.1, 0.05]}
+        courses = {"pr_fkl": course, "collapse": {"tokens": [5_000_000], "entropy_nats": [0.1], "reheating_nats": []}}
+        content = {"seed": seed, "policies": [base, collapsed, *arms, reheated], "courses": courses}
         (folder / f"seed-{seed}.json").write_text(json.dumps(content))
 
 
@@ -222,11 +224,26 @@ def test_tables_are_put_into_their_places_and_nothing_else_is_touched(tmp_path):
     assert "STALE" not in written
     assert written.count("Between.") == len(names)
     assert page.write(tmp_path, file) == written
+    assert "(page.png)" in written
+    assert (tmp_path / "page.png").stat().st_size > 10_000
     row = next(line for line in written.splitlines() if line.startswith("| PR-FKL beats"))
     assert "**supported** | [" in row
     file.write_text("Words.\n")
     with pytest.raises(ValueError, match="has no place for 'seeds'"):
         page.write(tmp_path, file)
+
+
+def test_curves_begin_at_the_collapse():
+    """Two seeds of different collapses: the tokens of both are counted from there, and averaged on one grid."""
+    courses = {}
+    for seed, collapsed in ((1, 5e6), (2, 7e6)):
+        courses[seed, "collapse"] = {"tokens": [collapsed], "entropy_nats": [0.08]}
+        tokens = [collapsed, collapsed + 2e6]
+        courses[seed, "dapo"] = {"tokens": tokens, "entropy_nats": [0.08, 0.04 if seed == 1 else 0.02]}
+    grid, nats = script("small_figure").entropy_course(results.Results({}, courses), "dapo")
+    assert (grid[0], grid[-1]) == (0.0, 2.0)
+    assert (nats[0], nats[-1]) == pytest.approx((0.08, 0.03))
+    assert script("small_figure").drawable(results.Results({}, courses)) == [], "no collapsed policy was measured"
 
 
 def test_the_page_shows_what_the_results_say():
