@@ -11,6 +11,7 @@ from small_scripts import ROOT, script
 
 from tsopsd_jax.config import load_config, strict
 from tsopsd_jax.config.build import make_phase
+from tsopsd_jax.rundir.log import read_metrics
 
 study, results, claims, page = (script(f"small_{name}") for name in ("study", "results", "claims", "page"))
 CONFIGS = ROOT / "configs" / "small"
@@ -259,7 +260,7 @@ def test_the_page_shows_what_the_results_say():
 @pytest.mark.slow
 def test_the_whole_chain_at_toy_size_and_again(tmp_path):
     """Two arms of a seed, a few steps, few problems: runs, policies, measures, results; the same command does nothing
-    more, and another point goes on from where the runs stopped."""
+    more."""
     configs, work, out = tmp_path / "configs", tmp_path / "work", tmp_path / "results"
     configs.mkdir()
     (configs / "schedule.yaml").write_text(
@@ -304,8 +305,9 @@ def test_the_whole_chain_at_toy_size_and_again(tmp_path):
     assert reheating["temperature"] >= 1
     run_script("reproduce_small.py", *words, "4000")
     assert (out / "seed-3.json").read_text() == content
-    run_script("reproduce_small.py", *words, "4000", "6000")
-    longer, _ = results.read_folder(out)
-    assert results.Key(3, "dapo", "0.006M") in longer.policies
-    key = results.Key(3, "dapo", "0.004M")
-    assert longer.policies[key] == found.policies[key]
+    assert script("reproduce_small").main([*words, "4000", "6000", "--unit", "3", "dapo"]) == 0
+    kept = [each.point for each in study.Study(work, configs, []).points(3, "dapo")]
+    assert kept == ["0.004M", "0.006M"], "another point: the run goes on from where it stopped"
+    steps = [line["step"] for line in read_metrics(work / "seed-3" / "runs" / "dapo")]
+    assert steps == list(range(1, len(steps) + 1))
+    assert (work / "seed-3" / "measures" / "dapo" / "0.006M.json").is_file()
