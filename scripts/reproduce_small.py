@@ -2,9 +2,10 @@
 
 For each seed RL until the entropy has collapsed; then every arm of `configs/small` goes on from that policy, optimizer
 included, until it has sampled the same number of tokens (a reheating's count). Policies are kept on the way and
-measured on problems that no run has seen. Results go to `benchmarks/results/small`, a file a seed; `--page` writes
-docs/small_scale.md from them. Whatever ends the command, the same one goes on, from the last checkpoints; `--minutes`
-ends it by itself.
+measured on problems that no run has seen. Results go to WORK/results, a file a seed; those behind docs/small_scale.md
+are in benchmarks/results/small, and `--results benchmarks/results/small --page docs/small_scale.md` writes its tables
+and its figure. Whatever ends the command, the same one goes on, from the last checkpoints; `--minutes` ends it by
+itself.
 
 Seeds from 90 on are for trying settings: the page keeps them apart. ARM@RATE is an arm with another learning rate.
 """
@@ -32,9 +33,8 @@ from tsopsd_jax.train.phase import GuardError
 from tsopsd_jax.train.signals import EXIT_INTERRUPTED, Interrupted
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "small"
 FIRST_ARMS = ("dapo", "dapo_reset", "pr_fkl", "pr_fkl_frozen", "rr", "pr_rkl")
-OTHER_ARMS = ("held", "pr_fkl_t15", "adaptive_entropy_bonus", "kl_cov", "clip_cov", "cycle")
+OTHER_ARMS = ("held", "pr_fkl_t15", "pr_fkl_refreshed", "adaptive_entropy_bonus", "kl_cov", "clip_cov", "cycle")
 BASE = "base"
 GUARD = 3
 
@@ -207,9 +207,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--problems", type=int, default=1024)
     parser.add_argument("--samples", type=int, default=16, help="responses a problem at points on the way")
     parser.add_argument("--end-samples", type=int, default=64, help="and at the others")
-    parser.add_argument("--task", type=Path, metavar="DIR", help="of scripts/pretrain_countdown.py, with --results")
+    parser.add_argument("--task", type=Path, metavar="DIR", help="of scripts/pretrain_countdown.py")
     parser.add_argument("--configs", type=Path, default=ROOT / "configs" / "small")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="files of results")
+    parser.add_argument("--results", type=Path, metavar="DIR", help="files of results; default: WORK/results")
     parser.add_argument("--page", type=Path, metavar="FILE.md", help="write the page from the results and end")
     parser.add_argument("--table-only", action="store_true", help="print the tables of the results and end")
     parser.add_argument("--unit", nargs=2, metavar=("SEED", "ARM"), help=argparse.SUPPRESS)
@@ -220,8 +220,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run what is asked for; returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
     args = parse(arguments)
+    results = args.results or args.work / "results"
     study = Study(args.work, args.configs, [int(tokens) for tokens in sorted(args.tokens)], args.task)
-    settings = Settings(study, args.problems, args.samples, args.end_samples, args.results)
+    settings = Settings(study, args.problems, args.samples, args.end_samples, results)
     if args.unit:
         try:
             run_unit(settings, int(args.unit[0]), args.unit[1])
@@ -233,7 +234,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return GUARD
         return 0
     if args.page or args.table_only:
-        text = small_page.write(args.results, args.page)
+        text = small_page.write(results, args.page)
         print(text if args.table_only else f"wrote {args.page}")
         return 0
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_INTERRUPTED))
@@ -241,7 +242,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGALRM, lambda *_: sys.exit("time is over; the same command goes on"))
         signal.alarm(max(1, round(60 * args.minutes)))
     failed = run_all(units_of(args.seeds, args.arms), arguments, settings, args.parallel)
-    print(small_page.write(args.results, None))
+    print(small_page.write(results, None))
     return 1 if failed else 0
 
 

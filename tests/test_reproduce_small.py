@@ -51,6 +51,8 @@ def test_the_papers_arms_differ_in_what_they_claim_and_in_nothing_else():
         f"{reheating}.teacher_temperature",
         "reheat.reference",
     }
+    refreshed = {f"{reheating}.teacher", "reheat.reference", "reheat.reference_every_steps"}
+    assert changes_of("pr_fkl_refreshed") == refreshed
     assert changes_of("dapo") == {"rl-again.optimizer_state"}
     assert changes_of("dapo_reset") == set()
     hot = {"rl-again.objective.hyperparameters.policy_temperature", "rl-again.sampling.sampling_temperature"}
@@ -66,6 +68,11 @@ def test_the_cycle_has_the_schedules_phases_twice():
         assert twice[name] == expected
     assert twice["reheat-2"] == once["reheat"] | {"name": "reheat-2"}
     assert twice["rl-again-2"] == once["rl-again"] | {"name": "rl-again-2", "outcome": "continued again"}
+
+
+def test_the_script_knows_every_arm():
+    program = script("reproduce_small")
+    assert sorted([*program.FIRST_ARMS, *program.OTHER_ARMS]) == ARMS
 
 
 def test_an_arm_may_have_another_rate():
@@ -248,7 +255,7 @@ def test_curves_begin_at_the_collapse():
 
 
 def test_the_page_shows_what_the_results_say():
-    """Written by `python scripts/reproduce_small.py WORK --page docs/small_scale.md`."""
+    """Written by `scripts/reproduce_small.py WORK --results benchmarks/results/small --page docs/small_scale.md`."""
     text = (ROOT / "docs" / "small_scale.md").read_text(encoding="utf-8")
     for name, found in page.sections(*results.read_folder(ROOT / "benchmarks" / "results" / "small")).items():
         assert f"<!-- {name} -->\n{found}<!-- end of {name} -->" in text, name
