@@ -33,7 +33,7 @@ MAX_RESPONSE_TOKENS = (NUMBERS - 1) * 6
 """Five words a step, two separators, and the end of the sequence."""
 
 MOST_NUMBERS = 6
-"""Of a harder problem: more would make responses longer than the verifier reads."""
+"""Numbers of the hardest problem: responses to more would be longer than the verifier reads."""
 
 
 def lengths(numbers: int) -> tuple[int, int]:
