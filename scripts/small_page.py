@@ -30,6 +30,7 @@ from small_results import (
 from small_statistics import Interval
 
 NOTHING = "–"
+CURVE = (1, 2, 4, 8, 16, 32, 64)
 
 
 def shown(interval: Interval | None, *, digits: int = 2) -> str:
@@ -82,30 +83,29 @@ SCORES: dict[str, Score] = {
 }
 
 
+def _ends(results: Results) -> list[tuple[str, str, list[int]]]:
+    """(arm, point, seeds) of the base model, the collapsed policy, and every arm at the last point that it shares with
+    plain DAPO."""
+    found = [(BASE, BASE, results.seeds((BASE, BASE))), (COLLAPSE, COLLAPSED, results.seeds((COLLAPSE, COLLAPSED)))]
+    for arm in results.arms():
+        if (point := results.last(arm, "dapo")) is not None:
+            found.append((arm, point, results.seeds((arm, point), ("dapo", point))))
+    return [each for each in found if each[2]]
+
+
 def arms(results: Results) -> str:
-    """Every arm at the last point that it shares with plain DAPO, with paired differences; above them what all began
-    with."""
+    """Every arm at its end, with paired differences to plain DAPO; above them what all began with."""
     rows = []
-    for arm, point in [
-        (BASE, BASE),
-        (COLLAPSE, COLLAPSED),
-        *((arm, results.last(arm, "dapo")) for arm in results.arms()),
-    ]:
-        seeds = (
-            results.seeds((arm, point), *([("dapo", point)] if arm not in (BASE, COLLAPSE) else [])) if point else []
-        )
-        if not seeds or point is None:
-            continue
+    for arm, point, seeds in _ends(results):
+        of = [results.policies[Key(seed, arm, point)] for seed in seeds]
         cells = [arm, point, str(len(seeds))]
         for title, score in SCORES.items():
-            if int(re.findall(r"@(\d+)", title)[0]) > results.policies[Key(seeds[0], arm, point)]["samples"]:
+            if int(re.findall(r"@(\d+)", title)[0]) > min(each["samples"] for each in of):
                 cells.append(NOTHING)
                 continue
-            mean = 100 * results.scores(arm, point, score, seeds).mean()
             other = "" if arm in (BASE, COLLAPSE) else _difference(results, arm, point, score)
-            cells.append(f"{mean:.1f}{other}")
-        nats = np.mean([results.policies[Key(seed, arm, point)]["entropy_nats"] for seed in seeds])
-        rows.append([*cells, f"{nats:.3f}"])
+            cells.append(f"{100 * results.scores(arm, point, score, seeds).mean():.1f}{other}")
+        rows.append([*cells, f"{np.mean([each['entropy_nats'] for each in of]):.3f}"])
     return table(["arm", "tokens since the collapse", "seeds", *SCORES, "entropy, nats"], rows)
 
 
@@ -127,19 +127,17 @@ def courses(results: Results) -> str:
 
 
 def pass_curves(results: Results) -> str:
-    """Pass@k of every arm at the last point, for k from 1 to 64."""
+    """Pass@k of every arm at its end, for k from 1 to 64."""
     rows = []
     for top_p in (WHOLE, PAPERS):
-        for arm, point in [(BASE, BASE), (COLLAPSE, COLLAPSED), *((a, results.last(a)) for a in results.arms())]:
-            if point is None or not results.seeds((arm, point)):
-                continue
-            samples = results.policies[Key(results.seeds((arm, point))[0], arm, point)]["samples"]
+        for arm, point, seeds in _ends(results):
+            samples = min(results.policies[Key(seed, arm, point)]["samples"] for seed in seeds)
             values = [
-                f"{100 * results.mean(arm, point, passes(k, top_p)):.1f}" if k <= samples else NOTHING
-                for k in (1, 2, 4, 8, 16, 32, 64)
+                f"{100 * results.scores(arm, point, passes(k, top_p), seeds).mean():.1f}" if k <= samples else NOTHING
+                for k in CURVE
             ]
-            rows.append([arm, point, top_p, *values])
-    return table(["arm", "point", "top-p", *(f"@{k}" for k in (1, 2, 4, 8, 16, 32, 64))], rows)
+            rows.append([arm, point, str(len(seeds)), top_p, *values])
+    return table(["arm", "point", "seeds", "top-p", *(f"@{k}" for k in CURVE)], rows)
 
 
 def reheatings(results: Results) -> str:

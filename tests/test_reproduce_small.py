@@ -295,7 +295,7 @@ def test_the_whole_chain_at_toy_size_and_again(tmp_path):
         "2",
     ]
     words += ["--samples", "2", "--end-samples", "2", "--arms", "dapo", "pr_fkl_frozen", "--tokens"]
-    run_script("reproduce_small.py", *words, "4000")
+    run_script("reproduce_small.py", *words, "4000", timeout=1800)
     content = (out / "seed-3.json").read_text()
     found, _ = results.read_folder(out)
     assert {(key.arm, key.point) for key in found.policies} == {
@@ -310,7 +310,7 @@ def test_the_whole_chain_at_toy_size_and_again(tmp_path):
     reheating = found.policies[results.Key(3, "pr_fkl_frozen", "reheated")]["reheating"]
     assert 0.9 < reheating["top_1_agreement"] <= 1
     assert reheating["temperature"] >= 1
-    run_script("reproduce_small.py", *words, "4000")
+    run_script("reproduce_small.py", *words, "4000", timeout=1800)
     assert (out / "seed-3.json").read_text() == content
     assert script("reproduce_small").main([*words, "4000", "6000", "--unit", "3", "dapo"]) == 0
     kept = [each.point for each in study.Study(work, configs, []).points(3, "dapo")]
