@@ -4,9 +4,16 @@
 
 Everything follows from --seed. About five minutes on two CPU cores. It trains with the library's own learner:
 supervised learning is one more `Objective`.
+
+    python scripts/pretrain_countdown.py --task runs/countdown-5 --numbers 5
+
+makes a harder task in the place of the packaged one: a model of its own (`--task DIR`: DIR/model), and problems beside
+it, DIR/train.jsonl and DIR/test.jsonl, for `scripts/reproduce_small.py --task DIR` or a configuration with data.name
+jsonl.
 """
 
 import argparse
+import dataclasses
 import json
 import shutil
 import tempfile
@@ -18,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from tsopsd_jax.data.countdown import EOS, MAX_PROMPT_TOKENS, MAX_RESPONSE_TOKENS, random_derivation, write_tokenizer
+from tsopsd_jax.data.countdown import EOS, NUMBERS, distinct_problems, lengths, random_derivation, write_tokenizer
 from tsopsd_jax.data.tokenizer import Tokenizer
 from tsopsd_jax.learn.update import make_update
 from tsopsd_jax.losses import token_logp
@@ -53,12 +60,12 @@ def cross_entropy() -> Objective:
     return Objective(stats, loss)
 
 
-def make_batch(rng: np.random.Generator, tokenizer: Tokenizer, rows: int) -> Batch:
+def make_batch(rng: np.random.Generator, tokenizer: Tokenizer, rows: int, numbers: int) -> Batch:
     """Random derivations as a batch; loss on the response and its end token only."""
-    length = MAX_PROMPT_TOKENS + MAX_RESPONSE_TOKENS
+    length = sum(lengths(numbers))
     tokens, mask = np.zeros((rows, length), np.int32), np.zeros((rows, length), bool)
     for row in range(rows):
-        prompt, response, _ = random_derivation(rng)
+        prompt, response, _ = random_derivation(rng, numbers=numbers)
         head, tail = tokenizer.encode(prompt), [*tokenizer.encode(response), tokenizer.stop_ids[0]]
         tokens[row, : len(head) + len(tail)] = head + tail
         mask[row, len(head) : len(head) + len(tail)] = True
@@ -66,36 +73,60 @@ def make_batch(rng: np.random.Generator, tokenizer: Tokenizer, rows: int) -> Bat
     return Batch.of(tokens=tokens, mask=mask, advantage=zeros, old_logp=zeros)
 
 
+def write_problems(folder: Path, numbers: int) -> None:
+    """Write 20,000 problems to train on and 1,024 held-out ones, as JSON lines of problem and answer."""
+    for split, count, seed, held_out in (("train", 20_000, 17, False), ("test", 1_024, 18, True)):
+        rows = distinct_problems(count, seed=seed, held_out=held_out, numbers=numbers)
+        lines = (json.dumps({"problem": prompt, "answer": answer}) + "\n" for prompt, answer in rows)
+        (folder / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
 def main() -> None:
+    """Pretrain the model, and write the task's problems where they are asked for."""
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
-    parser.add_argument("--out", type=Path, required=True)
+    place = parser.add_mutually_exclusive_group(required=True)
+    place.add_argument("--out", type=Path, help="the model's directory")
+    place.add_argument("--task", type=Path, help="a directory for the model and its problems")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--rows", type=int, default=256)
+    parser.add_argument("--numbers", type=int, default=NUMBERS, help="of a problem")
+    parser.add_argument("--layers", type=int, default=CONFIG.num_hidden_layers)
+    parser.add_argument("--width", type=int, default=CONFIG.hidden_size, help="hidden size; the rest is in proportion")
     args = parser.parse_args()
+    out = args.out or args.task / "model"
+    if args.task is not None:
+        args.task.mkdir(parents=True, exist_ok=True)
+        write_problems(args.task, args.numbers)
 
-    model, rng = Qwen3(CONFIG), np.random.default_rng(args.seed)
+    shape = dataclasses.replace(
+        CONFIG,
+        num_hidden_layers=args.layers,
+        hidden_size=args.width,
+        intermediate_size=CONFIG.intermediate_size * args.width // CONFIG.hidden_size,
+    )
+    model, rng = Qwen3(shape), np.random.default_rng(args.seed)
     params = model.init(jax.random.key(args.seed))
-    rate = optax.warmup_cosine_decay_schedule(0.0, 3e-3, 100, args.steps, 1e-5)
+    rate = optax.warmup_cosine_decay_schedule(0.0, 3e-3, min(100, args.steps // 4), args.steps, 1e-5)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.98, weight_decay=0.01))
     state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
     update = jax.jit(make_update(model, cross_entropy(), optimizer), donate_argnums=0)
     with tempfile.TemporaryDirectory() as folder:
-        write_tokenizer(folder)
+        write_tokenizer(folder, numbers=args.numbers)
         # The model directory declares the end token as Hugging Face models do.
         end = Tokenizer.load(folder).backend.token_to_id(EOS)
         (Path(folder) / "generation_config.json").write_text(json.dumps({"eos_token_id": end}) + "\n")
         tokenizer, began = Tokenizer.load(folder), time.monotonic()
         for step in range(1, args.steps + 1):
-            state, out = update(state, make_batch(rng, tokenizer, args.rows))
+            state, output = update(state, make_batch(rng, tokenizer, args.rows, args.numbers))
             if step % 100 == 0 or step == 1:
-                loss = float(out.metrics["loss/total"])
+                loss = float(output.metrics["loss/total"])
                 print(f"step {step:5d}  cross-entropy {loss:.4f} nats  {time.monotonic() - began:.0f} s", flush=True)
-        if args.out.exists():
-            shutil.rmtree(args.out)
-        save_pretrained(args.out, model, state.params, tokenizer_from=folder)
-    size = sum(f.stat().st_size for f in args.out.iterdir())
-    print(f"wrote {args.out}: {size / 1e6:.2f} MB")
+        if out.exists():
+            shutil.rmtree(out)
+        save_pretrained(out, model, state.params, tokenizer_from=folder)
+    size = sum(f.stat().st_size for f in out.iterdir())
+    print(f"wrote {out}: {size / 1e6:.2f} MB")
 
 
 if __name__ == "__main__":

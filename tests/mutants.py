@@ -1463,6 +1463,13 @@ MUTANTS = [
         "test_claim.py -k were_removed",
     ),
     Mutant(
+        "phases may be put in front of those of a run",
+        "config/claim.py",
+        'return new | {"phases": phases[: len(known)]}',
+        'return new | {"phases": phases[-len(known) :]}',
+        "test_claim.py -k behind_the_last",
+    ),
+    Mutant(
         "a failure stays on the machine that failed",
         "train/trainer.py",
         "if state == status.FAILED:  # nobody else will",

@@ -187,6 +187,22 @@ def test_what_makes_another_run_may_not_change(setting, run, reached):
     assert stored(run) == config_of()
 
 
+def test_phases_may_be_added_behind_the_last(run, reached):
+    """A run that is done goes on from its last policy, with its optimizer, on a longer schedule."""
+    more = strict.plain(config_of())
+    more["phases"] += [more["phases"][0] | {"name": "third"}, more["phases"][0] | {"name": "fourth"}]
+    longer = strict.build(Config, more)
+    reached(2)
+    assert claim.claim(run, longer) == ["phases: third, fourth added"]
+    assert stored(run) == longer
+    assert claim.claim(run, longer) == []
+    with pytest.raises(ValueError, match=r"another configuration \(phases: "):
+        claim.claim(run, config_of())  # none may be taken away
+    in_front = [more["phases"][0] | {"name": "new"}, *more["phases"]]
+    with pytest.raises(ValueError, match=r"another configuration \(phases.0.name: "):
+        claim.claim(run, strict.build(Config, more | {"phases": in_front}))
+
+
 def test_the_machines_settings_change_without_a_word(run, reached):
     reached(2)
     assert (

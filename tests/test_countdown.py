@@ -28,6 +28,18 @@ def test_random_derivations_are_right():
     assert operators == {"+", "-", "*"}
 
 
+def test_a_harder_problem_has_more_numbers():
+    rng = np.random.default_rng(4)
+    for numbers in (2, 5, 6):
+        prompt, response, answer = countdown.random_derivation(rng, numbers=numbers, held_out=True)
+        assert (len(prompt.split(" ")), len(response.split(" ")) + 1) == countdown.lengths(numbers)
+        assert verify_countdown(response, answer) == 1.0
+    assert countdown.lengths(4) == (countdown.MAX_PROMPT_TOKENS, countdown.MAX_RESPONSE_TOKENS)
+    with pytest.raises(ValueError, match="expected 2 to 6 numbers, got 7"):
+        countdown.lengths(7)
+    assert len(countdown.distinct_problems(5, seed=1, held_out=False, numbers=5)[0][1].split(" ")) == 7
+
+
 def test_random_derivation_golden():
     """Training data must not change unnoticed: a new value here changes every countdown run."""
     assert countdown.random_derivation(np.random.default_rng(0)) == (

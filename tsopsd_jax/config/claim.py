@@ -123,6 +123,14 @@ def _may_change(key: str, phase: int) -> bool:
     return re.fullmatch(CHANGEABLE, key) is not None
 
 
+def _without_added_phases(old: dict[str, Any], new: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """A run may go on with phases behind its last one: the new settings without those, and their names."""
+    phases, known = new["phases"], old.get("phases")
+    if not isinstance(known, list):
+        return new, []
+    return new | {"phases": phases[: len(known)]}, [phase["name"] for phase in phases[len(known) :]]
+
+
 def inputs_of(config: Config, problems: Mapping[str, Sequence[Problem]]) -> dict[str, str]:
     """Digest what a run learns from beside its settings: name -> size and digest.
 
@@ -221,7 +229,9 @@ def claim(
     file, resolved = run_dir / CONFIG_FILE, strict.plain(config)
     changed = []
     if file.is_file():
-        differences = [d for d in strict.differences(read_settings(file), resolved) if not re.fullmatch(RUNTIME, d.key)]
+        old = read_settings(file)
+        comparable, added = _without_added_phases(old, resolved)
+        differences = [d for d in strict.differences(old, comparable) if not re.fullmatch(RUNTIME, d.key)]
         reached = _phase_reached(run_dir)
         cycle = config.indices_of_cycle()
         unfinished = cycle.first if (reached or 0) in cycle else reached or 0  # a cycle comes back to its first phase
@@ -241,7 +251,8 @@ def claim(
         if refused or (others and reached is None):
             # Nothing was trained: the old run is replaced, and what was evaluated under it goes.
             (run_dir / EVALUATIONS_FILE).unlink(missing_ok=True)
-        changed = [*(d.words("->") for d in differences), *others] if reached is not None else []
+        grown = [f"phases: {', '.join(added)} added"] if added else []
+        changed = [*(d.words("->") for d in differences), *grown, *others] if reached is not None else []
     files.replace(file, [strict.dump(resolved).encode()])
     if inputs is not None:
         _keep_inputs(run_dir, inputs)

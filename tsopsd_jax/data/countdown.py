@@ -32,21 +32,38 @@ MAX_PROMPT_TOKENS = NUMBERS + 3
 MAX_RESPONSE_TOKENS = (NUMBERS - 1) * 6
 """Five words a step, two separators, and the end of the sequence."""
 
+MOST_NUMBERS = 6
+"""Numbers of the hardest problem: responses to more would be longer than the verifier reads."""
+
+
+def lengths(numbers: int) -> tuple[int, int]:
+    """Count the tokens of a prompt of so many numbers, and of a response to it with its end.
+
+    Raises:
+        ValueError: for fewer than two numbers, or more than `MOST_NUMBERS`.
+    """
+    if not 2 <= numbers <= MOST_NUMBERS:
+        raise ValueError(f"countdown: expected 2 to {MOST_NUMBERS} numbers, got {numbers}")
+    return numbers + 3, (numbers - 1) * 6
+
+
 _HELD_OUT_ONE_IN = 16
 
 
-def random_derivation(rng: np.random.Generator, *, held_out: bool = False) -> tuple[str, str, str]:
+def random_derivation(
+    rng: np.random.Generator, *, held_out: bool = False, numbers: int = NUMBERS
+) -> tuple[str, str, str]:
     """Draw a random problem with one of its solutions: (prompt, response without the end token, gold answer).
 
     `held_out` chooses between two disjoint sets of problems (see `is_held_out`): whatever pretrains or trains
-    a model draws with False, the test split with True.
+    a model draws with False, the test split with True. `numbers`: how many a problem has.
     """
     while True:
         # All decisions from one draw: a call into numpy costs more than the rest of the function.
-        draws = rng.random(NUMBERS + 3 * (NUMBERS - 1)).tolist()
-        numbers = [1 + int(draw * LARGEST_NUMBER) for draw in draws[:NUMBERS]]
-        pool, steps = list(numbers), []
-        for at in range(NUMBERS, len(draws), 3):
+        draws = rng.random(numbers + 3 * (numbers - 1)).tolist()
+        given = [1 + int(draw * LARGEST_NUMBER) for draw in draws[:numbers]]
+        pool, steps = list(given), []
+        for at in range(numbers, len(draws), 3):
             left = pool.pop(int(draws[at] * len(pool)))
             right = pool.pop(int(draws[at + 1] * len(pool)))
             if left + right > LARGEST_VALUE and left < right:
@@ -56,8 +73,8 @@ def random_derivation(rng: np.random.Generator, *, held_out: bool = False) -> tu
             pool.append(result)
             steps.append(f"{left} {operator} {right} = {result}")
         target = pool[0]
-        if is_held_out(numbers, target) == held_out:
-            answer = f"{' '.join(map(str, numbers))} -> {target}"
+        if is_held_out(given, target) == held_out:
+            answer = f"{' '.join(map(str, given))} -> {target}"
             return f"{answer} :", " ; ".join(steps), answer
 
 
@@ -76,17 +93,17 @@ def is_held_out(numbers: list[int], target: int) -> bool:
     return zlib.crc32(key.encode()) % _HELD_OUT_ONE_IN == 0
 
 
-def distinct_problems(count: int, *, seed: int, held_out: bool) -> list[tuple[str, str]]:
+def distinct_problems(count: int, *, seed: int, held_out: bool, numbers: int = NUMBERS) -> list[tuple[str, str]]:
     """Draw `count` different problems as (prompt, gold answer); the arguments decide them, on every machine."""
     rng = np.random.default_rng(seed)
     problems: dict[str, str] = {}
     while len(problems) < count:
-        prompt, _, answer = random_derivation(rng, held_out=held_out)
+        prompt, _, answer = random_derivation(rng, held_out=held_out, numbers=numbers)
         problems[prompt] = answer
     return list(problems.items())
 
 
-def write_tokenizer(directory: str | Path) -> None:
+def write_tokenizer(directory: str | Path, *, numbers: int = NUMBERS) -> None:
     """Write the task's tokenizer as Hugging Face files: one token per word of `VOCABULARY`.
 
     Makes `directory` if needed; adds tokenizer.json, tokenizer_config.json and special_tokens_map.json to it.
@@ -105,7 +122,7 @@ def write_tokenizer(directory: str | Path) -> None:
         "tokenizer_class": "PreTrainedTokenizerFast",
         **special,
         "clean_up_tokenization_spaces": False,
-        "model_max_length": MAX_PROMPT_TOKENS + MAX_RESPONSE_TOKENS,
+        "model_max_length": sum(lengths(numbers)),
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=2) + "\n", encoding="utf-8")

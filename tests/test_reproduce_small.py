@@ -1,0 +1,320 @@
+"""The comparison at small size: its arms, what it keeps, its claims and tables; a slow test runs the whole chain."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from project_scripts import run_script
+from small_scripts import ROOT, script
+
+from tsopsd_jax.config import load_config, strict
+from tsopsd_jax.config.build import make_phase
+from tsopsd_jax.rundir.log import read_metrics
+
+study, results, claims, page = (script(f"small_{name}") for name in ("study", "results", "claims", "page"))
+CONFIGS = ROOT / "configs" / "small"
+STUDY = study.Study(Path("work"), CONFIGS, [1_000_000])
+ARMS = sorted({path.stem for path in CONFIGS.glob("*.yaml")} - {"schedule", "collapse"})
+
+# ------------------------------------------------------------------ arms
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_an_arm_goes_on_from_the_collapse_or_is_a_run_of_its_own(arm):
+    config, collapse = (STUDY.load_arm(name, 3) for name in (arm, "collapse"))
+    for phase in config.phases:
+        make_phase(phase)
+    assert config.seed == 3
+    assert study.from_the_start(config, collapse) == (arm == "held")
+    rest = [strict.plain(each) | {"phases": None} for each in (config, collapse)]
+    assert rest[0] == rest[1], "model, data and all else is the same, so that the run may go on"
+
+
+def changes_of(arm: str) -> set[str]:
+    """The settings in which an arm's phases differ from those of the same names in the schedule."""
+    phases = [{p["name"]: p for p in strict.plain(load_config(CONFIGS / f"{name}.yaml", []))["phases"]}
+              for name in ("schedule", arm)]  # fmt: skip
+    return {
+        f"{name}.{found.key}" for name in phases[1] for found in strict.differences(phases[0][name], phases[1][name])
+    }
+
+
+def test_the_papers_arms_differ_in_what_they_claim_and_in_nothing_else():
+    reheating = "reheat.objective.hyperparameters"
+    assert changes_of("pr_fkl") == set()
+    assert changes_of("pr_rkl") == {f"{reheating}.direction"}
+    assert changes_of("pr_fkl_t15") == {f"{reheating}.teacher_temperature"}
+    assert changes_of("pr_fkl_frozen") == {
+        f"{reheating}.teacher",
+        f"{reheating}.teacher_temperature",
+        "reheat.reference",
+    }
+    refreshed = {f"{reheating}.teacher", "reheat.reference", "reheat.reference_every_steps"}
+    assert changes_of("pr_fkl_refreshed") == refreshed
+    assert changes_of("dapo") == {"rl-again.optimizer_state"}
+    assert changes_of("dapo_reset") == set()
+    hot = {"rl-again.objective.hyperparameters.policy_temperature", "rl-again.sampling.sampling_temperature"}
+    assert changes_of("rr") == {*changes_of("dapo"), *hot}
+
+
+def test_the_cycle_has_the_schedules_phases_twice():
+    once, twice = ({p["name"]: p for p in strict.plain(load_config(CONFIGS / f"{name}.yaml", []))["phases"]}
+                   for name in ("schedule", "cycle"))  # fmt: skip
+    assert list(twice) == ["rl", "reheat", "rl-again", "reheat-2", "rl-again-2"]
+    again = once["rl-again"] | {"stop": twice["rl-again"]["stop"]}
+    for name, expected in (("rl", once["rl"]), ("reheat", once["reheat"]), ("rl-again", again)):
+        assert twice[name] == expected
+    assert twice["reheat-2"] == once["reheat"] | {"name": "reheat-2"}
+    assert twice["rl-again-2"] == once["rl-again"] | {"name": "rl-again-2", "outcome": "continued again"}
+
+
+def test_the_script_knows_every_arm():
+    program = script("reproduce_small")
+    assert sorted([*program.FIRST_ARMS, *program.OTHER_ARMS]) == ARMS
+
+
+def test_an_arm_may_have_another_rate():
+    def rates(arm):
+        return {phase.name: phase.optimizer.learning_rate for phase in STUDY.load_arm(arm, 0).phases}
+
+    assert rates("pr_fkl@1e-4") == rates("pr_fkl") | {"reheat": 1e-4}
+    assert rates("dapo@5e-5") == rates("dapo") | {"rl-again": 5e-5}
+    assert rates("held@5e-5") == {"rl": 5e-5}
+
+
+def test_a_task_of_ones_own_takes_the_place_of_the_packaged_one(tmp_path):
+    problems = '{"problem": "1 2 3 4 5 -> 15 :", "answer": "1 2 3 4 5 -> 15"}\n'
+    (tmp_path / "test.jsonl").write_text(problems)
+    made = STUDY._replace(task=tmp_path)
+    config = made.load_arm("pr_fkl@1e-4", 7)
+    assert (config.model.path, config.data.path) == (f"{tmp_path}/model", f"{tmp_path}/train.jsonl")
+    assert config.data.max_prompt_tokens == 8
+    assert [phase.max_response_tokens for phase in config.phases] == [25, 25, 25]
+    assert [problem.answer for problem in made.test_problems(1)] == ["1 2 3 4 5 -> 15"]
+
+
+# ------------------------------------------------------------------ what is kept
+
+
+def test_a_run_is_copied_once_and_whole(tmp_path):
+    run, copy = tmp_path / "run", tmp_path / "copy"
+    run.mkdir()
+    (run / "file").write_text("old")
+    (tmp_path / ".copy-copying").mkdir()  # a process was killed
+    study.fork(run, copy)
+    (run / "file").write_text("new")
+    study.fork(run, copy)
+    assert (copy / "file").read_text() == "old"
+
+
+def test_points_stand_in_the_order_of_their_tokens(tmp_path):
+    made = study.Study(tmp_path, CONFIGS, [1_000_000, 10_000_000])
+    for point, tokens in (("10M", 10_000_100), ("1M", 1_000_100), ("reheated", 700_000)):
+        folder = made.policy_dir(1, "pr_fkl", point)
+        folder.mkdir(parents=True)
+        facts = study.Point("pr_fkl", point, tokens // 100, tokens, 0.1)
+        (folder / "point.json").write_text(json.dumps(facts._asdict()))
+    assert [each.point for each in made.points(1, "pr_fkl")] == ["reheated", "1M", "10M"]
+    assert made.is_trained(1, "pr_fkl")
+    assert not made.is_trained(1, "dapo")
+    assert study.named(2_500_000) == "2.5M"
+
+
+# ------------------------------------------------------------------ results and claims
+
+PROBLEMS, SAMPLES = 60, 64
+
+
+def measured(arm: str, point: str, share, rng, *, tokens: int = 0, nats: float = 0.1) -> dict:
+    """A policy that solves each problem with a probability of its own."""
+    right = rng.binomial(SAMPLES, np.clip(share, 0, 1))
+    found = {"arm": arm, "point": point, "step": 1, "tokens": tokens, "entropy_nats": nats, "uncertain_fraction": 0.1}
+    found |= {"problems": PROBLEMS, "samples": SAMPLES, "greedy": [int(p > 0.5) for p in share]}
+    return found | {"right": {"1": right.tolist(), "0.7": right.tolist()}}
+
+
+def planted(folder: Path, seeds: int, gains: dict[str, float]) -> None:
+    """Files of results in which each arm solves so much more than plain DAPO."""
+    rng = np.random.default_rng(0)
+    ease = np.linspace(0.1, 0.8, PROBLEMS)
+    for seed in range(1, seeds + 1):
+        shift = 0.01 * rng.normal()
+        base = measured("base", "base", ease, rng)
+        collapsed = measured("collapse", "collapsed", ease + shift, rng)
+        arms = [
+            measured(arm, point, ease + shift + gain, rng, tokens=4_000_000)
+            for arm, gain in gains.items()
+            for point in ("1M", "4M")
+        ]
+        reheated = measured("pr_fkl", "reheated", ease + shift - 0.1, rng, nats=0.12)
+        ideal = {key: collapsed[key] for key in ("samples", "right", "greedy")}
+        reheated["reheating"] = {"temperature": 1.5, "ideal": ideal, "forward_kl_nats": 0.01, "top_10_mass": 0.999}
+        reheated["reheating"] |= {"top_1_agreement": 0.95, "top_10_overlap": 0.97 + 0.001 * seed}
+        phases = [{"phase": "reheat", "steps": 10, "tokens": 90_000}]
+        course = {"phases": phases, "reheating_nats": np.linspace(0.08, 0.12, 10).tolist()}
+        course |= {"tokens": [5_000_000, 9_000_000], "entropy_nats": [0.1, 0.05]}
+        courses = {"pr_fkl": course, "collapse": {"tokens": [5_000_000], "entropy_nats": [0.1], "reheating_nats": []}}
+        content = {"seed": seed, "policies": [base, collapsed, *arms, reheated], "courses": courses}
+        (folder / f"seed-{seed}.json").write_text(json.dumps(content))
+
+
+GAINS = {"dapo": 0.0, "pr_fkl": 0.1, "pr_rkl": -0.1, "rr": 0.1}
+
+
+def test_planted_effects_become_verdicts(tmp_path):
+    planted(tmp_path, 4, GAINS)
+    found = {each.claim: each for each in claims.papers_claims(results.read_folder(tmp_path)[0])}
+    words = {claim: each.verdict for claim, each in found.items()}
+    assert words["PR-FKL beats plain continuation"] == "supported"
+    assert words["PR-RKL beats plain continuation"] == "contradicted"
+    assert words["all reheating arms beat plain continuation"] == "contradicted", "the least decides"
+    assert words["FKL beats RKL"] == "supported"
+    assert words["policy reheating beats rollout reheating"] == "contradicted"
+    assert words["hard problems gain most"] == "not seen", "every problem gained alike"
+    assert words["support kept"] == "supported"
+    assert words["accuracy holds while entropy rises"] == "contradicted"
+    assert words["entropy jumps"] == "contradicted", "a straight line has none"
+    assert words["robust to T"] == words["reversible"] == "not measured yet"
+    gain = found["PR-FKL beats plain continuation"]
+    assert gain.seeds == 4
+    assert 7 < gain.interval.low < 10 < gain.interval.high < 13, "points"
+
+
+def test_two_seeds_are_no_verdict(tmp_path):
+    planted(tmp_path, 2, GAINS)
+    found = claims.papers_claims(results.read_folder(tmp_path)[0])
+    assert {each.verdict for each in found} == {"not measured yet"}
+    assert found[1].interval.seeds == 2
+
+
+def test_the_contrast_of_hard_problems():
+    """x is 3 on the hardest third, 1 elsewhere: 3 - 1."""
+    ease = np.array([0.9, 0.1, 0.5, 0.2, 0.6, 0.7])
+    x = np.where(ease <= 0.2, 3.0, 1.0)
+    assert np.mean(x * results.contrast(ease)) == pytest.approx(2.0)
+
+
+def test_seeds_for_trying_settings_are_kept_apart(tmp_path):
+    planted(tmp_path, 2, GAINS)
+    (tmp_path / "seed-2.json").rename(tmp_path / "seed-90.json")
+    reported, tuning = results.read_folder(tmp_path)
+    assert {key.seed for key in reported.policies} == {1}
+    assert {key.seed for key in tuning.policies} == {2}
+
+
+def test_results_on_other_problems_are_refused(tmp_path):
+    planted(tmp_path, 2, GAINS)
+    content = json.loads((tmp_path / "seed-2.json").read_text())
+    content["policies"][0]["problems"] = 30
+    (tmp_path / "seed-2.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"results on the same problems, got \[30, 60\]"):
+        results.read_folder(tmp_path)
+
+
+# ------------------------------------------------------------------ the page
+
+
+def test_an_interval_is_written_as_plain_numbers():
+    assert page.shown(script("small_statistics").Interval(1.0, -0.5, 2.25, 3)) == "[-0.50, 2.25]"
+    assert page.shown(None) == page.shown(script("small_statistics").Interval(1.0, math.nan, math.nan, 1)) == "–"
+
+
+def test_tables_are_put_into_their_places_and_nothing_else_is_touched(tmp_path):
+    planted(tmp_path, 3, GAINS)
+    names = page.sections(*results.read_folder(tmp_path))
+    text = "Words.\n" + "".join(f"<!-- {name} -->\nSTALE\n<!-- end of {name} -->\nBetween.\n" for name in names)
+    file = tmp_path / "page.md"
+    file.write_text(text)
+    written = page.write(tmp_path, file)
+    assert file.read_text() == written
+    assert "STALE" not in written
+    assert written.count("Between.") == len(names)
+    assert page.write(tmp_path, file) == written
+    assert "(page.png)" in written
+    assert (tmp_path / "page.png").stat().st_size > 10_000
+    row = next(line for line in written.splitlines() if line.startswith("| PR-FKL beats"))
+    assert "**supported** | [" in row
+    file.write_text("Words.\n")
+    with pytest.raises(ValueError, match="has no place for 'seeds'"):
+        page.write(tmp_path, file)
+
+
+def test_curves_begin_at_the_collapse():
+    """Two seeds of different collapses: the tokens of both are counted from there, and averaged on one grid."""
+    courses = {}
+    for seed, collapsed in ((1, 5e6), (2, 7e6)):
+        courses[seed, "collapse"] = {"tokens": [collapsed], "entropy_nats": [0.08]}
+        tokens = [collapsed, collapsed + 2e6]
+        courses[seed, "dapo"] = {"tokens": tokens, "entropy_nats": [0.08, 0.04 if seed == 1 else 0.02]}
+    grid, nats = script("small_figure").entropy_course(results.Results({}, courses), "dapo")
+    assert (grid[0], grid[-1]) == (0.0, 2.0)
+    assert (nats[0], nats[-1]) == pytest.approx((0.08, 0.03))
+    assert script("small_figure").drawable(results.Results({}, courses)) == [], "no collapsed policy was measured"
+
+
+def test_the_page_shows_what_the_results_say():
+    """Written by `scripts/reproduce_small.py WORK --results benchmarks/results/small --page docs/small_scale.md`."""
+    text = (ROOT / "docs" / "small_scale.md").read_text(encoding="utf-8")
+    for name, found in page.sections(*results.read_folder(ROOT / "benchmarks" / "results" / "small")).items():
+        assert f"<!-- {name} -->\n{found}<!-- end of {name} -->" in text, name
+
+
+# ------------------------------------------------------------------ the chain
+
+
+@pytest.mark.slow
+def test_the_whole_chain_at_toy_size_and_again(tmp_path):
+    """Two arms of a seed, a few steps, few problems: runs, policies, measures, results; the same command does nothing
+    more."""
+    configs, work, out = tmp_path / "configs", tmp_path / "work", tmp_path / "results"
+    configs.mkdir()
+    (configs / "schedule.yaml").write_text(
+        f"extends: {CONFIGS / 'schedule.yaml'}\n"
+        "phases:\n"
+        "  rl: {prompts_per_step: 8, responses_per_prompt: 4,"
+        " stop: {collapsed_below_nats: null, window_steps: null, steps: 2}}\n"
+        "  reheat: {prompts_per_step: 32, stop: {recovered_above_nats: null, look_ahead: false, steps: 2},"
+        " guard: {max_start_entropy_nats: null}}\n"
+        "  rl-again: {prompts_per_step: 8, responses_per_prompt: 4}\n"
+    )
+    for arm in ("collapse", "dapo", "pr_fkl_frozen"):
+        (configs / f"{arm}.yaml").write_text((CONFIGS / f"{arm}.yaml").read_text())
+    words = [
+        str(work),
+        "--configs",
+        str(configs),
+        "--results",
+        str(out),
+        "--seeds",
+        "3",
+        "--problems",
+        "16",
+        "--parallel",
+        "2",
+    ]
+    words += ["--samples", "2", "--end-samples", "2", "--arms", "dapo", "pr_fkl_frozen", "--tokens"]
+    run_script("reproduce_small.py", *words, "4000", timeout=1800)
+    content = (out / "seed-3.json").read_text()
+    found, _ = results.read_folder(out)
+    assert {(key.arm, key.point) for key in found.policies} == {
+        ("base", "base"),
+        ("collapse", "collapsed"),
+        ("dapo", "0.004M"),
+        ("pr_fkl_frozen", "reheated"),
+        ("pr_fkl_frozen", "0.004M"),
+    }
+    phases = {arm: [each["phase"] for each in course["phases"]] for (_, arm), course in found.courses.items()}
+    assert phases == {"collapse": ["rl"], "dapo": ["rl", "rl-again"], "pr_fkl_frozen": ["rl", "reheat", "rl-again"]}
+    reheating = found.policies[results.Key(3, "pr_fkl_frozen", "reheated")]["reheating"]
+    assert 0.9 < reheating["top_1_agreement"] <= 1
+    assert reheating["temperature"] >= 1
+    run_script("reproduce_small.py", *words, "4000", timeout=1800)
+    assert (out / "seed-3.json").read_text() == content
+    assert script("reproduce_small").main([*words, "4000", "6000", "--unit", "3", "dapo"]) == 0
+    kept = [each.point for each in study.Study(work, configs, []).points(3, "dapo")]
+    assert kept == ["0.004M", "0.006M"], "another point: the run goes on from where it stopped"
+    steps = [line["step"] for line in read_metrics(work / "seed-3" / "runs" / "dapo")]
+    assert steps == list(range(1, len(steps) + 1))
+    assert (work / "seed-3" / "measures" / "dapo" / "0.006M.json").is_file()
