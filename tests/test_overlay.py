@@ -98,6 +98,18 @@ def test_chains_are_followed_from_each_files_folder_and_the_nearest_wins(tmp_pat
     assert ([p.name for p in config.phases], config.seed, config.phases[0].stop.steps) == (["rl"], 2, 5)
 
 
+def test_a_group_of_settings_that_is_null_is_its_default(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text(BASE)
+    before = load_config(file, [])
+    changed = ["evaluation=null", "phases.rl.objective.hyperparameters=null"]
+    after = load_config(file, changed)
+    assert after.evaluation == type(before.evaluation)()
+    assert after.phases[0].objective.hyperparameters == {}
+    with pytest.raises(ValueError, match="phases.0.objective: expected a mapping of settings, got None"):
+        load_config(file, ["phases.rl.objective=null"])
+
+
 def test_null_leaves_an_item_out_on_the_command_line_too(tmp_path):
     assert [phase.name for phase in load_config(written(tmp_path), ["phases.rl=null"]).phases] == ["again"]
 

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from tsopsd_jax import losses
-from tsopsd_jax.model import load_pretrained
 from tsopsd_jax.objectives import dapo, ts_opsd
 from tsopsd_jax.policy import Policy, Sample
 
@@ -78,12 +77,15 @@ def test_advantages_raise_what_they_reward(policy, flat):
 
 def test_a_saved_policy_is_the_policy(policy, tmp_path):
     policy.save(tmp_path)
-    _, params = load_pretrained(tmp_path)
-    for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(policy.params), strict=True):
+    again = Policy.load(tmp_path)
+    for a, b in zip(jax.tree.leaves(again.params), jax.tree.leaves(policy.params), strict=True):
         np.testing.assert_array_equal(a, b)
+    assert again.tokenizer.encode(PROMPTS[0]) == policy.tokenizer.encode(PROMPTS[0])
 
 
-def test_bad_input_is_named(policy, flat):
+def test_bad_input_is_named(policy, samples, flat):
+    with pytest.raises(ValueError, match="expected a list of Sample, got a list of list"):
+        policy.stats(samples)
     with pytest.raises(ValueError, match="expects advantages, one for each sample, got none"):
         policy.update(flat, dapo(), learning_rate=1e-4)
     with pytest.raises(ValueError, match="expected 6 advantages, one for each sample, got 1"):

@@ -52,6 +52,8 @@ class Policy:
     model: Qwen3
     params: PyTree
     tokenizer: Tokenizer
+    folder: Path
+    """The directory that it was loaded from."""
     _programs: dict[Any, Any] = dataclasses.field(default_factory=dict, repr=False)
     """What was compiled, by its settings: shared with the policies that updates make of this one."""
 
@@ -72,11 +74,11 @@ class Policy:
         model, params = load_pretrained(folder, dtype=dtype, mesh=mesh)
         tokenizer = Tokenizer.load(folder, chat=chat)
         tokenizer.check_fits(model.config.vocab_size)
-        return cls(dataclasses.replace(model, mesh=mesh), params, tokenizer)
+        return cls(dataclasses.replace(model, mesh=mesh), params, tokenizer, folder)
 
     def save(self, folder: str | Path) -> None:
-        """Write weights and config as a Hugging Face directory. (Copy the tokenizer's files beside them.)"""
-        save_pretrained(folder, self.model, self.params)
+        """Write a Hugging Face directory: weights, config, and the files of the tokenizer, which `load` reads again."""
+        save_pretrained(folder, self.model, self.params, tokenizer_from=self.folder)
 
     def sample(
         self,
@@ -216,6 +218,11 @@ class Policy:
         """The samples as rows, prompt first, with empty rows up to a number that the devices divide."""
         if not samples:
             raise ValueError("expected at least one sample, got none")
+        if not isinstance(samples[0], Sample):
+            raise ValueError(
+                f"expected a list of Sample, got a list of {type(samples[0]).__name__}: `sample` returns a list for "
+                "each prompt; pass one of them, or join them"
+            )
         rows = -(-len(samples) // row_multiple(self._mesh)) * row_multiple(self._mesh)
         width = max(len(s.prompt_tokens) + len(s.tokens) for s in samples)
         tokens = np.zeros((rows, width), np.int32)

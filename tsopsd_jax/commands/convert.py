@@ -22,7 +22,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_dir", metavar="RUN_DIR")
     parser.add_argument("--out", type=Path, required=True, help="directory to write; must not hold anything else")
     parser.add_argument("--step", type=int, help="checkpoint to export; default: the latest")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of the stored tensors")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of the tensors; default bfloat16"
+    )
     parser.add_argument("--push-to-hub", metavar="REPO", help="then upload it: NAME or OWNER/NAME (hf auth login)")
     parser.add_argument("--private", action="store_true", help="the repository is made private")
 

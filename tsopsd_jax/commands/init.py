@@ -38,7 +38,7 @@ OWN = {
     "reheat_batch": "prompts_per_step: 1024, responses_per_prompt: 1, max_response_tokens: 4096",
     "rl_rate": "2.0e-6",
     "reheat_rate": "1.0e-6",
-    "shortage": "",
+    "shortage": ", on_shortage: fill",
     "collapsed": "collapsed_below_nats: 0.08, window_steps: 5, steps: 500",
     "recovered": "recovered_above_nats: 0.12, steps: 30",
     "hot": "0.12",

@@ -237,9 +237,11 @@ def claim(
         unfinished = cycle.first if (reached or 0) in cycle else reached or 0  # a cycle comes back to its first phase
         refused = [d for d in differences if not _may_change(d.key, unfinished)]
         if refused and reached is not None:
+            over = _may_change(refused[0].key, 0)  # it may while its phase goes on
             raise ValueError(
-                f"{run_dir} holds a run of another configuration ({refused[0].words('!=')}); choose another --run-dir, "
-                "or the old settings"
+                f"{run_dir} holds a run of another configuration ({refused[0].words('!=')}"
+                f"{', a phase that is over' if over else ''}); choose another --run-dir, or the old settings"
+                f"{', and another phase behind them to go on' if over else ''}"
             )
         _check_not_lost(run_dir)
         others = _changed_inputs(run_dir, inputs or {})

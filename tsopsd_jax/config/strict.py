@@ -159,7 +159,7 @@ def build(cls: type[_T], data: Any, *, where: str = "") -> _T:
 
     Raises:
         ValueError: an unknown key (with the nearest known one), a missing key, a value of the wrong type; one line that
-            names the place, such as `phases.0.optimizer.learning_rate`.
+            names the place, such as `phases.0.optimizer.learning_rate`. (A group of settings may be null: its default.)
     """
     if not isinstance(data, Mapping):
         raise ValueError(f"{where or 'the configuration'}: expected a mapping of settings, got {data!r}")
@@ -172,14 +172,20 @@ def build(cls: type[_T], data: Any, *, where: str = "") -> _T:
             raise ValueError(f"{_join(where, key)}: unknown key; {hint}")
     values = {}
     for name, field in fields.items():
-        if name in data:
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if name in data and not (data[name] is None and not required and _is_mapping(hints[name])):
             values[name] = _convert(hints[name], data[name], _join(where, name))
-        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+        elif required:
             raise ValueError(f"{_join(where, name)}: expected a value, got none; set it")
     try:
         return cls(**values)
     except ValueError as error:
         raise ValueError(f"{where}: {error}" if where else str(error)) from error
+
+
+def _is_mapping(hint: Any) -> bool:
+    """Whether a setting is a group of settings, whose null is its default."""
+    return dataclasses.is_dataclass(hint) or typing.get_origin(hint) is dict
 
 
 def _join(where: str, key: Any) -> str:

@@ -85,8 +85,8 @@ class Guard:
             )
         if skipped_in_row >= self.max_skipped_in_row:
             return (
-                f"phase {phase!r} stopped: {skipped_in_row} updates in a row were not finite and were skipped; lower "
-                "the learning rate, or look at the batch in float32"
+                f"phase {phase!r} stopped: {skipped_in_row} updates in a row were not finite and were skipped; the "
+                "rows are in nonfinite/ of the run directory: look at the loss there, or lower the learning rate"
             )
         return None
 
