@@ -55,7 +55,7 @@ class RunLog:
             files.mend(path, lambda record: record.get("step", 0) <= last_step)
         self._path = self.run_dir / METRICS_FILE
         self.status = Status(self.run_dir, last_step=last_step, lines=files.objects(self._path))
-        self.missing_steps = last_step - sum(1 for _ in files.objects(self._path))
+        self.missing_steps = max(0, last_step - sum(1 for _ in files.objects(self._path)))
         """Steps before the first one to come that have no line."""
         self._mirrors = open_mirrors(self.run_dir, tracker, last_step=last_step, logged=logged)
         with writes_to(self._path):
