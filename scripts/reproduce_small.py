@@ -164,7 +164,7 @@ def run_all(units: Sequence[tuple[int, str]], command: Sequence[str], settings: 
                     failed.append(f"seed {unit[0]}: {unit[1]} ended with {code}; see {_log_of(unit, settings)}")
                     print(failed[-1], flush=True)
                 if code and unit[1] == COLLAPSE:
-                    waiting = [other for other in waiting if other[0] != unit[0]]
+                    waiting = [other for other in waiting if other[0] != unit[0] or other[1] == BASE]
             time.sleep(0.2)
         for seed in dict.fromkeys(seed for seed, _ in units):
             collect(settings, seed)

@@ -122,6 +122,81 @@ def test_points_stand_in_the_order_of_their_tokens(tmp_path):
     assert study.named(2_500_000) == "2.5M"
 
 
+# ------------------------------------------------------------------ many units
+
+
+class Ended:
+    """A process that has ended."""
+
+    def __init__(self, returncode: int):
+        self.returncode = returncode
+
+    def poll(self):
+        return self.returncode
+
+    def terminate(self):
+        raise AssertionError("it has ended")
+
+    wait = terminate
+
+
+@pytest.fixture
+def program(tmp_path, monkeypatch):
+    """The script, whose units are not run but noted: program, settings, what was started, and codes to end with."""
+    module, started, codes = script("reproduce_small"), [], {}
+    made = study.Study(tmp_path, CONFIGS, [1_000_000])
+    settings = module.Settings(made, 4, 2, 2, tmp_path / "results")
+
+    def start(unit, _command, _settings):
+        started.append(unit)
+        if unit[1] != "base" and not codes.get(unit):
+            last = "collapsed" if unit[1] == "collapse" else "1M"
+            made.policy_dir(*unit, last).mkdir(parents=True)
+        return Ended(codes.get(unit, 0))
+
+    monkeypatch.setattr(module, "_start", start)
+    return module, settings, started, codes
+
+
+def test_arms_wait_for_their_seeds_collapse(program):
+    module, settings, started, _ = program
+    units = module.units_of([1, 2], ["dapo", "rr"])
+    assert units == [(1, "collapse"), (1, "base"), (1, "dapo"), (1, "rr"), (2, "collapse"), (2, "dapo"), (2, "rr")]
+    assert module.run_all(units, [], settings, 2) == []
+    assert sorted(started) == sorted(units)
+    for seed in (1, 2):
+        places = [at for at, unit in enumerate(started) if unit[0] == seed and unit[1] in ("dapo", "rr")]
+        assert started.index((seed, "collapse")) < min(places)
+
+
+def test_a_seed_without_a_collapse_is_left_and_others_go_on(program):
+    module, settings, started, codes = program
+    codes[1, "collapse"], codes[2, "rr"] = 3, 1
+    failed = module.run_all(module.units_of([1, 2], ["dapo", "rr"]), [], settings, 1)
+    assert [words.split(";")[0] for words in failed] == ["seed 1: collapse ended with 3", "seed 2: rr ended with 1"]
+    assert {unit for unit in started if unit[0] == 1} == {(1, "collapse"), (1, "base")}
+    assert {unit for unit in started if unit[0] == 2} == {(2, "collapse"), (2, "dapo"), (2, "rr")}
+
+
+def test_what_is_measured_is_not_done_again(program):
+    _, settings, started, _ = program
+    settings.study.policy_dir(1, "dapo", "1M").mkdir(parents=True)
+    point = study.Point("dapo", "1M", 9, 1_000_100, 0.1)
+    (settings.study.policy_dir(1, "dapo", "1M") / "point.json").write_text(json.dumps(point._asdict()))
+    file = settings.file_of(1, "dapo", "1M")
+    file.parent.mkdir(parents=True)
+    for facts, done in (({"problems": 4, "samples": 2}, True), ({"problems": 4, "samples": 64}, True),
+                        ({"problems": 4, "samples": 1}, False), ({"problems": 8, "samples": 2}, False)):  # fmt: skip
+        file.write_text(json.dumps(facts))
+        assert settings.is_done(1, "dapo") is done, facts
+    file.write_text(json.dumps({"problems": 4, "samples": 2}))
+    longer = settings._replace(study=settings.study._replace(token_points=[1_000_000, 2_000_000]))
+    assert not longer.is_done(1, "dapo"), "another point asks for more"
+    file.unlink()
+    assert not settings.is_done(1, "dapo")
+    assert started == []
+
+
 # ------------------------------------------------------------------ results and claims
 
 PROBLEMS, SAMPLES = 60, 64
