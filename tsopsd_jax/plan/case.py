@@ -132,10 +132,7 @@ class Case:
     @functools.cached_property
     def view_bytes(self) -> int:
         shapes = jax.eval_shape(functools.partial(rollout_view, self.model), self.model.param_shapes())
-        if self.model.config.tie_word_embeddings:
-            shapes = {name: x for name, x in shapes.items() if name != "unembed"}  # the same array as embed
-        axes = {name: x for name, x in view_axes(self.model).items() if name in shapes}
-        layout = tree_shardings(axes, shapes, self.mesh, DECODE_RULES)
+        layout = tree_shardings(view_axes(self.model), shapes, self.mesh, DECODE_RULES)
         return tree_bytes(jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, layout))
 
     @property

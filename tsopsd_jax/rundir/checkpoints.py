@@ -65,7 +65,7 @@ class Checkpoints:
         Raises:
             SaveError: it could not be begun, or the save before it failed.
         """
-        self._settle()
+        self.settle()
         state, progress = _fields(run.state), dataclasses.asdict(run.progress)
         facts = digests.of_arrays(state, "state") | {"progress": digests.of_json(progress)}
         args: dict[str, Any] = {"state": ocp.args.StandardSave(state), "progress": ocp.args.JsonSave(progress)}
@@ -86,7 +86,22 @@ class Checkpoints:
             SaveError: it did not.
         """
         if self._writing is not None and not self._manager.is_saving_in_progress():
-            self._settle()
+            self.settle()
+
+    def settle(self) -> bool:
+        """Wait for the last save, if that was not seen to be over, and see that it can be read: whether there was one.
+
+        Raises:
+            SaveError: it could not be written.
+        """
+        if self._writing is None:
+            return False
+        with self._failing():
+            self._manager.wait_until_finished()
+            if processes.is_first():
+                self._open(self._writing)
+        self._writing = None
+        return True
 
     def close(self) -> None:
         """Wait for what is being written.
@@ -94,18 +109,8 @@ class Checkpoints:
         Raises:
             SaveError: it could not be written.
         """
-        self._settle()
+        self.settle()
         self._manager.close()
-
-    def _settle(self) -> None:
-        """Wait for the last save, and see that it can be read."""
-        if self._writing is None:
-            return
-        with self._failing():
-            self._manager.wait_until_finished()
-            if processes.is_first():
-                self._open(self._writing)
-        self._writing = None
 
     def _open(self, step: int) -> None:
         """Read what a checkpoint says of itself, down to where each part of an array lies."""
