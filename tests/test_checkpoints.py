@@ -112,7 +112,8 @@ def blocks(monkeypatch):
     digests._checksums.clear_cache()
 
 
-def test_a_digest_in_blocks_is_the_same(blocks, monkeypatch):
+@pytest.mark.usefixtures("blocks")
+def test_a_digest_in_blocks_is_the_same(monkeypatch):
     """8 blocks of a matrix of 128 KiB, or of each device's part, whose positions begin elsewhere; a prime number of
     rows; a bfloat16; several axes over one dimension."""
     meshes = [make_mesh(data=1, fsdp=4, tensor=2), make_mesh(data=2, fsdp=2, tensor=2), None]

@@ -30,7 +30,7 @@ from tsopsd_jax.model.decoding import rollout_view, view_axes
 from tsopsd_jax.plan.collectives import Moved
 from tsopsd_jax.rollout.engine import segment_tokens
 from tsopsd_jax.rollout.schedule import Geometry
-from tsopsd_jax.train.phase import Phase
+from tsopsd_jax.train.phase import START, Phase
 from tsopsd_jax.types import PyTree
 
 
@@ -128,6 +128,14 @@ class Case:
         if self.phase.reference is not None:
             found["reference"] = tree_bytes(abstract_reference(self.reference_model or self.model, self.mesh))
         return found
+
+    @functools.cached_property
+    def saved_bytes(self) -> int:
+        """The arrays of a checkpoint, of all devices together and each part once."""
+        saved: list[Any] = [self.state.params, self.state.opt_state]
+        if self.phase.reference == START:
+            saved.append(abstract_reference(self.model, self.mesh))
+        return sum(math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(saved))
 
     @functools.cached_property
     def view_bytes(self) -> int:
