@@ -134,10 +134,10 @@ def test_peaks_are_those_of_the_plan(measured):
 
 
 def test_a_checkpoint_takes_no_second_copy(measured):
-    """On a CPU it is written from the state's own memory: saving takes blocks of a digest, not the state again. (The
-    update waits until it is written: `sampling`, above, is what goes on beside.)"""
+    """On a CPU it is written from the state's own memory: what saving takes are the blocks of a digest and of what is
+    compressed, some 60 MB, not the state again."""
     plan, parts = measured
     state = plan["update"]["parameters"] + plan["update"]["optimizer"]
     assert plan["host"] == pytest.approx(state, abs=16)
     before, saving = last(parts, ": updating")[1], parts["saving a checkpoint"][-1][0]
-    assert saving - before < 0.3 * state, (saving, before)
+    assert saving - before < 0.7 * state, (saving, before)

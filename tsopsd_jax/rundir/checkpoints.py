@@ -88,20 +88,19 @@ class Checkpoints:
         if self._writing is not None and not self._manager.is_saving_in_progress():
             self.settle()
 
-    def settle(self) -> bool:
-        """Wait for the last save, if that was not seen to be over, and see that it can be read: whether there was one.
+    def settle(self) -> None:
+        """Wait for the last save, and see that it can be read.
 
         Raises:
             SaveError: it could not be written.
         """
         if self._writing is None:
-            return False
+            return
         with self._failing():
             self._manager.wait_until_finished()
             if processes.is_first():
                 self._open(self._writing)
         self._writing = None
-        return True
 
     def close(self) -> None:
         """Wait for what is being written.

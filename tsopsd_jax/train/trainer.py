@@ -103,8 +103,8 @@ class Trainer:
             self.log = RunLog(run_dir, last_step=self.run_state.step, tracker=tracker)
         self.signals = StopRequest(table.note, table.close)
         self.compilations, self.pace = Compilations(), Pace()
-        self._compiled_s = 0.0
-        """Seconds of compilations when freed memory was given back."""
+        self._given_back = (0.0, self.saved_step)
+        """Seconds of compilations, and the step saved last, when freed memory was given back."""
         self.steps = PhaseSteps(phases, shared, cycle)
         self.evaluations = Evaluations(evaluation, shared, self._name, run_dir, self.log)
 
@@ -249,9 +249,10 @@ class Trainer:
         if self.shared.mesh.devices.flat[0].platform != "cpu":
             return
         heartbeat.tick(f"step {self.run_state.step + 1}: waiting for the checkpoint")
-        if self.checkpoints.settle() or self.compilations.seconds > self._compiled_s:
+        self.checkpoints.settle()
+        if (now := (self.compilations.seconds, self.saved_step)) != self._given_back:
+            self._given_back = now
             give_back()
-        self._compiled_s = self.compilations.seconds
 
     def _log(self, phase: Phase, seen: StepFacts) -> None:
         """Count a step that was taken, and write its line.
