@@ -103,6 +103,38 @@ def largest(folder: Path) -> Path:
 # ------------------------------------------------------------------ digests
 
 
+@pytest.fixture
+def blocks(monkeypatch):
+    """Arrays of more than 16 KiB are summed block by block on a CPU."""
+    monkeypatch.setattr(digests, "_BLOCK_BYTES", 16 << 10)
+    digests._checksums.clear_cache()
+    yield
+    digests._checksums.clear_cache()
+
+
+@pytest.mark.usefixtures("blocks")
+def test_a_digest_in_blocks_is_the_same(monkeypatch):
+    """8 blocks of a matrix of 128 KiB, or of each device's part, whose positions begin elsewhere; a prime number of
+    rows; a bfloat16; several axes over one dimension."""
+    meshes = [make_mesh(data=1, fsdp=4, tensor=2), make_mesh(data=2, fsdp=2, tensor=2), None]
+    specs = [("fsdp", "tensor"), ("tensor", None), (None, ("fsdp", "tensor")), ()]
+    trees = [run_at(3, mesh=mesh, spec=spec).state for mesh in meshes for spec in specs]
+    trees += [{"x": jnp.arange(12_007.0).reshape(12_007, 1)}, {"x": jnp.arange(30_000).astype(jnp.bfloat16)}]
+    cut = [digests.of_arrays(tree, "state") for tree in trees]
+    monkeypatch.setattr(digests, "_BLOCK_BYTES", 1 << 30)
+    digests._checksums.clear_cache()
+    assert cut == [digests.of_arrays(tree, "state") for tree in trees]
+    assert cut[:-2] == [cut[0]] * 12
+
+
+def test_a_digest_takes_no_second_copy():
+    """64 MiB on a CPU, whose compiler writes down what it sums: blocks of 8."""
+    like = jax.ShapeDtypeStruct((16, 1024, 1024), jnp.float32)
+    where = (("x", jax.sharding.SingleDeviceSharding(jax.devices()[0])),)
+    compiled = digests._checksums.lower({"x": like}, where).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 10 << 20
+
+
 def test_a_digest_does_not_depend_on_the_mesh_and_sees_every_word():
     meshes = [make_mesh(data=1, fsdp=4, tensor=2), make_mesh(data=2, fsdp=2, tensor=2), None]
     found = [digests.of_arrays(run_at(3, mesh=mesh).state, "state") for mesh in meshes]

@@ -220,6 +220,42 @@ def test_prefill_and_decode_equal_the_full_forward(architecture, tied):
         np.testing.assert_allclose(value[:, 0], values[:, :, n], atol=1e-5)
 
 
+LAYERED = dataclasses.replace(CONFIG, num_hidden_layers=6)
+
+
+def kept_floats(model: Qwen3) -> int:
+    """Numbers that a layer keeps for its backward pass, of 2 rows of 10 tokens."""
+    tokens = jnp.ones((2, 10), jnp.int32)
+    made = jax.make_jaxpr(jax.grad(lambda p: jnp.sum(model.hidden(p, tokens))))(model.param_shapes())
+    forward = next(e for e in made.jaxpr.eqns if e.primitive.name == "scan")
+    stacked = [v.aval for v in forward.outvars if v.aval.shape[:1] == (model.config.num_hidden_layers,)]
+    return sum(x.size for x in stacked) // model.config.num_hidden_layers
+
+
+def test_a_layer_keeps_what_is_costly_to_make_again():
+    """none: its input, queries, keys and values before their norms, scores (as many as positions of each head), what
+    attention gives, the sum with it, gate and up; dots: no scores, nothing of attention. Each once: no weight of the
+    softmax, no half of a rotation, no sigmoid."""
+    c = LAYERED
+    queries, keys, scores = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim, 10
+    products = c.hidden_size + queries + 2 * keys + c.hidden_size + 2 * c.intermediate_size
+    with_attention = products + c.num_attention_heads * scores + queries
+    for remat, floats in (("none", with_attention), ("dots", products), ("full", c.hidden_size)):
+        assert kept_floats(Qwen3(c, remat=remat)) == 20 * floats, remat
+
+
+def test_remat_changes_no_gradient_of_a_loop_over_layers():
+    model = Qwen3(LAYERED)
+    params = model.init(jax.random.key(0))
+    weight = jnp.asarray(np.random.default_rng(1).normal(size=(2, 5, CONFIG.vocab_size)), jnp.float32)
+
+    def gradient(model):
+        return jax.jit(jax.grad(lambda p: jnp.sum(weight * model.logits(p, tokens_of((2, 5))))))(params)
+
+    none, full = (gradient(dataclasses.replace(model, remat=remat)) for remat in ("none", "full"))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), none, full)
+
+
 def test_remat_changes_no_gradient(model, params):
     def gradient(model):
         weight = jnp.asarray(np.random.default_rng(1).normal(size=(2, 5, CONFIG.vocab_size)), jnp.float32)

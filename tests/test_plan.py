@@ -399,6 +399,8 @@ def test_gpus_are_planned_by_formula(capsys, config_file):
     # counters.
     assert update["bytes"]["parameters"] == whole - norms + 4 * norms
     assert update["bytes"]["optimizer"] - 2 * update["bytes"]["parameters"] in range(4, 17)
+    # A checkpoint: each parameter and its two moments once, and AdamW's counters, on one host of four GPUs.
+    assert found["host_bytes"] - 12 * whole in range(4, 17)
     # 4 slots of a device have each 64 places of the prompt's rest, 64 of a segment, and 139 // 64 pages of 64; keys and
     # values of one layer, 2 heads of 128 numbers over 2 devices, 2 bytes each.
     cache = parts["decode", "rl", "rl-again"]["bytes"]["cache"]

@@ -41,7 +41,8 @@ class ModelSettings:
     compute_dtype: str = "float32"
     """float32 or bfloat16 [P: bfloat16]; master weights are float32 always."""
     remat: str = "none"
-    """Recomputed in a layer's backward pass: none, dots (all but matrix products), full (all but the layer's input)."""
+    """Recomputed in a layer's backward pass: none (elementwise functions alone), dots (all but products with weights),
+    full (all but the layer's input)."""
 
     def __post_init__(self):
         _known("compute_dtype", self.compute_dtype, DTYPES)

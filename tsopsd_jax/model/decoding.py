@@ -31,7 +31,7 @@ def rollout_view(model: Qwen3, params: PyTree) -> PyTree:
     """Lay the weights out as the sampler reads them; to be jitted, with `out_shardings` from `view_axes` on a mesh.
 
     Returns:
-        embed [V, D]; unembed [V, D] (the same array when tied); final_norm [D]; layers, a tuple of dicts of
+        embed [V, D]; unembed [V, D] (none when tied: embed is both); final_norm [D]; layers, a tuple of dicts of
         qkv [K, G + 2, H, D] (G query heads, the key and the value of each key-value head) and, where there is one, its
         bias qkv_bias [K, G + 2, H], o [D, K, G H], gate_up [2, F, D], down [D, F] and the norms. Norms stay in the
         master dtype, as training uses them.
@@ -55,13 +55,13 @@ def rollout_view(model: Qwen3, params: PyTree) -> PyTree:
             layer["qkv_bias"] = jnp.concatenate(parts, axis=1)
         return layer | norms
 
-    embed = params["embed"].astype(dtype)
-    return {
-        "embed": embed,
-        "unembed": embed if c.tie_word_embeddings else params["head"].astype(dtype).T,
+    view = {
+        "embed": params["embed"].astype(dtype),
         "final_norm": params["final_norm"],
         "layers": tuple(one(i) for i in range(c.num_hidden_layers)),
     }
+    # Two results of a jitted function are two buffers, even of one array: a tied matrix would lie there twice.
+    return view if c.tie_word_embeddings else view | {"unembed": params["head"].astype(dtype).T}
 
 
 def _norms(model: Qwen3) -> tuple[str, ...]:
@@ -78,12 +78,12 @@ def view_axes(model: Qwen3) -> PyTree:
     } | dict.fromkeys(_norms(model), ("norm",))
     if model.config.family.qkv_bias:
         layer["qkv_bias"] = ("kv_heads", "parts", "head_dim")
-    return {
+    axes = {
         "embed": ("vocab", "embed"),
-        "unembed": ("vocab", "embed"),
         "final_norm": ("norm",),
         "layers": (layer,) * model.config.num_hidden_layers,
     }
+    return axes if model.config.tie_word_embeddings else axes | {"unembed": ("vocab", "embed")}
 
 
 def prefill(
@@ -120,7 +120,7 @@ def decode(
     """
     x_DB, caches = _trunk(model, view, tokens[:, None], position[:, None], attend, caches)
     x_DB = _norm(x_DB, view["final_norm"], model.config.rms_norm_eps)
-    logits_VB = jnp.einsum("VD,DB->VB", view["unembed"], x_DB, preferred_element_type=jnp.float32)
+    logits_VB = jnp.einsum("VD,DB->VB", view.get("unembed", view["embed"]), x_DB, preferred_element_type=jnp.float32)
     return _apart(logits_VB).T, caches
 
 

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -169,8 +169,29 @@ Attend = Callable[[Array, Array, Array], Array]
 """(q_BTNH, k_BTKH, v_BTKH) -> out_BTNH"""
 
 REMAT = ("none", "dots", "full")
-"""What a layer's backward pass finds: all its activations; the matrix products' results, the rest computed again; its
-input, all computed again."""
+"""What a layer's backward pass finds: results of matrix products and of kernels, so that only elementwise functions are
+computed again; results of products with weights, the rest computed again; its input, all computed again."""
+
+_SHALLOW = 4
+"""Layers up to which a model is unrolled: the loop's stacked residuals cost more there than it saves in compilation."""
+
+_CHEAP = frozenset(
+    "add add_any broadcast_in_dim concatenate convert_element_type div exp expand_dims integer_pow logistic max mul "  # noqa: SIM905
+    "neg reduce_max reduce_sum reshape rsqrt select_n slice split square squeeze stop_gradient sub transpose".split()
+)
+"""Primitives that are computed again rather than kept: a kept one is a buffer of its own for each layer."""
+
+
+def _costly(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Whether the result of a primitive is kept for the backward pass where `remat` is none."""
+    return primitive.name not in _CHEAP
+
+
+_KEPT = {
+    "none": _costly,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
 
 
 class Block(nnx.Module):
@@ -358,12 +379,9 @@ class Qwen3:
             x_BLD = block(x_BLD, positions_BL, lambda q, k, v: causal_attention(q, k, v, segment, mesh=self.mesh))
             return x_BLD, x_BLD if every else None
 
-        step = body
-        if self.remat != "none":
-            keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if self.remat == "dots" else None
-            step = jax.checkpoint(body, prevent_cse=False, policy=keep)
-        # A few layers are unrolled: the loop's stacked residuals cost more there than it saves in compilation.
-        shallow = self.config.num_hidden_layers <= 4
+        step, shallow = body, self.config.num_hidden_layers <= _SHALLOW
+        if self.remat != "none" or not shallow:
+            step = jax.checkpoint(body, prevent_cse=False, policy=_KEPT[self.remat])
         return jax.lax.scan(step, self._embed(params, tokens_BT), params["layers"], unroll=shallow)
 
     def project(self, params: PyTree, hidden: Float[Array, "*N D"]) -> Float[Array, "*N V"]:

@@ -30,7 +30,7 @@ from tsopsd_jax.model.decoding import rollout_view, view_axes
 from tsopsd_jax.plan.collectives import Moved
 from tsopsd_jax.rollout.engine import segment_tokens
 from tsopsd_jax.rollout.schedule import Geometry
-from tsopsd_jax.train.phase import Phase
+from tsopsd_jax.train.phase import START, Phase
 from tsopsd_jax.types import PyTree
 
 
@@ -130,12 +130,17 @@ class Case:
         return found
 
     @functools.cached_property
+    def saved_bytes(self) -> int:
+        """The arrays of a checkpoint, of all devices together and each part once."""
+        saved: list[Any] = [self.state.params, self.state.opt_state]
+        if self.phase.reference == START:
+            saved.append(abstract_reference(self.model, self.mesh))
+        return sum(math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(saved))
+
+    @functools.cached_property
     def view_bytes(self) -> int:
         shapes = jax.eval_shape(functools.partial(rollout_view, self.model), self.model.param_shapes())
-        if self.model.config.tie_word_embeddings:
-            shapes = {name: x for name, x in shapes.items() if name != "unembed"}  # the same array as embed
-        axes = {name: x for name, x in view_axes(self.model).items() if name in shapes}
-        layout = tree_shardings(axes, shapes, self.mesh, DECODE_RULES)
+        layout = tree_shardings(view_axes(self.model), shapes, self.mesh, DECODE_RULES)
         return tree_bytes(jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, layout))
 
     @property

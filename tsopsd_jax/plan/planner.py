@@ -49,6 +49,8 @@ class Plan:
     steps: dict[str, int | None]
     """`stop.steps` of each phase."""
     shares: Shares
+    host_bytes: int
+    """Bytes of each host's memory while a checkpoint is written: its part of the state, once."""
 
     @property
     def limit(self) -> int:
@@ -114,19 +116,21 @@ def make_plan(
     lengths: dict[str, Lengths] = {}
     slots: dict[str, int] = {}
     tiles: dict[str, int] = {}
+    saved = 0
     for alike in _alike(config):
         names, settings = tuple(phase.name for phase in alike), alike[0]
         case = _case(config, shape, mesh, names, settings, means, topology)
         lengths |= dict.fromkeys(names, case.lengths)
         slots |= dict.fromkeys(names, case.slots)
         tiles |= dict.fromkeys(names, case.tile_tokens)
+        saved = max(saved, case.saved_bytes)
         if programs is None or mesh is abstract:
             parts += estimate.estimate(case, settings.micro_batches or _micro_batches(case, limit))
         else:
             parts += compile_parts(case, programs, limit_bytes=limit)
     times = tuple(seconds(part, topology, real) for part in parts)
     steps = {phase.name: phase.stop.steps for phase in config.phases}
-    return Plan(topology, split, tuple(parts), times, lengths, slots, tiles, steps, shares)
+    return Plan(topology, split, tuple(parts), times, lengths, slots, tiles, steps, shares, -(-saved // topology.hosts))
 
 
 def _case(

@@ -21,6 +21,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "peak_bytes_per_device": plan.peak,
         "hbm_bytes_per_device": plan.topology.chip.hbm_bytes,
         "usable_bytes_per_device": plan.limit,
+        "host_bytes": plan.host_bytes,
         "rows_at_once": plan.slots,
         "chunk_tokens": plan.tiles,
         "step_seconds": plan.step_seconds,
@@ -70,6 +71,7 @@ def as_text(plan: Plan) -> str:
         f"{shape.tensor}: {verdict}",
         f"needs {plan.peak / GIB:.2f} GiB of each device's {plan.limit / GIB:.2f} (of {chip.hbm_bytes / GIB:.2f}, "
         f"{1 - plan.limit / chip.hbm_bytes:.0%} are left free), most in {_name(largest)}",
+        f"a checkpoint being written takes {plan.host_bytes / GIB:.2f} GiB of each host's own memory",
         "",
         *_table(_memory_rows(plan)),
         "",

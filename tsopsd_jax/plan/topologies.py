@@ -38,6 +38,13 @@ class Topology:
     count: int
 
     @property
+    def hosts(self) -> int:
+        """Processes of a run, one on each host."""
+        if self.devices is None:
+            return self.count // math.gcd(self.count, GPUS_PER_HOST)
+        return len({device.process_index for device in self.devices})
+
+    @property
     def usable_bytes(self) -> int:
         """Memory of a device that a run may plan with."""
         share = GPU_MEMORY_SHARE if self.platform == "gpu" else 1.0

@@ -72,7 +72,7 @@ class Checkpoints:
         Raises:
             SaveError: it could not be begun, or the save before it failed.
         """
-        self._settle()
+        self.settle()
         state, progress = _fields(run.state), dataclasses.asdict(run.progress)
         facts = digests.of_arrays(state, "state") | {"progress": digests.of_json(progress)}
         args: dict[str, Any] = {"state": ocp.args.StandardSave(state), "progress": ocp.args.JsonSave(progress)}
@@ -93,19 +93,14 @@ class Checkpoints:
             SaveError: it did not.
         """
         if self._writing is not None and not self._manager.is_saving_in_progress():
-            self._settle()
+            self.settle()
 
-    def close(self) -> None:
-        """Wait for what is being written.
+    def settle(self) -> None:
+        """Wait for the last save, and see that it can be read.
 
         Raises:
             SaveError: it could not be written.
         """
-        self._settle()
-        self._manager.close()
-
-    def _settle(self) -> None:
-        """Wait for the last save, and see that it can be read."""
         if self._writing is None:
             return
         with self._failing():
@@ -113,6 +108,15 @@ class Checkpoints:
             if processes.is_first():
                 self._open(self._writing)
         self.whole_step, self._writing = self._writing, None
+
+    def close(self) -> None:
+        """Wait for what is being written.
+
+        Raises:
+            SaveError: it could not be written.
+        """
+        self.settle()
+        self._manager.close()
 
     def _open(self, step: int) -> None:
         """Read what a checkpoint says of itself, down to where each part of an array lies."""

@@ -127,20 +127,26 @@ class PhaseStep:
         if phase.reward is None and self.engine.slots >= phase.rows and phase.updates_per_step == 1:
             self.program = self.update.reheat_step(self.task.tokenizer.stop_ids)
 
-    def __call__(self, run: RunState, on_progress: OnProgress) -> tuple[RunState, StepFacts]:
+    def __call__(
+        self, run: RunState, on_progress: OnProgress, before_update: Callable[[], None]
+    ) -> tuple[RunState, StepFacts]:
         """Take a step from `run`, whose train state is consumed once the update starts; its data position and leftover
         groups move on, the rest of its progress is the caller's.
 
         Args:
             on_progress: called after every segment of a rollout.
+            before_update: called before the train state is consumed; what it raises ends the step as if it had not
+                begun.
 
         Raises:
             GuardError: dynamic sampling found too few informative groups, or rewards of one's own failed too often.
         """
         began, killed = time.monotonic(), answers_cut_off()
-        after, rollout, updates, drawn = (
-            self._in_stages(run, on_progress) if self.program is None else self._in_one_program(run)
-        )
+        if self.program is None:
+            after, rollout, updates, drawn = self._in_stages(run, on_progress, before_update)
+        else:
+            before_update()
+            after, rollout, updates, drawn = self._in_one_program(run)
         knobs = self._knobs(run)
         if self.phase.objective.control is not None:
             after = after.at(knobs=updates.knobs)
@@ -191,10 +197,13 @@ class PhaseStep:
 
     # ------------------------------------------------------------- the two ways
 
-    def _in_stages(self, run: RunState, on_progress: OnProgress) -> tuple[RunState, Rollout, Learnt, Drawn]:
+    def _in_stages(
+        self, run: RunState, on_progress: OnProgress, before_update: Callable[[], None]
+    ) -> tuple[RunState, Rollout, Learnt, Drawn]:
         """Sample with continuous batching and judge, until the batch is full; then update."""
         rule = self.phase.reward
         after, scored, judged, got = self._sample_and_judge(run, on_progress)
+        before_update()
         updating = time.monotonic()
         heartbeat.tick(f"step {run.step + 1}: updating")
         if rule is None or got is None:  # every row is used

@@ -27,6 +27,7 @@ from tsopsd_jax.rundir.trackers import Tracker
 from tsopsd_jax.train.compile_ahead import Compilations, PhaseSteps
 from tsopsd_jax.train.cycle import ONCE, Cycle, Place
 from tsopsd_jax.train.evaluations import Evaluations
+from tsopsd_jax.train.host_memory import give_back
 from tsopsd_jax.train.metrics import StepFacts, step_line
 from tsopsd_jax.train.perf import Pace
 from tsopsd_jax.train.phase import GuardError, Phase
@@ -108,6 +109,8 @@ class Trainer:
             self._saved()
         self.signals = StopRequest(table.note, table.close)
         self.compilations, self.pace = Compilations(), Pace()
+        self._given_back = (0.0, self.saved_step)
+        """Seconds of compilations, and the step saved last, when freed memory was given back."""
         self.steps = PhaseSteps(phases, shared, cycle)
         self.evaluations = Evaluations(evaluation, shared, self._name, run_dir, self.log)
 
@@ -206,7 +209,7 @@ class Trainer:
             heartbeat.tick(f"step {self.run_state.step + 1}")
             compiled_s = self.compilations.seconds
             with self.profile.step(self.run_state.step + 1):
-                self.run_state, seen = step(self.run_state, self._between_segments)
+                self.run_state, seen = step(self.run_state, self._between_segments, self._before_update)
             self.pace.add(seen.step_s - (self.compilations.seconds - compiled_s))
             self.steps.compile_after(at)
             self._log(phase, seen)
@@ -246,6 +249,17 @@ class Trainer:
         if asked := self.signals.asked():
             self._save()
             leave(asked, f"left the rollout after step {self.run_state.step}")
+
+    def _before_update(self) -> None:
+        """Make room on a CPU, where an update takes the most memory. A checkpoint is written from the state's own
+        memory, and an update that cannot take that over needs a second copy of the state: so it waits."""
+        if self.shared.mesh.devices.flat[0].platform != "cpu":
+            return
+        heartbeat.tick(f"step {self.run_state.step + 1}: waiting for the checkpoint")
+        self.checkpoints.settle()
+        if (now := (self.compilations.seconds, self.saved_step)) != self._given_back:
+            self._given_back = now
+            give_back()
 
     def _log(self, phase: Phase, seen: StepFacts) -> None:
         """Count a step that was taken, and write its line.
