@@ -107,9 +107,9 @@ def largest(folder: Path) -> Path:
 def blocks(monkeypatch):
     """Arrays of more than 16 KiB are summed block by block on a CPU."""
     monkeypatch.setattr(digests, "_BLOCK_BYTES", 16 << 10)
-    digests._checksums.clear_cache()
+    digests._checksums.clear_cache()  # pyright: ignore[reportAttributeAccessIssue] - of every jitted function
     yield
-    digests._checksums.clear_cache()
+    digests._checksums.clear_cache()  # pyright: ignore[reportAttributeAccessIssue] - of every jitted function
 
 
 @pytest.mark.usefixtures("blocks")
@@ -122,7 +122,7 @@ def test_a_digest_in_blocks_is_the_same(monkeypatch):
     trees += [{"x": jnp.arange(12_007.0).reshape(12_007, 1)}, {"x": jnp.arange(30_000).astype(jnp.bfloat16)}]
     cut = [digests.of_arrays(tree, "state") for tree in trees]
     monkeypatch.setattr(digests, "_BLOCK_BYTES", 1 << 30)
-    digests._checksums.clear_cache()
+    digests._checksums.clear_cache()  # pyright: ignore[reportAttributeAccessIssue] - of every jitted function
     assert cut == [digests.of_arrays(tree, "state") for tree in trees]
     assert cut[:-2] == [cut[0]] * 12
 

@@ -422,7 +422,7 @@ def test_a_checkpoint_that_does_not_fit_is_removed(blocks):
 
     checkpoints = Checkpoints(blocks.folder / "checkpoints", keep=1)
     checkpoints.save(run_at(1))
-    checkpoints._settle()
+    checkpoints.settle()
     blocks.fill(8192)
     checkpoints.save(run_at(2))
     with pytest.raises(WriteError, match="step 2 could not be saved .* goes on from step 1$"):

@@ -400,7 +400,7 @@ def test_a_copy_that_was_made_while_the_run_went_on_goes_on(when, trainer_in, tm
         names = {2: ("checkpoints",), 4: ()} if when == "checkpoints first" else {2: (), 4: ("checkpoints",)}
         if step not in (3, 5):
             return
-        trainer.checkpoints._settle()
+        trainer.checkpoints.settle()
         for path in run.iterdir():
             if (path.name in names[step - 1]) == (path.name == "checkpoints"):
                 copy_to = shutil.copytree if path.is_dir() else shutil.copy2
