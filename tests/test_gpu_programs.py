@@ -5,6 +5,7 @@ choice of kernels by timing need a device. Skipped without the extra `cuda`: `ma
 its own.
 """
 
+import dataclasses
 import functools
 import importlib.util
 import json
@@ -294,6 +295,24 @@ def test_packed_rows_on_ampere_go_through_blocks():
     with no_compilation_cache():
         assert "__cudnn$fmha" in jax.jit(run).lower(q, q, q).compile().as_text()
         assert "__cudnn$fmha" not in jax.jit(run).lower(q, q, q, segment).compile().as_text()
+
+
+@pytest.mark.parametrize(("remat", "forward"), [("none", 1), ("full", 2)])
+def test_a_kernel_is_run_again_only_where_all_is(remat, forward):
+    """The gradient of a loop over six layers: what cuDNN gave is kept beside the results of products."""
+    mesh = make_mesh(data=1, fsdp=1, tensor=1, devices=topology("h100:1").devices)
+    sizes = {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 2, "num_key_value_heads": 1}
+    shape = dataclasses.replace(config_of(6), vocab_size=512, **sizes)
+    model = Qwen3(shape, compute_dtype=jnp.bfloat16, mesh=mesh, remat=remat)
+    params = abstract_state(model, optax.adamw(1e-6), mesh).params
+    tokens = jax.ShapeDtypeStruct((2, 256), jnp.int32, sharding=jax.NamedSharding(mesh, jax.P()))
+
+    def total(params, tokens):
+        return jnp.sum(model.hidden(params, tokens).astype(jnp.float32))
+
+    with no_compilation_cache():
+        text = jax.jit(jax.grad(total)).lower(params, tokens).compile().as_text()
+    assert (text.count('__cudnn$fmhaSoftmax"'), text.count('__cudnn$fmhaSoftmaxBackward"')) == (forward, 1)
 
 
 def test_the_update_of_packed_rows_uses_cudnn(small):

@@ -30,12 +30,12 @@ CONFIG = """
 model: {path: MODEL, random_init: true}
 data: {name: countdown, verifier: countdown, max_prompt_tokens: 32}
 cache_dir: CACHE
-checkpoint_every_steps: 1
+checkpoint_every_steps: 4
 phases:
   - name: rl
     objective: {name: dapo}
     optimizer: {learning_rate: 1.0e-6}
-    stop: {steps: 3}
+    stop: {steps: 6}
     prompts_per_step: 2
     responses_per_prompt: 8
     max_response_tokens: 224
@@ -116,28 +116,29 @@ def measured(tmp_path_factory):
     return printed(PLAN, config), printed(RUN, config, folder / "run")
 
 
-def last(parts: dict[str, list[list[int]]], words: str) -> list[int]:
-    """[peak, at its end] of the part's last time."""
-    return next(parts[name][-1] for name in parts if name.endswith(words) and name.startswith(("step 3", words)))
+def part_of(parts: dict[str, list[list[int]]], step: int, words: str) -> list[int]:
+    """[peak, at its end] of a step's part."""
+    return parts[f"step {step}: {words}"][-1]
 
 
 def test_peaks_are_those_of_the_plan(measured):
-    """Of the third step, compiled and saved before: the plan's bytes and what the process holds beside the state, from
-    where nothing but the state is alive. Within a tenth."""
+    """Of the third step, whose programs are compiled and beside which nothing is written: the plan's bytes and what the
+    process holds beside the state where nothing but the state is alive. The update, which takes the most, within a
+    tenth; sampling takes no more than that (pages that nobody fills are never touched)."""
     plan, parts = measured
     state = plan["update"]["parameters"] + plan["update"]["optimizer"]
-    beside = last(parts, ": waiting for the checkpoint")[1] - state
-    update = last(parts, ": updating")[0] - beside
+    beside = part_of(parts, 3, "waiting for the checkpoint")[1] - state
+    update = part_of(parts, 3, "updating")[0] - beside
     assert update == pytest.approx(sum(plan["update"].values()), rel=0.1), (update, plan["update"])
-    sampling = last(parts, ": sampling")[0] - beside
-    assert sampling <= 1.1 * sum(plan["decode"].values()), (sampling, plan["decode"])
+    sampling, planned = part_of(parts, 3, "sampling")[0] - beside, sum(plan["decode"].values())
+    assert 0.8 * planned < sampling <= 1.1 * planned, (sampling, plan["decode"])
 
 
 def test_a_checkpoint_takes_no_second_copy(measured):
-    """On a CPU it is written from the state's own memory: what saving takes are the blocks of a digest and of what is
-    compressed, some 60 MB, not the state again."""
+    """On a CPU it is written from the state's own memory: what the second save takes are the blocks of a digest and of
+    what is compressed, some 60 MB, not the state again."""
     plan, parts = measured
     state = plan["update"]["parameters"] + plan["update"]["optimizer"]
     assert plan["host"] == pytest.approx(state, abs=16)
-    before, saving = last(parts, ": updating")[1], parts["saving a checkpoint"][-1][0]
+    before, saving = part_of(parts, 6, "updating")[1], parts["saving a checkpoint"][-1][0]
     assert saving - before < 0.7 * state, (saving, before)
