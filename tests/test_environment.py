@@ -109,10 +109,10 @@ def test_the_page_of_a_run_that_is_read_only_goes_elsewhere(monkeypatch, tmp_pat
     run.mkdir()
     (run / "metrics.jsonl").write_text('{"step": 1, "phase": "rl"}\n')
 
-    def read_only(file, content):
+    def read_only(file, content, **how):
         if file.parent == run:
             raise OSError(errno.EROFS, "Read-only file system")
-        replace(file, content)
+        replace(file, content, **how)
 
     monkeypatch.setattr(files, "replace", read_only)
     assert main(["report", str(run)]) == BAD_INPUT
