@@ -269,7 +269,7 @@ def test_a_run_of_another_configuration_is_refused_and_left_alone(finished, caps
     before = {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()}
     assert demo(finished, "phases.1.optimizer.learning_rate=1e-4") == 2  # of a phase that is finished
     error = capsys.readouterr().err
-    assert "another configuration (phases.1.optimizer.learning_rate: 2e-05 != 0.0001)" in error
+    assert "another configuration (phases.1.optimizer.learning_rate: 2e-05 != 0.0001, a phase that is over)" in error
     assert {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()} == before
 
 
