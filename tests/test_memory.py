@@ -127,7 +127,7 @@ def test_peaks_are_those_of_the_plan(measured):
     tenth; sampling takes no more than that (pages that nobody fills are never touched)."""
     plan, parts = measured
     state = plan["update"]["parameters"] + plan["update"]["optimizer"]
-    beside = part_of(parts, 3, "waiting for the checkpoint")[1] - state
+    beside = part_of(parts, 3, "making room for the update")[1] - state
     update = part_of(parts, 3, "updating")[0] - beside
     assert update == pytest.approx(sum(plan["update"].values()), rel=0.1), (update, plan["update"])
     sampling, planned = part_of(parts, 3, "sampling")[0] - beside, sum(plan["decode"].values())

@@ -60,8 +60,7 @@ MEASURED = tuple(
 
 
 def test_a_run_says_at_all_times_what_it_does(trainer_in, tmp_path):
-    """One after the other, compilations and waits for a checkpoint left out; and the time left is known from the second
-    step on."""
+    """One after the other, compilations and what makes room left out; the time left is known from the second step on."""
     phases = (rl_phase(), reheat_phase())
     trainer = trainer_in(tmp_path, phases=phases, evaluate=True)
     said, left, logged = [], [], []
@@ -69,7 +68,7 @@ def test_a_run_says_at_all_times_what_it_does(trainer_in, tmp_path):
     vars(trainer.table)["step"] = lambda line, left_s: left.append((line["phase_step"], left_s is not None))
     with heartbeat.heard_by(said.append):
         finish(trainer)
-    now_and_then = ("(compiling)", "waiting for the checkpoint")
+    now_and_then = ("(compiling)", "making room for the update")
     told = [text for text, _ in itertools.groupby(text for text in said if not text.endswith(now_and_then))]
     steps = [[f"step {n}", f"step {n}: sampling", f"step {n}: verifying", f"step {n}: updating"] for n in (1, 2, 3)]
     again = [text for step in steps for text in step]  # dynamic sampling may ask for more in a step

@@ -95,11 +95,6 @@ class Checkpoints:
         if self._writing is not None and not self._manager.is_saving_in_progress():
             self.settle()
 
-    @property
-    def saving(self) -> bool:
-        """Whether there is a save that was not yet seen to be over."""
-        return self._writing is not None
-
     def settle(self) -> None:
         """Wait for the last save, and see that it can be read.
 

@@ -255,9 +255,8 @@ class Trainer:
         memory, and an update that cannot take that over needs a second copy of the state: so it waits."""
         if self.shared.mesh.devices.flat[0].platform != "cpu":
             return
-        if self.checkpoints.saving:
-            heartbeat.tick(f"step {self.run_state.step + 1}: waiting for the checkpoint")
-            self.checkpoints.settle()
+        heartbeat.tick(f"step {self.run_state.step + 1}: making room for the update")
+        self.checkpoints.settle()
         if (now := (self.compilations.seconds, self.saved_step)) != self._given_back:
             self._given_back = now
             give_back()
