@@ -60,7 +60,7 @@ MEASURED = tuple(
 
 
 def test_a_run_says_at_all_times_what_it_does(trainer_in, tmp_path):
-    """One after the other, compilations and what makes room left out; the time left is known from the second step on."""
+    """One after the other, compilations and making room left out; the time left is known from the second step on."""
     phases = (rl_phase(), reheat_phase())
     trainer = trainer_in(tmp_path, phases=phases, evaluate=True)
     said, left, logged = [], [], []
