@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
@@ -179,8 +180,13 @@ def test_bad_usage_deletes_nothing_and_neither_does_a_watch_that_is_interrupted(
     answers = [("tpu-vm describe", 0, "READY"), ("tsopsd-status", 0, words("running"))]
     cloud.answers_file.write_text(json.dumps(answers * 300))  # it may look again before it is interrupted
     command = [str(cloud.bin / "bash"), str(TPU / "resume.sh"), *RESUME, "--watch", "--delete", *TRAIN]
+    heard = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
     watch = subprocess.Popen(
-        command, env=cloud.env(TPU_POLL_S="1"), stderr=subprocess.PIPE, text=True, start_new_session=True
+        [sys.executable, "-c", heard, *command],  # tests that run in the background ignore SIGINT, and bash would too
+        env=cloud.env(TPU_POLL_S="1"),
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     until = time.monotonic() + 300
     while not (cloud.calls_file.exists() and ASK in cloud.calls):
