@@ -1,12 +1,11 @@
 """Runs that are killed at any moment lose nothing: a short run of `scripts/crash_test.py`, and what it would see."""
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from project_scripts import run_script
+from project_scripts import run_script, script
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -14,12 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.fixture(scope="module")
 def crash_test():
     """The script as a module."""
-    sys.path.insert(0, str(ROOT / "scripts"))
-    try:
-        import crash_test  # pyright: ignore[reportMissingImports]
-    finally:
-        sys.path.pop(0)
-    return crash_test
+    return script("crash_test")
 
 
 @pytest.mark.slow

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from project_scripts import run_script
-from small_scripts import ROOT, script
+from project_scripts import ROOT, run_script, script
 
 from tsopsd_jax.config import load_config, strict
 from tsopsd_jax.config.build import make_phase

@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 import pytest
-from small_scripts import script
+from project_scripts import script
 
 statistics = script("small_statistics")
 Interval = statistics.Interval

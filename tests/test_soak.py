@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from project_scripts import script
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -17,12 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.fixture(scope="module")
 def soak():
     """The script as a module."""
-    sys.path.insert(0, str(ROOT / "scripts"))
-    try:
-        import soak  # pyright: ignore[reportMissingImports]
-    finally:
-        sys.path.pop(0)
-    return soak
+    return script("soak")
 
 
 def seen_of(steps: int = 300, **slopes: float) -> list[dict]:
