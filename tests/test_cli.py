@@ -164,6 +164,7 @@ def test_a_run_from_python_is_the_run_of_the_command(finished, tmp_path):
 def test_convert_exports_the_policy(finished, tmp_path, capsys):
     out = tmp_path / "hf"
     assert main(["convert", str(finished), "--out", str(out), "--dtype", "float32"]) == 0
+    assert capsys.readouterr().out == f"{out}: the policy after step 3, in float32\n"
     model, params = load_pretrained(out)
     _, base = load_pretrained(ASSETS)
     tokens = jnp.asarray([[3, 7, 11, 2, 105, 34, 106]], jnp.int32)
@@ -269,7 +270,9 @@ def test_a_run_of_another_configuration_is_refused_and_left_alone(finished, caps
     before = {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()}
     assert demo(finished, "phases.1.optimizer.learning_rate=1e-4") == 2  # of a phase that is finished
     error = capsys.readouterr().err
-    assert "another configuration (phases.1.optimizer.learning_rate: 2e-05 != 0.0001, a phase that is over)" in error
+    assert (
+        "another configuration (phases.reheat.optimizer.learning_rate: 2e-05 != 0.0001, a phase that is over)" in error
+    )
     assert {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()} == before
 
 
@@ -294,7 +297,11 @@ def test_settings_of_the_machine_may_change_between_starts(finished):
 @pytest.mark.parametrize(
     ("assignment", "says"),
     [
-        ("phases.0.optimizer.learning_rat=1", "did you mean 'learning_rate'?"),
+        (
+            "phases.0.optimizer.learning_rat=1",
+            "phases.rl.optimizer.learning_rat: unknown key; did you mean 'learning_rate'? (from --set "
+            "phases.0.optimizer.learning_rat)",
+        ),
         ("wandb_project=reheat", "wandb_project: expected under its new name tracker.wandb.project"),
         ("tracker.wandb={}", "tracker.wandb.project: expected a value, got none"),
         (
@@ -472,7 +479,7 @@ def test_a_guards_remedy_can_be_followed(tmp_path, capsys):
     assert "raise guard.max_start_entropy_nats" in capsys.readouterr().err
     assert demo(run, "phases.1.guard.max_start_entropy_nats=9") == 0
     out = capsys.readouterr().out
-    assert "goes on with changed settings: phases.1.guard.max_start_entropy_nats: 1e-06 -> 9.0" in out
+    assert "goes on with changed settings: phases.reheat.guard.max_start_entropy_nats: 1e-06 -> 9.0" in out
 
 
 def test_check_reads_configurations(capsys, tmp_path):
@@ -499,7 +506,10 @@ def test_a_file_that_is_no_mapping_is_one_line(text, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("assignment", "says"),
     [
-        ("phases.0.optimizer.learning_rate=.nan", "expected float"),
+        (
+            "phases.0.optimizer={learning_rate: .nan}",
+            "phases.rl.optimizer.learning_rate: expected float, got nan (float) (from --set phases.0.optimizer)",
+        ),
         ("phases.0.optimizer.learning_rate=-1", "learning_rate must be positive"),
         ("evaluation.samples=0", "samples must be at least 1"),
         ("evaluation.every_steps=0", "every_steps must be at least 1"),

@@ -6,6 +6,7 @@ import pytest
 
 from tsopsd_jax.cli import COMMANDS, main
 from tsopsd_jax.config import load_config
+from tsopsd_jax.model.packaged import model_directory
 
 
 @pytest.fixture(autouse=True)
@@ -56,6 +57,21 @@ def test_the_usual_names_need_no_settings(in_a_folder_of_its_own):
     (in_a_folder_of_its_own / "d.jsonl").write_text('\n{"problem": "1+1?", "answer": "2"}\n')
     assert main(["init", "--model", "m", "--data", "d.jsonl"]) == 0
     assert "problem_field" not in (in_a_folder_of_its_own / "run.yaml").read_text()
+
+
+@pytest.mark.parametrize(("positions", "lengths"), [(128, (26, 102)), (4096, (820, 3276)), (40_960, (1024, 4096))])
+def test_lengths_fit_the_model(positions, lengths, in_a_folder_of_its_own):
+    model = in_a_folder_of_its_own / "m"
+    model.mkdir()
+    shape = json.loads((model_directory("countdown-tiny") / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(shape | {"max_position_embeddings": positions}))
+    (in_a_folder_of_its_own / "d.jsonl").write_text('{"problem": "1+1?", "answer": "2"}\n')
+    assert main(["init", "--model", "m", "--data", "d.jsonl"]) == 0
+    config = load_config("run.yaml", [])
+    assert config.evaluation.data is not None
+    assert {config.data.max_prompt_tokens, config.evaluation.data.max_prompt_tokens} == {lengths[0]}
+    responses = [p.max_response_tokens for p in config.phases]
+    assert {config.evaluation.max_response_tokens, *responses} == {lengths[1]}
 
 
 def test_a_file_that_is_there_stays_as_it_is(in_a_folder_of_its_own, capsys):

@@ -106,7 +106,7 @@ def test_a_group_of_settings_that_is_null_is_its_default(tmp_path):
     after = load_config(file, changed)
     assert after.evaluation == type(before.evaluation)()
     assert after.phases[0].objective.hyperparameters == {}
-    with pytest.raises(ValueError, match="phases.0.objective: expected a mapping of settings, got None"):
+    with pytest.raises(ValueError, match=r"phases.rl.objective: expected a mapping of settings, got None \(from --set"):
         load_config(file, ["phases.rl.objective=null"])
 
 
@@ -149,16 +149,16 @@ def test_check_takes_overlays(tmp_path, capsys):
         # The file to be blamed is the one that set the key last, at the line where it stands:
         (
             {"a": "extends: base.yaml\nphases:\n  again:\n    stop:\n      stebs: 3", "b": "extends: a.yaml\nseed: 1"},
-            r"b\.yaml: phases\.1\.stop\.stebs: unknown key; did you mean 'steps'\? \(a\.yaml, line 5\)",
+            r"b\.yaml: phases\.again\.stop\.stebs: unknown key; did you mean 'steps'\? \(a\.yaml, line 5\)",
         ),
         (
             {"a": "extends: base.yaml\nphases: {again: {stop: {steps: x}}}"},
-            r"a\.yaml: phases\.1\.stop\.steps: expected int, got 'x' \(str\) \(a\.yaml, line 2\)",
+            r"a\.yaml: phases\.again\.stop\.steps: expected int, got 'x' \(str\) \(a\.yaml, line 2\)",
         ),
         ({"a": "extends: base.yaml\nseed: x"}, r"a\.yaml: seed: expected int, got 'x' \(str\) \(a\.yaml, line 2\)"),
         (
             {"base": BASE.replace("steps: 1", "steps: x"), "a": "extends: base.yaml"},
-            r"a\.yaml: phases\.1\.stop\.steps: expected int, got 'x' \(str\) \(base\.yaml, line 15\)",
+            r"a\.yaml: phases\.again\.stop\.steps: expected int, got 'x' \(str\) \(base\.yaml, line 15\)",
         ),
     ],
 )
@@ -168,8 +168,15 @@ def test_refused(files, message, tmp_path):
 
 
 def test_a_line_is_blamed_only_for_what_it_says(tmp_path):
-    with pytest.raises(ValueError, match=r"got 'x' \(str\)$"):
+    with pytest.raises(ValueError, match=r"phases\.rl\.stop\.steps: .* \(from --set phases\.0\.stop\.steps\)$"):
         load_config(written(tmp_path), ["phases.0.stop.steps=x"])
+    with pytest.raises(ValueError, match=r"phases\.again: micro_batches 3 .*; choose a divisor$"):  # both together
+        load_config(written(tmp_path), ["phases.again.micro_batches=3"])
+    with pytest.raises(ValueError, match=r"seed must be .* got -1$"):  # a setting that the message does not begin with
+        load_config(written(tmp_path), ["seed=-1"])
+    odd = {"a": "extends: base.yaml\nphases: {again: {stop: {steps: x}}}"}
+    with pytest.raises(ValueError, match=r"phases\.again\.stop\.steps: .* \(a\.yaml, line 2\)$"):
+        load_config(written(tmp_path, **odd), ["seed=2"])
 
 
 def test_null_is_the_default_of_every_setting_that_may_be_null():

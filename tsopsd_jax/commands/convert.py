@@ -36,7 +36,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--private: expected with --push-to-hub REPO; leave it out")
     api = None if repo is None else open_hub(repo)
     with object_store.opened(args.run_dir) as folder:
-        print(export(folder, args.out, step=args.step, dtype=args.dtype))
+        step = export(folder, args.out, step=args.step, dtype=args.dtype)
+    print(f"{args.out}: the policy after step {step}, in {args.dtype}")
     if repo is not None:
         print(push_to_hub(api, args.out, repo, private=args.private))
     return exit_codes.DONE
@@ -52,8 +53,11 @@ def _check_out(out: Path, base: Path) -> None:
         raise ValueError(f"{out} is not empty and is no export of `tsopsd convert`; choose another --out")
 
 
-def export(run_dir: Path, out: Path, *, step: int | None, dtype: str) -> Path:
-    """Write the policy of a checkpoint (default: the latest) as a Hugging Face directory with a model card; returns it.
+def export(run_dir: Path, out: Path, *, step: int | None, dtype: str) -> int:
+    """Write the policy of a checkpoint (default: the latest) as a Hugging Face directory with a model card.
+
+    Returns:
+        The step of the checkpoint.
 
     Raises:
         ValueError: no run, no such checkpoint, or a directory that holds something else.
@@ -62,15 +66,16 @@ def export(run_dir: Path, out: Path, *, step: int | None, dtype: str) -> Path:
     folder = model_folder(config)
     _check_out(out, folder)
     model, state = restore_run(run_dir, step=step, mesh=make_mesh(), compute_dtype="float32")
+    taken = int(state.step)
     card = model_card(
         config,
         base=BaseModel.of(folder),
         licence=base_licence(folder),
-        step=int(state.step),
+        step=taken,
         dtype=dtype,
         metrics=read_metrics(run_dir),
         evaluations=read_evaluations(run_dir),
     )
     stop_ids = Tokenizer.load(folder, chat=config.data.chat).stop_ids
     save_pretrained(out, model, state.params, dtype=DTYPES[dtype], tokenizer_from=folder, stop_ids=stop_ids, card=card)
-    return out
+    return taken

@@ -38,7 +38,7 @@ def push_to_hub(api: Any, folder: Path, repo: str, *, private: bool) -> str:
 
     Args:
         api: from `open_hub`.
-        folder: what `convert.export` returned.
+        folder: what `convert.export` wrote.
         repo: NAME or OWNER/NAME.
         private: of a new repository; an existing one must be private already.
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tsopsd_jax.commands import exit_codes
+from tsopsd_jax.model.packaged import model_directory
 from tsopsd_jax.rundir import files
 from tsopsd_jax.writing import writes_to
 
@@ -33,9 +34,9 @@ TINY = {
 
 OWN = {
     "claim": "RL until the entropy has collapsed, policy reheating, RL again, with the paper's values.",
-    "evaluation": "samples: 8, max_response_tokens: 4096",
-    "batch": "prompts_per_step: 64, responses_per_prompt: 8, max_response_tokens: 4096",
-    "reheat_batch": "prompts_per_step: 1024, responses_per_prompt: 1, max_response_tokens: 4096",
+    "evaluation": "samples: 8, max_response_tokens: RESPONSE",
+    "batch": "prompts_per_step: 64, responses_per_prompt: 8, max_response_tokens: RESPONSE",
+    "reheat_batch": "prompts_per_step: 1024, responses_per_prompt: 1, max_response_tokens: RESPONSE",
     "rl_rate": "2.0e-6",
     "reheat_rate": "1.0e-6",
     "shortage": ", on_shortage: fill",
@@ -45,6 +46,9 @@ OWN = {
     "steps": "200",
 }
 """A model or data of one's own, with the paper's values."""
+
+PROMPT_TOKENS, RESPONSE_TOKENS = 1024, 4096
+"""Limits of lengths, where the model has the positions."""
 
 LAYOUT = """\
 # {claim}
@@ -106,7 +110,8 @@ def configuration(path: Path, *, model: str | None, data: str | None, reward: st
         reward: a verifier's name or `path/to/file.py:function`; None: `math`.
 
     Raises:
-        ValueError: for a model without data or the reverse, or a file without problems and answers.
+        ValueError: for a model without data or the reverse, a file without problems and answers, or a config.json of no
+            known model.
     """
     if model is None and data is None:
         if reward is not None:
@@ -120,16 +125,30 @@ def configuration(path: Path, *, model: str | None, data: str | None, reward: st
     problem, answer = _fields(Path(data))
     fields = f"problem_field: {problem}, answer_field: {answer}, " if (problem, answer) != ("problem", "answer") else ""
     source = f"{{name: jsonl, path: {_quoted(data)}, {fields}verifier: {_quoted(reward or 'math')}"
-    limit = "max_prompt_tokens: 1024"
+    prompt, response = _lengths(model)
+    limit = f"max_prompt_tokens: {prompt}"
+    own = {name: text.replace("RESPONSE", str(response)) for name, text in OWN.items()}
     return _fill(
         path,
-        OWN
+        own
         | {
             "model": f"{{path: {_quoted(model)}, compute_dtype: bfloat16}}  # on a CPU float32 is faster",
             "data": f"{source}, {limit}, drop_longer: true}}  # chat: direct puts problems in the model's chat turn",
             "test": f"{source}, {limit}, first: 256}}  # better: problems that are not trained on",
         },
     )
+
+
+def _lengths(model: str) -> tuple[int, int]:
+    """Choose limits of prompt and response that fit a model's positions; the usual ones for one that is not here yet."""
+    from tsopsd_jax.model.hf_config import read_config  # transformers takes a second to import
+
+    file = model_directory(model) / "config.json"
+    if not file.is_file():
+        return PROMPT_TOKENS, RESPONSE_TOKENS
+    positions = read_config(file).max_position_embeddings
+    response = min(RESPONSE_TOKENS, positions * 4 // 5)
+    return min(PROMPT_TOKENS, positions - response), response
 
 
 def _fill(path: Path, values: dict[str, str]) -> str:

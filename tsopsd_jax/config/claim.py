@@ -123,6 +123,11 @@ def _may_change(key: str, phase: int) -> bool:
     return re.fullmatch(CHANGEABLE, key) is not None
 
 
+def _words(found: strict.Difference, sign: str, settings: dict[str, Any]) -> str:
+    """Say a difference by the phase's name, not by its place."""
+    return found._replace(key=".".join(strict.named(found.key.split("."), settings))).words(sign)
+
+
 def _without_added_phases(old: dict[str, Any], new: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """A run may go on with phases behind its last one: the new settings without those, and their names."""
     phases, known = new["phases"], old.get("phases")
@@ -239,7 +244,7 @@ def claim(
         if refused and reached is not None:
             over = _may_change(refused[0].key, 0)  # it may while its phase goes on
             raise ValueError(
-                f"{run_dir} holds a run of another configuration ({refused[0].words('!=')}"
+                f"{run_dir} holds a run of another configuration ({_words(refused[0], '!=', old)}"
                 f"{', a phase that is over' if over else ''}); choose another --run-dir, or the old settings"
                 f"{', and another phase behind them to go on' if over else ''}"
             )
@@ -254,7 +259,7 @@ def claim(
             # Nothing was trained: the old run is replaced, and what was evaluated under it goes.
             (run_dir / EVALUATIONS_FILE).unlink(missing_ok=True)
         grown = [f"phases: {', '.join(added)} added"] if added else []
-        changed = [*(d.words("->") for d in differences), *grown, *others] if reached is not None else []
+        changed = [*(_words(d, "->", old) for d in differences), *grown, *others] if reached is not None else []
     files.replace(file, [strict.dump(resolved).encode()])
     if inputs is not None:
         _keep_inputs(run_dir, inputs)

@@ -2,6 +2,7 @@
 7396) does, with lists of named items changed by name."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -117,32 +118,31 @@ def _merge_named(base: list[Any], changes: dict[Any, Any], where: str) -> list[A
     return merged
 
 
-def located(message: str, data: Any, sources: list[ConfigFile]) -> str:
-    """Add the file and line that last set what a message names at its beginning, such as `phases.0.stop.steps: ...`.
+def located(message: str, data: Any, sources: list[ConfigFile], overrides: Sequence[str] = ()) -> str:
+    """Say what a message names at its beginning, such as `phases.0.stop.steps: ...`, by the names of its items, and add
+    what set it last: the file and its line, or `--set`.
 
     Args:
-        message: of an error; returned as it is where no file sets that key.
+        message: of an error; returned as it is where it begins with no key.
         data: the merged data, in which the indices of items are looked up; None: the message has names.
         sources: the files, the one that extends first.
+        overrides: `a.b=value`, applied after the files.
     """
     match = re.match(r"[\w.-]+(?=: )", message)
-    keys = match[0].split(".") if match else []
-    for source in sources if keys else []:
-        line = strict.line_of(source.text, keys, _names(keys, data))
+    if match is None:
+        return message
+    keys = match[0].split(".")
+    names = strict.named(keys, data)
+    message = ".".join(names) + message[match.end() :]
+    for assignment in overrides:
+        path = assignment.partition("=")[0]
+        changed = strict.named(path.split("."), data)
+        if changed == names[: len(changed)]:
+            return f"{message} (from --set {path})"
+        if names == changed[: len(names)]:
+            return message  # a group with a value of another origin: no line is to blame alone
+    for source in sources:
+        line = strict.line_of(source.text, keys, names)
         if line is not None:
             return f"{message} ({source.path.name}, line {line})"
     return message
-
-
-def _names(keys: list[str], data: Any) -> list[str]:
-    """The keys with the names of list items for their indices, where they have one."""
-    found = []
-    for key in keys:
-        name = key
-        if isinstance(data, list) and key.isdecimal() and int(key) < len(data):
-            data = data[int(key)]
-            name = str(data.get("name", key)) if isinstance(data, dict) else key
-        else:
-            data = data.get(key) if isinstance(data, dict) else None
-        found.append(name)
-    return found

@@ -22,6 +22,5 @@ def load_config(path: str | Path, overrides: list[str]) -> Config:
             raise ValueError(f"{old}: expected under its new name {RENAMED[old]}")
         return strict.build(Config, data)
     except ValueError as error:
-        # An override may have set what is wrong: then no line is to blame.
-        words = str(error) if overrides else overlay.located(str(error), data, sources)
+        words = overlay.located(str(error), data, sources, overrides)
         raise ValueError(f"configuration {path}: {words}") from error

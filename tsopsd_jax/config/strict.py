@@ -149,6 +149,20 @@ def line_of(text: str, keys: Sequence[str], names: Sequence[str]) -> int | None:
     return line
 
 
+def named(keys: Sequence[str], data: Any) -> list[str]:
+    """Put the names of items for their indices in a way into plain data, such as `phases`, `0`, `stop`."""
+    found = []
+    for key in keys:
+        name = key
+        if isinstance(data, list) and key.isdecimal() and int(key) < len(data):
+            data = data[int(key)]
+            name = str(data.get("name", key)) if isinstance(data, dict) else key
+        else:
+            data = data.get(key) if isinstance(data, dict) else None
+        found.append(name)
+    return found
+
+
 def dump(data: Any) -> str:
     """Write plain data as YAML, which `parse` and readers of YAML 1.1 read alike."""
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False)
