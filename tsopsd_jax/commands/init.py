@@ -140,7 +140,7 @@ def configuration(path: Path, *, model: str | None, data: str | None, reward: st
 
 
 def _lengths(model: str) -> tuple[int, int]:
-    """Choose limits of prompt and response that fit a model's positions; the usual ones for one that is not here yet."""
+    """Choose limits of prompt and response that fit a model; the usual ones for one that is not here yet."""
     from tsopsd_jax.model.hf_config import read_config  # transformers takes a second to import
 
     file = model_directory(model) / "config.json"
