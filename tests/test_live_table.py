@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from tsopsd_jax.display import live_table
 from tsopsd_jax.display.live_table import LiveTable, Trend, results_table
 from tsopsd_jax.display.numbers import duration
 from tsopsd_jax.distributed import heartbeat
@@ -95,6 +96,19 @@ def test_a_logs_columns_line_up_and_the_header_comes_again(log):
     end = lines[0].index("entropy (nats)") + len("entropy (nats)")
     assert lines[1][:end].endswith(" 0.5000")  # 0.5 / 1
     assert lines[1].split() == ["dapo", "1", "0.5000", "0.250", "-", "-", "1e-05", "12.3k", "1m", "00s"]
+
+
+def test_a_log_says_early_what_is_done_and_then_once_a_minute(log, monkeypatch):
+    """Whoever starts a run sees that its first program is being compiled; who reads a log of days is not flooded."""
+    now = 100.0
+    monkeypatch.setattr(live_table.time, "monotonic", lambda: now)
+    said = []
+    with LiveTable(stream=log) as table:
+        for second in range(4 * 60):
+            now = 100.0 + second
+            table.status(f"at {second}")
+            said.extend([second] if log.getvalue().endswith(f"at {second}\n") else [])
+    assert said == [5, 15, 35, 75, 135, 195]  # after 5, 10, 20, 40 and then 60 s of silence
 
 
 @pytest.mark.parametrize("empty", [{}, {"step": None, "phase": None}, {"reward/mean": None, "step": 3}])

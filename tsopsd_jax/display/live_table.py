@@ -145,14 +145,14 @@ class LiveTable:
             self._view.restore(lines)
 
     def sampling(self, progress: Progress) -> None:
-        """Show how far a rollout is; on a log, a line a minute."""
+        """Show how far a rollout is; on a log, at most a line a minute after the first minute."""
         text = f"{progress.finished:,} of {progress.rows:,} responses, {progress.tokens:,} tokens"
         left = f", {duration(progress.left_s)} left" if progress.finished else ""
         with self._lock:
             self._view.status(f"{self._doing or 'sampling'}: {text}{left}")
 
     def status(self, text: str) -> None:
-        """Show what is being done now; on a log, a line a minute."""
+        """Show what is being done now; on a log, at most a line a minute after the first minute."""
         with self._lock:
             self._view.status(text)
 
@@ -290,7 +290,7 @@ class _Lines:
     """Plain aligned lines: every `every` steps, and the first and the last step of each phase."""
 
     REPEAT_HEADER_LINES = 20
-    STATUS_S = 60.0
+    FIRST_STATUS_S, STATUS_S = 5.0, 60.0
 
     def __init__(self, stream: TextIO, every: int):
         self._stream = stream
@@ -300,6 +300,7 @@ class _Lines:
         self._seen = 0  # steps of the phase
         self._held: str | None = None  # the latest step's line, while it is not written
         self._said = time.monotonic()  # something, last
+        self._silence_s = self.FIRST_STATUS_S  # after which a status is written; twice that after each
 
     def phase(self, name: str, until: str) -> None:
         self._flush_held()
@@ -319,7 +320,8 @@ class _Lines:
         self._seen += 1
 
     def status(self, text: str) -> None:
-        if time.monotonic() - self._said >= self.STATUS_S:
+        if time.monotonic() - self._said >= self._silence_s:
+            self._silence_s = min(2 * self._silence_s, self.STATUS_S)
             self._flush_held()
             self._print(text)
 
