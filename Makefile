@@ -38,7 +38,7 @@ quick-tests: env
 # Programs for GPUs, compiled without one: several GB of CUDA libraries, in an environment of their own.
 gpu-programs:
 	$(MAKE) env EXTRAS=dev,cuda VENV=.venv-cuda
-	.venv-cuda/bin/python -m pytest -n 0 --durations 5 tests/test_gpu_programs.py tests/test_decoding_bytes.py
+	.venv-cuda/bin/python -m pytest -n 0 --durations 5 tests/test_gpu_programs.py tests/test_decoding_bytes.py tests/test_update_bytes.py
 
 mutants: env
 	$(BIN)/python tests/mutants.py --jobs $(shell nproc) $(MUTANTS)

@@ -120,10 +120,11 @@ def test_an_interrupted_analysis_goes_on_from_its_batches(name, heated, tmp_path
     with np.load(file) as saved:
         assert saved["batches"] == 1
     stops = False
-    # Other settings do not go on from it, and leave nothing of it.
-    other = analyse(name, tmp_path / "other", *options, "--first", 8)
+    # Other settings, under which no batch stays as it was, do not go on from it and leave nothing of it.
+    swapped = ["--before", heated / "after", "--after", MODEL, *options[4:]]
+    other = analyse(name, tmp_path / "other", *swapped)
     shutil.copyfile(file, tmp_path / "other" / file.name)
-    assert analyse(name, tmp_path / "other", *options, "--first", 8) == other
+    assert analyse(name, tmp_path / "other", *swapped) == other
     assert not (tmp_path / "other" / file.name).exists()
     with np.load(file) as saved:
         arrays = {key: saved[key] for key in saved.files}
