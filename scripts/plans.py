@@ -107,7 +107,7 @@ HEAD = """# Plans of the paper's configurations
 Made by `python scripts/plans.py` from what `tsopsd plan CONFIG --topology T --json` prints; the JSON files beside this one
 are that output. Nothing here ran on a TPU: memory and traffic are the compiler's, operations are counted from shapes, and
 times are lower bounds at the makers' peaks, with every response at its limit (8,192 tokens, 4,096 when reheating). The
-assumptions stand in each file. For GPUs: [gpus.md](gpus.md).
+assumptions stand in each file. For GPUs: [gpus.md](gpus.md); what one H100 could do at best: [h100_rooflines.md](h100_rooflines.md).
 
 For each configuration and kind of chip, slices from the smallest to the first that fits. The mesh is data x fsdp x tensor,
 the one that the formulas rank first. Memory, GiB a device: needed / usable (3 % of what the compiler names are left free).

@@ -3,21 +3,21 @@ that a token moves, beside what it must read."""
 
 import functools
 import importlib.util
-import re
 
 import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from program_bytes import FREE, moved, operands, size
 
 from tsopsd_jax.commands.plan import no_compilation_cache
 from tsopsd_jax.distributed.sharding import make_mesh
 from tsopsd_jax.learn.update import abstract_state
 from tsopsd_jax.model import Qwen3, Qwen3Config
-from tsopsd_jax.plan.collectives import Program, _computations
+from tsopsd_jax.plan.collectives import Program
 from tsopsd_jax.plan.topologies import topology
+from tsopsd_jax.plan.traffic import FREE, loop_of, products, size
 from tsopsd_jax.rollout import Engine, Sampling
+from tsopsd_jax.rollout.segment import STEPS
 
 LAYERS, SLOTS = 36, 64
 WIDTHS = {"hidden_size": 2560, "intermediate_size": 9728, "num_attention_heads": 32, "num_key_value_heads": 8}
@@ -35,7 +35,7 @@ PLACES = [pytest.param("h100:1", marks=[GPU, pytest.mark.gpu_compiler]), pytest.
 
 
 class Decoding:
-    """A decoding segment's program for a few layers: its text, the loop's body, and what a token must read."""
+    """A decoding segment's program for a few layers: its text, its loop, and what a token must read."""
 
     def __init__(self, place: str, layers: int):
         try:
@@ -61,12 +61,7 @@ class Decoding:
         )
         with no_compilation_cache():
             self.text = self.engine.on_device.lower_segment(self.params).compile().as_text()
-        self.computations, _ = _computations(self.text)
-        loops = [i for found in self.computations.values() for i in found if i.op == "while"]
-        (loop,) = [i for i in loops if "decoding_steps/while" in i.rest]
-        body = re.search(r"body=%?([\w.\-]+)", loop.rest)
-        assert body is not None
-        self.body = self.computations[body[1]]
+        self.loop = loop_of(self.text, STEPS)
 
     @property
     def view(self):
@@ -80,10 +75,6 @@ class Decoding:
         places = pages * geometry.segment_tokens + SLOTS * (geometry.home + geometry.segment_tokens)
         cache = self.layers * places * 2 * WIDTHS["num_key_value_heads"] * 128 * 2
         return (weights + cache) // self.shards
-
-    @property
-    def moved(self) -> int:
-        return sum(moved(self.body, self.computations).values())
 
 
 @functools.cache
@@ -99,7 +90,7 @@ def test_a_token_moves_little_beside_weights_and_cache(place):
     def whole(one: int, two: int) -> int:
         return one + (LAYERS - 1) * (two - one)
 
-    ratio = whole(one.moved, two.moved) / whole(one.needed, two.needed)
+    ratio = whole(one.loop.bytes_moved, two.loop.bytes_moved) / whole(one.needed, two.needed)
     assert 0.8 < ratio <= MOST, ratio  # what reads less than the weights was not counted
 
 
@@ -111,23 +102,18 @@ def test_the_loop_neither_copies_nor_moves_a_weight(place):
     weights = {x.size * x.dtype.itemsize // two.shards for x in jax.tree.leaves(two.view) if x.ndim > 1}
     written = [
         (i.name, i.shape)
-        for i in two.body
+        for i in two.loop.body
         if i.op not in FREE and not i.op.startswith("copy-") and size(i.shape) in weights
     ]
     assert written == []
-    fetched = [i.shape for i in two.body if i.op == "copy-start" and size(i.shape) >= 2 * min(weights)]
+    fetched = [i.shape for i in two.loop.body if i.op == "copy-start" and size(i.shape) >= 2 * min(weights)]
     assert [shape for shape in fetched if "S(1)" not in shape] == []
-    crossing = Program(two.text, {"data": 1, "fsdp": 1, "tensor": two.shards}, {"decoding_steps": 1}).moved
+    crossing = Program(two.text, {"data": 1, "fsdp": 1, "tensor": two.shards}, {STEPS: 1}).moved
     assert all(m.largest <= SLOTS * WIDTHS["hidden_size"] for m in crossing), crossing
 
 
 @pytest.mark.parametrize("place", PLACES)
 def test_products_of_the_loop_are_of_bfloat16(place):
-    found = []
-    for instructions in decoding(place, 2).computations.values():
-        known = {i.name: i.shape for i in instructions}
-        for i in instructions:
-            if i.op in ("dot", "convolution") or (i.op == "custom-call" and "gemm" in i.rest):
-                found.append((i.name, [known[name].split("[")[0] for name in operands(i)[:2]]))
+    found = products(decoding(place, 2).loop.computations)
     assert len(found) >= 2 * 4 + 1  # a layer's four with weights, and the head; a TPU's attention to the tail beside
-    assert [product for product in found if product[1] != ["bf16", "bf16"]] == []
+    assert [product for product in found if product.factors != ("bf16", "bf16")] == []

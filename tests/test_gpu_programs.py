@@ -25,11 +25,13 @@ from tsopsd_jax.distributed.sharding import make_mesh
 from tsopsd_jax.learn.update import abstract_state
 from tsopsd_jax.model import Qwen3, Qwen3Config
 from tsopsd_jax.model.attention import causal_attention
-from tsopsd_jax.plan.collectives import KINDS, Program, _computations
+from tsopsd_jax.plan.collectives import KINDS, Program, computations_of
 from tsopsd_jax.plan.compiled import CompiledPrograms
 from tsopsd_jax.plan.planner import Means, make_plan
 from tsopsd_jax.plan.topologies import topology
+from tsopsd_jax.plan.traffic import FREE, Loop, loop_of, products
 from tsopsd_jax.rollout import Engine, Sampling
+from tsopsd_jax.rollout.segment import STEPS
 from tsopsd_jax.rollout.slot_attention import Seen, SlotAttention
 
 pytestmark = [
@@ -45,8 +47,6 @@ D, F, V, HEADS, KV, H = 1024, 2048, 16_384, 16, 4, 128
 WEIGHTS = {"qkv": D * (HEADS + 2 * KV) * H, "o": D * HEADS * H, "gate_up": 2 * D * F, "down": D * F, "embed": V * D}
 SLOTS = 56
 MOST_KERNELS = 19
-FREE = ("get-tuple-element", "tuple", "parameter", "constant", "bitcast", "after-all", "partition-id")
-"""What is no kernel and writes nothing."""
 
 
 def config_of(layers: int) -> Qwen3Config:
@@ -64,10 +64,10 @@ def config_of(layers: int) -> Qwen3Config:
 
 
 class Decoding(NamedTuple):
-    """A decoding segment's program: its text, and the instructions of the loop over tokens."""
+    """A decoding segment's program: its text, and the loop over tokens."""
 
     text: str
-    body: list
+    loop: Loop
 
 
 def decoding(place: str, *, layers: int, tensor: int = 1, options: dict | None = None) -> Decoding:
@@ -86,12 +86,7 @@ def decoding(place: str, *, layers: int, tensor: int = 1, options: dict | None =
     with no_compilation_cache():
         program = engine.on_device.lower_segment(state.params).compile(compiler_options=options)
     text = program.as_text()
-    found, _ = _computations(text)
-    loops = [i for instructions in found.values() for i in instructions if i.op == "while"]
-    (loop,) = [i for i in loops if "decoding_steps/while" in i.rest]
-    match = re.search(r"body=%?([\w.\-]+)", loop.rest)
-    assert match is not None
-    return Decoding(text, found[match[1]])
+    return Decoding(text, loop_of(text, STEPS))
 
 
 @pytest.fixture(scope="module")
@@ -108,10 +103,6 @@ def on_four():
     return decoding("h100:4", layers=2, tensor=4)
 
 
-def launches(body: list) -> int:
-    return sum(i.op not in FREE and not i.op.endswith("-done") for i in body)
-
-
 def elements(shape: str) -> list[int]:
     return [math.prod(int(n) for n in dims.split(",") if n) for dims in re.findall(r"[a-z]\w*\[([\d,]*)\]", shape)]
 
@@ -119,7 +110,7 @@ def elements(shape: str) -> list[int]:
 def test_the_loop_over_tokens_writes_no_weight(on_one, on_four):
     """No copy, slice or transpose of a matrix: nothing in the loop gives a buffer of a weight's size, whole or a
     device's."""
-    for (_, body), shards in ((on_one[0], 1), (on_four, 4)):
+    for (_, (body, _)), shards in ((on_one[0], 1), (on_four, 4)):
         sizes = {size // shards for size in WEIGHTS.values()} | set(WEIGHTS.values())
         written = [(i.name, i.shape) for i in body if i.op not in FREE and sizes & set(elements(i.shape))]
         assert written == []
@@ -128,44 +119,33 @@ def test_the_loop_over_tokens_writes_no_weight(on_one, on_four):
 
 def test_the_loop_over_tokens_moves_no_weight(on_one, on_four):
     """On one GPU nothing moves; on four, over `tensor`, activations and what the draw compares."""
-    assert Program(on_one[0].text, {"data": 1, "fsdp": 1, "tensor": 1}, {"decoding_steps": 1}).moved == []
-    moved = Program(on_four.text, {"data": 1, "fsdp": 1, "tensor": 4}, {"decoding_steps": 1}).moved
+    assert Program(on_one[0].text, {"data": 1, "fsdp": 1, "tensor": 1}, {STEPS: 1}).moved == []
+    moved = Program(on_four.text, {"data": 1, "fsdp": 1, "tensor": 4}, {STEPS: 1}).moved
     assert {m.axis for m in moved} == {"tensor"}
     assert max(m.largest for m in moved) <= SLOTS * D < min(WEIGHTS.values()) / 4 / 4
-    assert any(i.op.removesuffix("-start") in KINDS for i in on_four.body)
-
-
-def products(text: str) -> list[tuple[str, list[str]]]:
-    """(name, types of both operands) of every matrix product, also those that are calls of a library."""
-    found = []
-    for instructions in _computations(text)[0].values():
-        known = {i.name: i.shape for i in instructions}
-        for i in instructions:
-            if i.op == "dot" or (i.op == "custom-call" and "gemm" in i.rest):
-                operands = re.findall(r"%([\w.\-]+)", i.rest.split(")")[0])[:2]
-                found.append((i.name, [known[name].split("[")[0].lstrip("(") for name in operands]))
-    return found
+    assert any(i.op.removesuffix("-start") in KINDS for i in on_four.loop.body)
 
 
 def test_products_are_of_bfloat16_where_it_is_asked(on_one, small):
     for text in (on_one[0].text, *small[1].values()):
-        found = products(text)
-        assert [product for product in found if product[1] != ["bf16", "bf16"]] == []
+        found = products(computations_of(text)[0])
+        assert [product for product in found if product.factors != ("bf16", "bf16")] == []
     assert (
-        len(products(on_one[0].text)) >= 2 * 4 + 1
+        len(products(on_one[0].loop.computations)) >= 2 * 4 + 1
     )  # a layer's four with weights (attention's are in the kernel), and the head
 
 
 def test_kernels_of_a_layer(on_one):
     """A layer costs this many launches more: more of them is a loss, fewer a gain to write down (docs/gpus.md)."""
     one = decoding("h100:1", layers=1)
-    assert launches(on_one[0].body) - launches(one.body) <= MOST_KERNELS, launches(on_one[0].body) - launches(one.body)
-    assert [i.name for i in on_one[0].body if i.op == "copy"] == []
+    more = on_one[0].loop.launches - one.loop.launches
+    assert more <= MOST_KERNELS, more
+    assert [i.name for i in on_one[0].loop.body if i.op == "copy"] == []
 
 
 def test_attention_is_one_kernel_a_layer_whose_sums_have_an_order(on_one):
     """... and nothing in the loop adds to what others add to: no scatter, so the same bits each time."""
-    kernels = [i for i in on_one[0].body if i.op == "custom-call" and "slot_attention" in i.rest]
+    kernels = [i for i in on_one[0].loop.body if i.op == "custom-call" and "slot_attention" in i.rest]
     assert len(kernels) == 2
     assert " scatter(" not in on_one[0].text
 

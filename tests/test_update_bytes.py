@@ -9,15 +9,15 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
-from program_bytes import FREE, operands, size
 
 from tsopsd_jax.commands.plan import no_compilation_cache
 from tsopsd_jax.distributed.sharding import make_mesh
 from tsopsd_jax.learn.update import MICRO_BATCHES, abstract_state, make_optimizer, make_update
 from tsopsd_jax.model import Qwen3, Qwen3Config
 from tsopsd_jax.objectives import make_objective
-from tsopsd_jax.plan.collectives import Program, _computations
+from tsopsd_jax.plan.collectives import Program
 from tsopsd_jax.plan.topologies import topology
+from tsopsd_jax.plan.traffic import FREE, loop_of, products, size
 from tsopsd_jax.types import Batch
 
 LAYERS, VOCABULARY = 2, 7680
@@ -35,7 +35,7 @@ PLACES = [pytest.param("h100:1", marks=[GPU, pytest.mark.gpu_compiler]), pytest.
 
 
 class Updating:
-    """An update's program for a few layers: its text, the loop's body, and the layers' matrices on a device."""
+    """An update's program for a few layers: its text, its loop, and the layers' matrices on a device."""
 
     def __init__(self, place: str):
         try:
@@ -58,12 +58,7 @@ class Updating:
         with no_compilation_cache():
             self.text = jax.jit(update, donate_argnums=0).lower(state, batch).compile().as_text()
         self.sizes = {"data": 1, "fsdp": 1, "tensor": len(devices)}
-        self.computations, _ = _computations(self.text)
-        loops = [i for found in self.computations.values() for i in found if i.op == "while"]
-        (loop,) = [i for i in loops if f'{MICRO_BATCHES}/while"' in i.rest]
-        body = re.search(r"body=%?([\w.\-]+)", loop.rest)
-        assert body is not None
-        self.body = self.computations[body[1]]
+        self.loop = loop_of(self.text, MICRO_BATCHES)
         layers = jax.tree.leaves(state.params["layers"])
         self.matrices = [x.size // LAYERS // len(devices) for x in layers if x.ndim > 2]
 
@@ -77,15 +72,10 @@ def updating(place: str) -> Updating:
 def test_products_of_the_update_are_of_bfloat16(place):
     """Also those of the backward pass: a gradient is cast to the dtype of what it is multiplied with, and the sums of
     the head's gradients are float32 all the same."""
-    found = []
-    for instructions in updating(place).computations.values():
-        known = {i.name: i.shape for i in instructions}
-        for i in instructions:
-            if i.op in ("dot", "convolution") or (i.op == "custom-call" and "gemm" in i.rest):
-                found.append((i.name, [known[name].split("[")[0] for name in operands(i)[:2]], i.shape.split("[")[0]))
+    found = products(updating(place).loop.computations)
     # Of a layer four, which some compilers take apart, forward and twice backward; of the head three.
     assert len(found) >= LAYERS * 3 * 4 + 3
-    assert [product for product in found if product[1] != ["bf16", "bf16"]] == []
+    assert [product for product in found if product.factors != ("bf16", "bf16")] == []
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -94,7 +84,7 @@ def test_a_gradient_is_written_once_and_added_once(place):
     update = updating(place)
     gradients_or_sums = {n * stacked for n in update.matrices for stacked in (1, LAYERS)}
     written = 0
-    for i in update.body:
+    for i in update.loop.body:
         if i.op in FREE or i.op.endswith("-done"):
             continue
         results = re.findall(r"\w+\[[\d,]+\](?:\{[^}]*\})?", i.shape)

@@ -125,7 +125,7 @@ def _may_change(key: str, phase: int) -> bool:
 
 def _words(found: strict.Difference, sign: str, settings: dict[str, Any]) -> str:
     """Say a difference by the phase's name, not by its place."""
-    return found._replace(key=".".join(strict.named(found.key.split("."), settings))).words(sign)
+    return found._replace(key=".".join(strict.names_along(found.key.split("."), settings))).words(sign)
 
 
 def _without_added_phases(old: dict[str, Any], new: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:

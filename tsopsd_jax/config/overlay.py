@@ -132,11 +132,11 @@ def located(message: str, data: Any, sources: list[ConfigFile], overrides: Seque
     if match is None:
         return message
     keys = match[0].split(".")
-    names = strict.named(keys, data)
+    names = strict.names_along(keys, data)
     message = ".".join(names) + message[match.end() :]
     for assignment in overrides:
         path = assignment.partition("=")[0]
-        changed = strict.named(path.split("."), data)
+        changed = strict.names_along(path.split("."), data)
         if changed == names[: len(changed)]:
             return f"{message} (from --set {path})"
         if names == changed[: len(names)]:

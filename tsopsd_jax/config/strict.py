@@ -149,7 +149,7 @@ def line_of(text: str, keys: Sequence[str], names: Sequence[str]) -> int | None:
     return line
 
 
-def named(keys: Sequence[str], data: Any) -> list[str]:
+def names_along(keys: Sequence[str], data: Any) -> list[str]:
     """Put the names of items for their indices in a way into plain data, such as `phases`, `0`, `stop`."""
     found = []
     for key in keys:

@@ -38,7 +38,9 @@ class Moved(NamedTuple):
     """Elements of the largest array that one of them gives."""
 
 
-class _Instruction(NamedTuple):
+class Instruction(NamedTuple):
+    """A line of a computation."""
+
     name: str
     root: bool
     shape: str
@@ -61,7 +63,7 @@ class Program:
 
     def __init__(self, text: str, mesh: Mapping[str, int], loops: Mapping[str, int]):
         self._mesh, self._loops = mesh, loops
-        self._computations, entry = _computations(text)
+        self._computations, entry = computations_of(text)
         self.unknown: list[str] = []
         self._found: list[tuple[float, Moved]] = []
         self._chains: dict[tuple[str, str], tuple[float, Moved]] = {}
@@ -84,7 +86,7 @@ class Program:
                     if name in self._computations:
                         self._walk(name, inner)
 
-    def _collective(self, computation: str, instruction: _Instruction, kind: str, times: float) -> None:
+    def _collective(self, computation: str, instruction: Instruction, kind: str, times: float) -> None:
         if kind == "all-reduce" and "all-reduce-scatter" in computation:
             kind, scattered = "reduce-scatter", False  # fused with the slice that follows: its shape is the whole's
         else:
@@ -108,7 +110,7 @@ class Program:
             key = (channel[1], chain[1])
             self._chains[key] = min(found, self._chains.get(key, found))
 
-    def _trips(self, loop: _Instruction) -> float:
+    def _trips(self, loop: Instruction) -> float:
         known = re.search(r'known_trip_count":\{"n":"(\d+)"', loop.rest)
         if known:
             return int(known[1])
@@ -126,8 +128,13 @@ class Program:
         return self._loops.get(name, 1)
 
 
-def _computations(text: str) -> tuple[dict[str, list[_Instruction]], str]:
-    found: dict[str, list[_Instruction]] = {}
+def computations_of(text: str) -> tuple[dict[str, list[Instruction]], str]:
+    """Take a compiled program's text apart: (instructions of each computation by name, the name of the first one).
+
+    Raises:
+        ValueError: it is no such text.
+    """
+    found: dict[str, list[Instruction]] = {}
     entry, current = "", []
     for line in text.splitlines():
         head = _COMPUTATION.match(line)
@@ -138,51 +145,52 @@ def _computations(text: str) -> tuple[dict[str, list[_Instruction]], str]:
         match = _INSTRUCTION.match(line)
         if match:
             root, name, shape, op, rest = match.groups()
-            current.append(_Instruction(name, root is not None, shape, op, rest))
+            current.append(Instruction(name, root is not None, shape, op, rest))
     if not entry:
         raise ValueError("compiled program: expected an ENTRY computation in its text, got none")
     return found, entry
 
 
-def _counted(condition: list[_Instruction], body: list[_Instruction]) -> int | None:
+def _counted(condition: list[Instruction], body: list[Instruction]) -> int | None:
     """Rounds of `for (i = 0; i < constant; i += step)`; None where the limit is not a constant."""
     known = {i.name: i for i in condition}
     root = next((i for i in condition if i.root), None)
     if root is None or root.op != "compare" or "direction=LT" not in root.rest:
         return None
-    counter, limit = (known.get(name) for name in _operands(root)[:2])
+    counter, limit = (known.get(name) for name in operands(root)[:2])
     if counter is None or limit is None or limit.op != "constant" or counter.op != "get-tuple-element":
         return None
     at = re.search(r"index=(\d+)", counter.rest)
     return -(-_constant(limit) // (_step(body, int(at[1])) if at else 1))
 
 
-def _step(body: list[_Instruction], at: int) -> int:
+def _step(body: list[Instruction], at: int) -> int:
     """What a round adds to the counter: XLA unrolls some loops by two."""
     known = {i.name: i for i in body}
     root = next(i for i in body if i.root)
-    names = _operands(root)
+    names = operands(root)
     add = known.get(names[at]) if root.op == "tuple" and at < len(names) else None
     if add is None or add.op != "add":
         return 1
-    added = [known[name] for name in _operands(add) if name in known and known[name].op == "constant"]
+    added = [known[name] for name in operands(add) if name in known and known[name].op == "constant"]
     return _constant(added[0]) if added else 1
 
 
-def _operands(instruction: _Instruction) -> list[str]:
+def operands(instruction: Instruction) -> list[str]:
+    """Name what an instruction is applied to."""
     return re.findall(r"%([\w.\-]+)", instruction.rest.split(")")[0])
 
 
-def _constant(instruction: _Instruction) -> int:
+def _constant(instruction: Instruction) -> int:
     return int(instruction.rest.split(")")[0])
 
 
-def _result(instruction: _Instruction) -> tuple[int, int]:
+def _result(instruction: Instruction) -> tuple[int, int]:
     """(bytes, elements) of what a collective gives; the first half of a `-start`'s tuple is its operands."""
     arrays = re.findall(r"([a-z]\w*)\[([\d,]*)\]", instruction.shape)
     if instruction.op.endswith("-start") and instruction.op != "all-reduce-start":
-        operands = len(_operands(instruction))
-        arrays = arrays[operands : 2 * operands]
+        given = len(operands(instruction))
+        arrays = arrays[given : 2 * given]
     elements = [int(np.prod([int(n) for n in dims.split(",") if n])) for _, dims in arrays]
     return sum(_BYTES[dtype] * n for (dtype, _), n in zip(arrays, elements, strict=True)), sum(elements)
 

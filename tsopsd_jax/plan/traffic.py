@@ -1,4 +1,5 @@
-"""Bytes of device memory that a compiled program's instructions move, read from its text: for tests of loops.
+"""What the body of a compiled loop does, read from the program's text: bytes of device memory that its instructions
+move, kernels that it launches.
 
 An instruction reads its operands and writes its results. Where a fusion takes slices of an operand alone, it reads the
 slices; where it writes into an operand in place, it writes the update. A kernel (a custom call) whose grid visits
@@ -9,6 +10,9 @@ chip (a TPU's `S(1)`) is free. Results without a buffer of their own, such as tu
 import math
 import re
 from collections.abc import Mapping
+from typing import NamedTuple
+
+from tsopsd_jax.plan.collectives import Instruction, computations_of, operands
 
 FREE = (
     "get-tuple-element",
@@ -21,12 +25,44 @@ FREE = (
     "iota",
     "optimization-barrier",
 )
+"""Instructions that move nothing and are no kernels."""
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4}
 _SLICES = ("dynamic-slice", "slice", "gather")
 
 
+class Loop(NamedTuple):
+    """A loop of a compiled program: the instructions of its body, and all computations by name."""
+
+    body: list[Instruction]
+    computations: dict[str, list[Instruction]]
+
+    @property
+    def bytes_moved(self) -> int:
+        """Bytes of device memory read and written in one turn; loops inside it count once."""
+        return sum(bytes_by_instruction(self.body, self.computations).values())
+
+    @property
+    def launches(self) -> int:
+        """Kernels and copies of one turn, on a GPU."""
+        return sum(i.op not in FREE and not i.op.endswith("-done") for i in self.body)
+
+
+def loop_of(text: str, scope: str) -> Loop:
+    """Find the one loop of a program whose `jax.named_scope` is `scope`.
+
+    Raises:
+        ValueError: there is none, or more than one.
+    """
+    computations, _ = computations_of(text)
+    loops = [i for found in computations.values() for i in found if i.op == "while" and f'{scope}/while"' in i.rest]
+    body = re.search(r"body=%?([\w.\-]+)", loops[0].rest) if len(loops) == 1 else None
+    if body is None:
+        raise ValueError(f"expected one loop in the scope {scope}, got {len(loops)}")
+    return Loop(computations[body[1]], computations)
+
+
 def size(shape: str) -> int:
-    """Bytes of an instruction's result in device memory, its parts added up."""
+    """Count the bytes of an instruction's result in device memory, its parts added up."""
     found = 0
     for dtype, dims, layout in re.findall(r"([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?", shape):
         if "S(1)" not in layout:
@@ -34,12 +70,27 @@ def size(shape: str) -> int:
     return found
 
 
-def operands(instruction) -> list[str]:
-    return re.findall(r"%([\w.\-]+)", instruction.rest.split(")")[0])
+class Product(NamedTuple):
+    """A matrix product, also one that is a call of a library: dtypes of its factors and of its result."""
+
+    name: str
+    factors: tuple[str, ...]
+    result: str
 
 
-def moved(body: list, computations: Mapping[str, list]) -> dict[str, int]:
-    """{name of an instruction of `body`: bytes that it reads and writes}; loops inside it count once."""
+def products(computations: Mapping[str, list[Instruction]]) -> list[Product]:
+    """List the matrix products of a program."""
+    found = []
+    for instructions in computations.values():
+        dtype = {i.name: i.shape.split("[")[0].lstrip("(") for i in instructions}
+        for i in instructions:
+            if i.op in ("dot", "convolution") or (i.op == "custom-call" and "gemm" in i.rest):
+                found.append(Product(i.name, tuple(dtype[name] for name in operands(i)[:2]), dtype[i.name]))
+    return found
+
+
+def bytes_by_instruction(body: list[Instruction], computations: Mapping[str, list[Instruction]]) -> dict[str, int]:
+    """Count what each instruction of `body` reads and writes, {name: bytes}; loops inside it count once."""
     shapes = {i.name: i.shape for i in body}
     found: dict[str, int] = {}
     for i in body:
@@ -47,7 +98,7 @@ def moved(body: list, computations: Mapping[str, list]) -> dict[str, int]:
             continue
         if i.op in ("while", "call", "conditional"):
             names = re.findall(r"(?:body|condition|to_apply|calls|branch_computations)=\{?%?([\w.\-]+)", i.rest)
-            inner = [moved(computations[name], computations) for name in names if name in computations]
+            inner = [bytes_by_instruction(computations[name], computations) for name in names if name in computations]
             found[i.name] = sum(sum(part.values()) for part in inner)
         elif i.op == "fusion":
             name = re.search(r"calls=%?([\w.\-]+)", i.rest)
@@ -64,15 +115,15 @@ def moved(body: list, computations: Mapping[str, list]) -> dict[str, int]:
     return found
 
 
-def _of_fusion(fusion, inside: list, shapes: Mapping[str, str]) -> int:
+def _of_fusion(fusion: Instruction, inside: list[Instruction], shapes: Mapping[str, str]) -> int:
     by_name = {i.name: i for i in inside}
-    users: dict[str, list] = {}
+    users: dict[str, list[Instruction]] = {}
     for i in inside:
         for name in operands(i):
             users.setdefault(name, []).append(i)
 
-    def through(name: str) -> list:
-        """Those that use a value, bitcasts seen through."""
+    def through(name: str) -> list[Instruction]:
+        """List what uses a value, bitcasts seen through."""
         return [u for user in users.get(name, []) for u in (through(user.name) if user.op == "bitcast" else [user])]
 
     def origin(name: str) -> str:
