@@ -8,6 +8,7 @@ survives, or if its text no longer occurs exactly once (then update the list bel
 import argparse
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -1262,9 +1263,37 @@ MUTANTS = [
     Mutant(
         "extends: the base's line is blamed",
         "config/overlay.py",
-        "for source in sources if keys else []:",
-        "for source in reversed(sources) if keys else []:",
+        "for source in sources:\n        line =",
+        "for source in reversed(sources):\n        line =",
         "test_overlay.py -k refused",
+    ),
+    Mutant(
+        "an error names a phase by its number",
+        "config/overlay.py",
+        'message = ".".join(names) + message[match.end() :]',
+        'message = ".".join(keys) + message[match.end() :]',
+        "test_overlay.py -k line_is_blamed",
+    ),
+    Mutant(
+        "an override beside what is wrong is blamed for it",
+        "config/overlay.py",
+        "if changed == names[: len(changed)]:",
+        "if changed[:1] == names[:1]:",
+        "test_overlay.py -k line_is_blamed",
+    ),
+    Mutant(
+        "init: a response may fill all positions",
+        "commands/init.py",
+        "positions * 4 // 5",
+        "positions",
+        "test_init.py -k lengths_fit",
+    ),
+    Mutant(
+        "a log is silent for its first minute",
+        "display/live_table.py",
+        "self._silence_s = self.FIRST_STATUS_S",
+        "self._silence_s = self.STATUS_S",
+        "test_live_table.py -k early",
     ),
     Mutant(
         "eval: a run is known by its name and step alone",
@@ -3409,6 +3438,10 @@ def copy_tree(to: Path) -> None:
             shutil.copy(source, to / part)
 
 
+SKIPPED = "tests skipped here"
+"""A mutant whose tests need what is not installed: it was not tried."""
+
+
 def arguments(tests: str) -> list[str]:
     """`a.py b.py -k 'x or y'` as pytest's arguments."""
     files, _, expression = tests.partition(" -k ")
@@ -3419,7 +3452,7 @@ def arguments(tests: str) -> list[str]:
 def pytest_in(folder: Path, tests: str, timeout_s: float) -> tuple[int, str]:
     """(exit code, the end of the output) of the tests in a copied tree; a test that hangs counts as failed."""
     env = os.environ | {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *arguments(tests)]
+    command = [sys.executable, "-m", "pytest", "-x", "-rs", "-p", "no:cacheprovider", *arguments(tests)]
     try:
         done = subprocess.run(
             command, cwd=folder, env=env, capture_output=True, text=True, timeout=timeout_s, check=False
@@ -3443,6 +3476,8 @@ def try_mutant(mutant: Mutant, timeout_s: float) -> Verdict:
         code, tail = pytest_in(folder, mutant.tests, timeout_s)
     # 1: tests failed. Anything else (no tests, a usage error) proves nothing.
     word = {0: "SURVIVED", 1: "killed"}.get(code, f"PYTEST EXIT {code}")
+    if code == 0 and not re.search(r"\d+ passed", tail):
+        word = SKIPPED
     return Verdict(mutant, word, time.monotonic() - start, tail)
 
 
@@ -3505,7 +3540,7 @@ def main(argv: list[str] | None = None) -> int:
     ends = time.monotonic() + 60 * options.minutes if options.minutes else float("inf")
     if options.minutes:
         chosen = shuffled(chosen)
-    bad = left = 0
+    bad = left = skipped = 0
     with ThreadPoolExecutor(options.jobs) as pool:
         for verdict in pool.map(
             lambda m: try_mutant(m, options.timeout_s) if time.monotonic() < ends else None, chosen
@@ -3515,12 +3550,16 @@ def main(argv: list[str] | None = None) -> int:
                 continue
             m = verdict.mutant
             print(f"{verdict.word:<22} {verdict.seconds:6.1f} s  {m.file:<26} {m.name}", flush=True)
-            if verdict.word != "killed":
-                bad += 1
-                if options.verbose:
-                    print(verdict.tail)
-    tried = len(chosen) - left
-    print(f"{tried - bad} of {tried} mutants killed" + (f"; {left} more were not begun in time" if left else ""))
+            skipped += verdict.word == SKIPPED
+            bad += verdict.word not in ("killed", SKIPPED)
+            if verdict.word != "killed" and options.verbose:
+                print(verdict.tail)
+    tried = len(chosen) - left - skipped
+    print(
+        f"{tried - bad} of {tried} mutants killed"
+        + (f"; of {skipped} more the tests are skipped here" if skipped else "")
+        + (f"; {left} more were not begun in time" if left else "")
+    )
     return int(bad > 0)
 
 

@@ -437,7 +437,9 @@ def test_metrics_have_the_contracts_keys(trainer_in, tmp_path):
 
 
 def test_a_phase_tells_how_far_it_moved_from_its_start(trainer_in, tmp_path):
-    finish(trainer_in(tmp_path / "run", phases=MEASURED))
+    trainer = trainer_in(tmp_path / "run", phases=MEASURED)
+    finish(trainer)
+    assert trainer.run_state.start is None, "a phase that is over holds no copy of a policy"
     moved = {(m["phase"], m["phase_step"]): m["policy/start_kl_nats"] for m in read_metrics(tmp_path / "run")}
     for phase in MEASURED:
         assert abs(moved[phase.name, 1]) < 1e-9, "the first responses are drawn from the start policy itself"
