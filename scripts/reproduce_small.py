@@ -23,9 +23,9 @@ from typing import Any, NamedTuple
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-import small_measure
-import small_page
-from small_study import COLLAPSE, COLLAPSED, REHEATED, Point, Study, course, named, train, writing_json
+from small import measure
+from small import page
+from small.study import COLLAPSE, COLLAPSED, REHEATED, Point, Study, course, named, train, writing_json
 
 from tsopsd_jax.config.places import model_folder
 from tsopsd_jax.policy import Policy
@@ -54,10 +54,10 @@ class Settings(NamedTuple):
         many = point in (BASE, COLLAPSED, named(self.study.token_points[-1])) or point.startswith(REHEATED)
         return self.end_samples if many else self.samples
 
-    def questions(self, point: str) -> small_measure.Questions:
+    def questions(self, point: str) -> measure.Questions:
         """Return what a policy is asked at a point."""
         config, problems = self.study.load_arm(COLLAPSE, 0), self.study.test_problems(self.problems)
-        return small_measure.Questions(problems, self.samples_at(point), config.phases[0].max_response_tokens)
+        return measure.Questions(problems, self.samples_at(point), config.phases[0].max_response_tokens)
 
     def file_of(self, seed: int, arm: str, point: str) -> Path:
         """Return the file of a policy's measures; the base model is the same for all seeds."""
@@ -89,20 +89,20 @@ def measure_arm(settings: Settings, seed: int, arm: str) -> None:
         file, questions = settings.file_of(seed, arm, point.point), settings.questions(point.point)
         policy = Policy.load(settings.study.policy_dir(seed, arm, point.point))
         with writing_json(file) as found:
-            found |= point._asdict() | small_measure.measure(policy, questions)
+            found |= point._asdict() | measure.measure(policy, questions)
             if point.point.startswith(REHEATED):
                 found["reheating"] = _reheating(settings, seed, policy, questions, found["entropy_nats"])
         print(f"seed {seed}: {arm} {point.point}: {_words(found)}", flush=True)
 
 
 def _reheating(
-    settings: Settings, seed: int, policy: Policy, questions: small_measure.Questions, nats: float
+    settings: Settings, seed: int, policy: Policy, questions: measure.Questions, nats: float
 ) -> dict[str, Any]:
     """Beside a reheating: likeness to the collapsed policy, and that policy sampled at the same entropy."""
     collapsed = Policy.load(settings.study.policy_dir(seed, COLLAPSE, COLLAPSED))
-    temperature = small_measure.temperature_of_entropy(collapsed, questions, nats)
-    ideal = small_measure.measure(small_measure.tempered(collapsed, temperature), questions)
-    return small_measure.likeness(collapsed, policy, questions) | {"temperature": round(temperature, 4), "ideal": ideal}
+    temperature = measure.temperature_of_entropy(collapsed, questions, nats)
+    ideal = measure.measure(measure.tempered(collapsed, temperature), questions)
+    return measure.likeness(collapsed, policy, questions) | {"temperature": round(temperature, 4), "ideal": ideal}
 
 
 def _words(found: dict[str, Any]) -> str:
@@ -116,7 +116,7 @@ def run_unit(settings: Settings, seed: int, arm: str) -> None:
         folder = model_folder(settings.study.load_arm(COLLAPSE, seed))
         with writing_json(settings.file_of(seed, BASE, BASE)) as found:
             found |= Point(BASE, BASE, 0, 0, 0.0)._asdict()
-            found |= small_measure.measure(Policy.load(folder), settings.questions(BASE))
+            found |= measure.measure(Policy.load(folder), settings.questions(BASE))
         return
     if not settings.study.is_trained(seed, arm):
         train(settings.study, seed, arm)
@@ -234,7 +234,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return GUARD
         return 0
     if args.page or args.table_only:
-        text = small_page.write(results, args.page)
+        text = page.write(results, args.page)
         print(text if args.table_only else f"wrote {args.page}")
         return 0
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_INTERRUPTED))
@@ -242,7 +242,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGALRM, lambda *_: sys.exit("time is over; the same command goes on"))
         signal.alarm(max(1, round(60 * args.minutes)))
     failed = run_all(units_of(args.seeds, args.arms), arguments, settings, args.parallel)
-    print(small_page.write(results, None))
+    print(page.write(results, None))
     return 1 if failed else 0
 
 

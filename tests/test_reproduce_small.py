@@ -12,7 +12,7 @@ from tsopsd_jax.config import load_config, strict
 from tsopsd_jax.config.build import make_phase
 from tsopsd_jax.rundir.log import read_metrics
 
-study, results, claims, page = (script(f"small_{name}") for name in ("study", "results", "claims", "page"))
+study, results, claims, page = (script(f"small.{name}") for name in ("study", "results", "claims", "page"))
 CONFIGS = ROOT / "configs" / "small"
 STUDY = study.Study(Path("work"), CONFIGS, [1_000_000])
 ARMS = sorted({path.stem for path in CONFIGS.glob("*.yaml")} - {"schedule", "collapse"})
@@ -291,8 +291,8 @@ def test_results_on_other_problems_are_refused(tmp_path):
 
 
 def test_an_interval_is_written_as_plain_numbers():
-    assert page.shown(script("small_statistics").Interval(1.0, -0.5, 2.25, 3)) == "[-0.50, 2.25]"
-    assert page.shown(None) == page.shown(script("small_statistics").Interval(1.0, math.nan, math.nan, 1)) == "–"
+    assert page.shown(script("small.statistics").Interval(1.0, -0.5, 2.25, 3)) == "[-0.50, 2.25]"
+    assert page.shown(None) == page.shown(script("small.statistics").Interval(1.0, math.nan, math.nan, 1)) == "–"
 
 
 def test_tables_are_put_into_their_places_and_nothing_else_is_touched(tmp_path):
@@ -322,10 +322,10 @@ def test_curves_begin_at_the_collapse():
         courses[seed, "collapse"] = {"tokens": [collapsed], "entropy_nats": [0.08]}
         tokens = [collapsed, collapsed + 2e6]
         courses[seed, "dapo"] = {"tokens": tokens, "entropy_nats": [0.08, 0.04 if seed == 1 else 0.02]}
-    grid, nats = script("small_figure").entropy_course(results.Results({}, courses), "dapo")
+    grid, nats = script("small.figure").entropy_course(results.Results({}, courses), "dapo")
     assert (grid[0], grid[-1]) == (0.0, 2.0)
     assert (nats[0], nats[-1]) == pytest.approx((0.08, 0.03))
-    assert script("small_figure").drawable(results.Results({}, courses)) == [], "no collapsed policy was measured"
+    assert script("small.figure").drawable(results.Results({}, courses)) == [], "no collapsed policy was measured"
 
 
 def test_the_page_shows_what_the_results_say():

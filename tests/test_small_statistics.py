@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from project_scripts import script
 
-statistics = script("small_statistics")
+statistics = script("small.statistics")
 Interval = statistics.Interval
 
 

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from small_results import COLLAPSE, COLLAPSED, PAPERS, REHEATED, Results, Score, accuracy, passes
-from small_statistics import Interval, seed_interval, verdict, verdict_within
 
+from small.results import COLLAPSE, COLLAPSED, PAPERS, REHEATED, Results, Score, accuracy, passes
+from small.statistics import Interval, seed_interval, verdict, verdict_within
 from tsopsd_jax.analysis.jump import find_jump
 
 POINTS = 100.0

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from small_statistics import Interval, crossed_interval, pass_at_k, seed_interval
+
+from small.statistics import Interval, crossed_interval, pass_at_k, seed_interval
 
 TUNING = 90
 """Seeds from here on are for trying settings, and are not reported."""

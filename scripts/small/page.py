@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from small_claims import Claim, own_claims, papers_claims
-from small_figure import draw, drawable
-from small_results import (
+
+from small.claims import Claim, own_claims, papers_claims
+from small.figure import draw, drawable
+from small.results import (
     BASE,
     COLLAPSE,
     COLLAPSED,
@@ -27,7 +28,7 @@ from small_results import (
     passes,
     read_folder,
 )
-from small_statistics import Interval
+from small.statistics import Interval
 
 NOTHING = "–"
 CURVE = (1, 2, 4, 8, 16, 32, 64)

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
-from small_results import COLLAPSE, COLLAPSED, Key, Results, accuracy
+
+from small.results import COLLAPSE, COLLAPSED, Key, Results, accuracy
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt

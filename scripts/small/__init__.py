@@ -1,0 +1,1 @@
+"""The parts of scripts/reproduce_small.py: runs and policies, measures, results, statistics, claims, figure, page."""
