@@ -23,8 +23,7 @@ from typing import Any, NamedTuple
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-from small import measure
-from small import page
+from small import measure, page
 from small.study import COLLAPSE, COLLAPSED, REHEATED, Point, Study, course, named, train, writing_json
 
 from tsopsd_jax.config.places import model_folder

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from project_scripts import ROOT, run_script, script
 
+from tsopsd_jax import cli
 from tsopsd_jax.config import load_config, strict
 from tsopsd_jax.config.build import make_phase
 from tsopsd_jax.rundir.log import read_metrics
@@ -92,6 +93,28 @@ def test_a_task_of_ones_own_takes_the_place_of_the_packaged_one(tmp_path):
     assert config.data.max_prompt_tokens == 8
     assert [phase.max_response_tokens for phase in config.phases] == [25, 25, 25]
     assert [problem.answer for problem in made.test_problems(1)] == ["1 2 3 4 5 -> 15"]
+
+
+def test_the_papers_findings_ask_for_what_there_is(tmp_path):
+    """Each figure is an analysis that takes these arguments, and each run a configuration that holds."""
+    program = script("small_figures")
+    missing = {name: tmp_path / name for name in ("base", "long", "recooled", "scarce")}
+    figures = list(program.figures(tmp_path, 1, missing, tmp_path / "responses.jsonl"))
+    assert len({figure.name for figure in figures}) == len(figures) == 9
+    for figure in figures:
+        command = ["analyse", *figure.arguments, "--out", str(tmp_path)]
+        assert cli._parser(command).parse_args(command).command == "analyse"
+    for settings in (program.LONG, program.COOLING):
+        (reheat,) = load_config(CONFIGS / "schedule.yaml", list(settings)).phases
+        assert reheat.guard.max_start_entropy_nats is None
+    cooling = load_config(CONFIGS / "schedule.yaml", list(program.COOLING)).phases[0]
+    paper = load_config(CONFIGS.parent / "paper" / "qwen3_8b_recooled.yaml", []).phases[0]
+    assert cooling.objective == paper.objective
+    assert cooling.stop.collapsed_below_nats == paper.stop.collapsed_below_nats == 0.08
+    assert [p.name for p in load_config(CONFIGS / "schedule.yaml", list(program.SCARCE)).phases] == [
+        "reheat",
+        "rl-again",
+    ]
 
 
 # ------------------------------------------------------------------ what is kept
