@@ -144,6 +144,8 @@ def _forward(asked: LibraryStats, logits: Array, tokens: Array) -> tuple[dict[st
 
 
 def _backward(asked: LibraryStats, kept: _Kept, g: dict[str, Array]) -> tuple[Array, None]:
+    # `g` has every statistic that was asked for; of one that the loss did not use it is zero. `sums.rest`, Z - 1, holds
+    # what ties with the top: each of those has the probability 1 / Z.
     logits, tokens, sums = kept
     s, is_top = _shifted(logits, sums)
     g = {name: x[..., None] for name, x in g.items()}

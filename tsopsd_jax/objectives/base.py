@@ -43,7 +43,8 @@ class Objective(NamedTuple):
 
     tokenwise: the loss of a token follows from the statistics and the batch at that token alone. Then it may be asked
         about any tokens in any arrangement, [1, n] at a time: the head forms gradients in one pass, and rows are
-        packed.
+        packed. A loss that is not tokenwise sees one response a row. If it is a mean over responses, it counts the rows
+        that have a token.
     uses_advantage: the loss reads `batch.advantage`, so its phase needs a reward.
     policy_temperature: of the policy in its ratio, which must be the sampling temperature; None: right at any. Where
         that is a knob: its first value.
