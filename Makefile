@@ -10,7 +10,9 @@ PINS := $(addprefix -c ,$(wildcard $(CONSTRAINTS)))
 QUICK := layers docs types losses golden_losses advantages head objectives methods reference update packing judge configs examples \
 	mutants
 
-.PHONY: demo test quick quick-tests gpu-programs mutants lint check format env constraints clean
+LINTS := style types dependencies shell mutants configs
+
+.PHONY: demo test quick quick-tests gpu-programs mutants lint $(LINTS:%=lint-%) check format env constraints clean
 
 $(VENV)/.demo: pyproject.toml $(wildcard $(CONSTRAINTS))
 	$(PYTHON) -m venv $(VENV)
@@ -48,14 +50,27 @@ format: env
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# What CI runs besides the tests: style, types, dependencies, configurations.
+# What CI runs besides the tests: style, types, dependencies, configurations; all of them, whatever the first ones find.
 lint: env
+	@$(MAKE) --no-print-directory --keep-going $(LINTS:%=lint-%)
+
+lint-style:
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+lint-types:
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+lint-dependencies:
 	$(BIN)/deptry tsopsd_jax
+
+lint-shell:
 	$(BIN)/shellcheck tpu/*.sh tpu/gke/*.sh scripts/slurm/*.sh
+
+lint-mutants:
 	$(BIN)/python tests/mutants.py --check
+
+lint-configs:
 	$(BIN)/tsopsd check --syntax-only configs/*.yaml configs/paper/*.yaml
 
 check: lint test mutants
