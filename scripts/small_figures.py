@@ -30,6 +30,7 @@ COOLING = (
 )
 """The paper's cooling (section 4.6): the reverse KL to a sharper self-teacher, until the entropy is that of before."""
 SCARCE = ("phases.rl=null", "data.sample=256", "phases.rl-again.stop={steps: 300}")
+SCARCE_DAPO = (*SCARCE, "phases.reheat=null")
 
 
 class Figure(NamedTuple):
@@ -72,6 +73,7 @@ def runs(work: Path, seed: int) -> dict[str, Path]:
         "long": trained(own / "reheated for long", schedule, seeded, collapsed, *LONG),
         "recooled": trained(own / "recooled", schedule, seeded, heated, *COOLING),
         "scarce": trained(own / "256 problems", schedule, seeded, collapsed, *SCARCE),
+        "scarce_dapo": trained(own / "256 problems, not reheated", schedule, seeded, collapsed, *SCARCE_DAPO),
     }
 
 
@@ -88,7 +90,7 @@ def figures(work: Path, seed: int, found: dict[str, Path], responses: Path) -> I
     yield Figure("forks", ["forks", *pair, "--first", str(PROMPTS)])
     yield Figure("temperatures", ["temperatures", *pair[:2], *pair[4:], "--temperatures", "1.1", "1.2", "1.5", "2"])
     yield Figure("diverges", ["curves", str(found["base"]), str(found["long"])])
-    yield Figure("scarce", ["curves", arms[1], str(found["scarce"])])
+    yield Figure("scarce", ["curves", str(found["scarce_dapo"]), str(found["scarce"])])
     yield Figure("reversal", ["reversal", *pair[:4], "--recooled", f"{found['recooled']}"])
 
 

@@ -98,7 +98,7 @@ def test_a_task_of_ones_own_takes_the_place_of_the_packaged_one(tmp_path):
 def test_the_papers_findings_ask_for_what_there_is(tmp_path):
     """Each figure is an analysis that takes these arguments, and each run a configuration that holds."""
     program = script("small_figures")
-    missing = {name: tmp_path / name for name in ("base", "long", "recooled", "scarce")}
+    missing = {name: tmp_path / name for name in ("base", "long", "recooled", "scarce", "scarce_dapo")}
     figures = list(program.figures(tmp_path, 1, missing, tmp_path / "responses.jsonl"))
     assert len({figure.name for figure in figures}) == len(figures) == 9
     for figure in figures:
@@ -228,7 +228,12 @@ def measured(arm: str, point: str, share, rng, *, tokens: int = 0, nats: float =
     """A policy that solves each problem with a probability of its own."""
     right = rng.binomial(SAMPLES, np.clip(share, 0, 1))
     found = {"arm": arm, "point": point, "step": 1, "tokens": tokens, "entropy_nats": nats, "uncertain_fraction": 0.1}
-    found |= {"problems": PROBLEMS, "samples": SAMPLES, "greedy": [int(p > 0.5) for p in share]}
+    found |= {
+        "response_tokens": 18.0,
+        "problems": PROBLEMS,
+        "samples": SAMPLES,
+        "greedy": [int(p > 0.5) for p in share],
+    }
     return found | {"right": {"1": right.tolist(), "0.7": right.tolist()}}
 
 
@@ -404,6 +409,9 @@ def test_the_whole_chain_at_toy_size_and_again(tmp_path):
     }
     phases = {arm: [each["phase"] for each in course["phases"]] for (_, arm), course in found.courses.items()}
     assert phases == {"collapse": ["rl"], "dapo": ["rl", "rl-again"], "pr_fkl_frozen": ["rl", "reheat", "rl-again"]}
+    tokens = {key.point: policy["tokens"] for key, policy in found.policies.items() if key.arm != "dapo"}
+    assert 0 < tokens["reheated"] < 4000 <= tokens["0.004M"] < 8000, "sampled since the collapse"
+    assert all(10 < policy["response_tokens"] < 20 for policy in found.policies.values())
     reheating = found.policies[results.Key(3, "pr_fkl_frozen", "reheated")]["reheating"]
     assert 0.9 < reheating["top_1_agreement"] <= 1
     assert reheating["temperature"] >= 1

@@ -66,7 +66,7 @@ def measure(policy: Policy, questions: Questions) -> dict[str, Any]:
 
     Returns:
         Plain data: problems, samples; right {top-p: right responses to each problem}; greedy, 0 or 1 a problem;
-        entropy_nats, tokens (of a response) and uncertain_fraction where it is sampled as it is.
+        entropy_nats, response_tokens (mean of a response) and uncertain_fraction where it is sampled as it is.
     """
     drawn = {name: draw(policy, questions, sampling) for name, sampling in SAMPLINGS.items()}
     flat = [sample for each in drawn["1"] for sample in each]
@@ -78,7 +78,7 @@ def measure(policy: Policy, questions: Questions) -> dict[str, Any]:
         "right": {name: right_of(of, questions.problems) for name, of in drawn.items()},
         "greedy": right_of(draw(policy, questions._replace(samples=1), GREEDY), questions.problems),
         "entropy_nats": round(entropy_of(drawn["1"]), 5),
-        "tokens": round(float(np.mean([len(sample.tokens) for sample in flat])), 3),
+        "response_tokens": round(float(np.mean([len(sample.tokens) for sample in flat])), 3),
         "uncertain_fraction": round(float(np.mean(nats >= UNCERTAIN_NATS)), 5),
     }
 

@@ -183,7 +183,7 @@ def toy(results: Results) -> str:
         if seeds:
             of = [results.policies[Key(seed, arm, point)] for seed in seeds]
             uncertain, nats, tokens = (
-                np.mean([m[k] for m in of]) for k in ("uncertain_fraction", "entropy_nats", "tokens")
+                np.mean([m[k] for m in of]) for k in ("uncertain_fraction", "entropy_nats", "response_tokens")
             )
             rows.append([name, str(len(seeds)), f"{nats:.3f}", f"{tokens:.1f}", f"{100 * uncertain:.1f}"])
     return table(["policy", "seeds", "entropy, nats", "tokens a response", "tokens of 0.5 nats or more, %"], rows)

@@ -36,8 +36,8 @@ RATE = "@"
 
 
 class Point(NamedTuple):
-    """A policy that is kept: its run's name, which point, the run's step, tokens sampled since the collapse, and mean
-    token entropy of the last steps before it."""
+    """A policy that is kept: its run's name, which point, the run's step, tokens sampled since the collapse (of the
+    collapsed policy: since the start), and mean token entropy of the last steps before it."""
 
     arm: str
     point: str
