@@ -108,7 +108,7 @@ def test_a_signal_is_answered_while_nothing_else_can_be(terminal, tmp_path):
     screen.read_until("SIGINT: finishing the step; again to stop now")
     assert screen.program.poll() is None
     screen.program.send_signal(signal.SIGINT)
-    screen.read_until(None)
+    screen.read_until(None, seconds=60.0)
     assert screen.program.wait() == exit_codes.INTERRUPTED == signals.EXIT_INTERRUPTED
     assert "interrupted; the same command goes on from the last checkpoint" in screen.text
     assert "Traceback" not in screen.text
