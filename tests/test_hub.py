@@ -55,7 +55,7 @@ def hub(monkeypatch):
         out.mkdir(exist_ok=True)
         for name in ("config.json", "model.safetensors"):
             (out / name).write_text("{}")
-        return out
+        return 7
 
     monkeypatch.setattr(convert, "export", export)
     return hub
@@ -75,7 +75,7 @@ def test_what_was_exported_is_uploaded_as_one_commit(hub, tmp_path, capsys):
         "gone": ["*.safetensors", "*.safetensors.index.json"],
         "said": "Export by tsopsd convert",
     }
-    assert capsys.readouterr().out == f"{tmp_path / 'out'}\nhttps://hub/mine\n"
+    assert capsys.readouterr().out == f"{tmp_path / 'out'}: the policy after step 7, in bfloat16\nhttps://hub/mine\n"
 
 
 def test_private_means_that_nobody_else_can_read_it(hub, tmp_path, capsys):

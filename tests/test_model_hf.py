@@ -185,6 +185,7 @@ def test_host_memory_is_bounded(tmp_path):
 
     folder = tmp_path / "m"
     assert peak(lambda: save_pretrained(folder, model, params, dtype=jnp.bfloat16)) < 3 * tensor
+    load_pretrained(folder)  # what it imports for the first time is not what a model needs
     assert peak(lambda: load_pretrained(folder)) < stacked + 2 * tensor
     assert peak(lambda: load_pretrained(folder, mesh=make_mesh(fsdp=4, tensor=2))) < stacked / 8 + 2 * tensor
 
