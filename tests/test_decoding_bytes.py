@@ -2,47 +2,32 @@
 that a token moves, beside what it must read."""
 
 import functools
-import importlib.util
 
 import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from compile_targets import PLACES, WIDTHS, devices_of
 
 from tsopsd_jax.commands.plan import no_compilation_cache
 from tsopsd_jax.distributed.sharding import make_mesh
 from tsopsd_jax.learn.update import abstract_state
 from tsopsd_jax.model import Qwen3, Qwen3Config
 from tsopsd_jax.plan.collectives import Program
-from tsopsd_jax.plan.topologies import topology
 from tsopsd_jax.plan.traffic import FREE, loop_of, products, size
 from tsopsd_jax.rollout import Engine, Sampling
 from tsopsd_jax.rollout.segment import STEPS
 
 LAYERS, SLOTS = 36, 64
-WIDTHS = {"hidden_size": 2560, "intermediate_size": 9728, "num_attention_heads": 32, "num_key_value_heads": 8}
 MOST = 1.25
 """Of weights and live cache, that a token may move."""
-
-GPU = pytest.mark.skipif(
-    not any(map(importlib.util.find_spec, ("jax_cuda12_plugin", "jax_cuda13_plugin"))),
-    reason="the GPU compiler is not installed (extra `cuda`)",
-)
-TPU = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="the TPU compiler is not installed (extra `tpu`)"
-)
-PLACES = [pytest.param("h100:1", marks=[GPU, pytest.mark.gpu_compiler]), pytest.param("v5p:2x2x1", marks=TPU)]
 
 
 class Decoding:
     """A decoding segment's program for a few layers: its text, its loop, and what a token must read."""
 
     def __init__(self, place: str, layers: int):
-        try:
-            devices = topology(place).devices
-        except ValueError as error:  # another process may hold the library
-            pytest.skip(f"the compiler cannot be used here: {error}")
-        assert devices is not None
+        devices = devices_of(place)
         self.shards, self.layers = len(devices), layers
         mesh = make_mesh(data=1, fsdp=1, tensor=self.shards, devices=devices)
         config = Qwen3Config(

@@ -7,7 +7,6 @@ its own.
 
 import dataclasses
 import functools
-import importlib.util
 import json
 import math
 import re
@@ -18,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from compile_targets import GPU
 
 from tsopsd_jax.commands.plan import no_compilation_cache
 from tsopsd_jax.config import load_config
@@ -36,10 +36,7 @@ from tsopsd_jax.rollout.slot_attention import Seen, SlotAttention
 
 pytestmark = [
     pytest.mark.gpu_compiler,
-    pytest.mark.skipif(
-        not any(map(importlib.util.find_spec, ("jax_cuda12_plugin", "jax_cuda13_plugin"))),
-        reason="the GPU compiler is not installed (extra `cuda`)",
-    ),
+    GPU,
 ]
 
 # Slots with a factor of 7, which every cache and activation has and no weight: a buffer of a weight's size is a weight.

@@ -2,13 +2,13 @@
 weights and gradients."""
 
 import functools
-import importlib.util
 import math
 import re
 
 import jax
 import jax.numpy as jnp
 import pytest
+from compile_targets import PLACES, WIDTHS, devices_of
 
 from tsopsd_jax.commands.plan import no_compilation_cache
 from tsopsd_jax.distributed.sharding import make_mesh
@@ -16,33 +16,18 @@ from tsopsd_jax.learn.update import MICRO_BATCHES, abstract_state, make_optimize
 from tsopsd_jax.model import Qwen3, Qwen3Config
 from tsopsd_jax.objectives import make_objective
 from tsopsd_jax.plan.collectives import Program
-from tsopsd_jax.plan.topologies import topology
 from tsopsd_jax.plan.traffic import FREE, loop_of, products, size
 from tsopsd_jax.types import Batch
 
-LAYERS, VOCABULARY = 2, 7680
 # No activation and no matrix of the head has as many numbers as a layer's matrix, or as its two.
-WIDTHS = {"hidden_size": 2560, "intermediate_size": 9728, "num_attention_heads": 32, "num_key_value_heads": 8}
-
-GPU = pytest.mark.skipif(
-    not any(map(importlib.util.find_spec, ("jax_cuda12_plugin", "jax_cuda13_plugin"))),
-    reason="the GPU compiler is not installed (extra `cuda`)",
-)
-TPU = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="the TPU compiler is not installed (extra `tpu`)"
-)
-PLACES = [pytest.param("h100:1", marks=[GPU, pytest.mark.gpu_compiler]), pytest.param("v5p:2x2x1", marks=TPU)]
+LAYERS, VOCABULARY = 2, 7680
 
 
 class Updating:
     """An update's program for a few layers: its text, its loop, and the layers' matrices on a device."""
 
     def __init__(self, place: str):
-        try:
-            devices = topology(place).devices
-        except ValueError as error:  # another process may hold the library
-            pytest.skip(f"the compiler cannot be used here: {error}")
-        assert devices is not None
+        devices = devices_of(place)
         mesh = make_mesh(data=1, fsdp=1, tensor=len(devices), devices=devices)
         shape = Qwen3Config(
             vocab_size=VOCABULARY, num_hidden_layers=LAYERS, head_dim=128, tie_word_embeddings=True, **WIDTHS
