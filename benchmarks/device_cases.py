@@ -27,6 +27,7 @@ from tsopsd_jax.learn.update import fresh_optimizer_state, make_optimizer
 from tsopsd_jax.model import Qwen3Config
 from tsopsd_jax.objectives import dapo, ts_opsd
 from tsopsd_jax.rollout import Sampling
+from tsopsd_jax.rollout.schedule import PageTable
 from tsopsd_jax.rollout.slot_attention import Seen, SlotAttention
 from tsopsd_jax.train.phase import Guard, Phase
 from tsopsd_jax.train.phase_update import Updater
@@ -86,7 +87,9 @@ def attention(*, shape: str, rows: int, context: int) -> dict[str, Any]:
     config, r = config_of(shape), 64 if chip() else 16
     k, g, h = config.num_key_value_heads, config.num_attention_heads // config.num_key_value_heads, config.head_dim
     each = max(1, context // r)
-    owner = np.random.default_rng(0).permutation(np.repeat(np.arange(rows), each))[None].astype(np.int32)
+    pool = rows * each
+    page = np.random.default_rng(0).permutation(pool).reshape(1, rows, each).astype(np.int32)
+    table = PageTable(page, np.full((1, rows), each, np.int32))
     names = {"cpu": ("xla",), "tpu": ("xla", "pallas")}.get(jax.default_backend(), ("xla", "triton"))
     found: dict[str, Any] = {}
     for dtype in (jnp.bfloat16, jnp.float32):
@@ -94,14 +97,14 @@ def attention(*, shape: str, rows: int, context: int) -> dict[str, Any]:
         q = jax.random.normal(next(keys), (rows, k * g, h), dtype)
         tail = (jax.random.normal(next(keys), (rows, k, h, 2 * r), dtype),)
         tail += (jax.random.normal(next(keys), (rows, k, 2 * r, h), dtype),)
-        pages = (jax.random.normal(next(keys), (1, owner.size, k, h, r), dtype),)
-        pages += (jax.random.normal(next(keys), (1, owner.size, k, r, h), dtype),)
+        pages = (jax.random.normal(next(keys), (1, pool, k, h, r), dtype),)
+        pages += (jax.random.normal(next(keys), (1, pool, k, r, h), dtype),)
         place = jnp.arange(2 * r)[None, :]
         seen = Seen(jnp.full((rows,), 3), jnp.int32(r + 9), (place < 3) | ((place >= r) & (place <= r + 9)))
         made = {}
         for name in names:
             way = SlotAttention(name)
-            prepared = jax.jit(functools.partial(way.prepare, slots=rows))(owner)
+            prepared = jax.jit(functools.partial(way.prepare, places=2 * r))(table, pages)
             run = jax.jit(functools.partial(way.attend, seen=seen, home=r, pages=pages, prepared=prepared))
             made[name] = np.asarray(run(q, tail), np.float32)
             label = f"{name} {jnp.dtype(dtype).name}"

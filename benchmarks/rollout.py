@@ -98,14 +98,14 @@ def slots(rows: int = 4096, at_once: int = 256, limit: int = 8192, mean: int = 1
     schedule = Schedule(prompts, slots=at_once, geometry=geometry)
     peak, programs = 0, set()
     while not schedule.over:
-        before = schedule.owner.shape[1]
+        before = schedule.pool
         grown = schedule.grow()
         if schedule.live.any():
             schedule.commit()
         if schedule.shrink() is None and grown is None:
             before = 0
         schedule.admit()
-        size = schedule.owner.shape[1]
+        size = schedule.pool
         # While it is copied, one of the pool's layers exists twice: of 36, say.
         tails = schedule.row.size * (geometry.home + geometry.segment_tokens)
         peak = max(peak, (max(size, before) + min(size, before) / 36) * geometry.segment_tokens + tails)

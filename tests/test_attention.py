@@ -22,7 +22,9 @@ from tsopsd_jax.model.decoding import rollout_view, view_axes
 from tsopsd_jax.objectives import OBJECTIVES
 from tsopsd_jax.rollout import Engine, Sampling, draw
 from tsopsd_jax.rollout.paged_attention import pages_attention
+from tsopsd_jax.rollout.schedule import PageTable
 from tsopsd_jax.rollout.segment import Pool, Slots, empty_tails
+from tsopsd_jax.rollout.slot_attention import SlotAttention
 from tsopsd_jax.types import Batch
 
 
@@ -97,8 +99,6 @@ def test_implementations_are_chosen_by_name():
         ValueError, match=r"cudnn takes rows of one sequence here, got segments \(a cpu has no cuDNN\); use xla"
     ):
         causal_attention(q, q, q, jnp.zeros((1, 100), jnp.int32), implementation="cudnn")
-    with pytest.raises(ValueError, match="expected one of xla, pallas, got 'cuda'"):
-        pages_attention(q, (q, q), np.zeros((1, 1), np.int32), implementation="cuda")
     assert best_causal("cpu", positions=128, dtype=jnp.bfloat16) == "xla"
     assert best_causal("gpu", positions=100, dtype=jnp.bfloat16) == "cudnn"
     assert best_causal("gpu", positions=100, dtype=jnp.bfloat16, packed=True) == "xla"
@@ -168,6 +168,14 @@ junk_at_padding.defvjp(
 OWNER = np.array([[2, 0, -1, 0, -1], [-1, 1, 1, -1, 1]], np.int32)
 
 
+def table_of(owner) -> PageTable:
+    """The pages of each slot, in the order of their numbers."""
+    slots, most = owner.max() + 1, owner.shape[1]
+    mine = [[np.flatnonzero(shard == slot) for slot in range(slots)] for shard in owner]
+    page = [[np.pad(at, (0, most - len(at))) for at in shard] for shard in mine]
+    return PageTable(np.array(page, np.int32), np.array([[len(at) for at in shard] for shard in mine], np.int32))
+
+
 def expected(q, keys, values):
     """(top, total, out) per slot by the definition, in float64."""
     q, keys, values = (np.asarray(x, np.float64) for x in (q, keys, values))
@@ -203,8 +211,12 @@ def test_paged_attention(implementation, mesh):
     if mesh is not None:
         on = make_mesh(**mesh, devices=jax.devices()[: np.prod(list(mesh.values()))])
         q, keys, values = (jax.device_put(x, NamedSharding(on, P(("data", "fsdp")))) for x in (q, keys, values))
-    run = functools.partial(pages_attention, implementation=implementation, mesh=on, interpret=True)
-    got = jax.jit(run)(q, (keys, values), owner)
+    attention = SlotAttention(implementation, on, interpret=True)
+
+    def run(q, pages, table):
+        return pages_attention(q, pages, attention.prepare(table, pages, 8), mesh=on, interpret=True)
+
+    got = jax.jit(run)(q, (keys, values), table_of(owner))
     for name, a, b in zip(("top", "total", "out"), got, want, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5, err_msg=name)
 
@@ -242,15 +254,20 @@ def test_kernels_compile_for_a_tpu(tpu):
     heads = ((4, 256, 32, 128), bf16, "tensor"), ((4, 256, 8, 128), bf16, "tensor"), ((4, 256, 8, 128), bf16, "tensor")
     assert "custom-call" in compile_for(tpu, causal, *heads).as_text()
 
-    def paged(q, keys, values, owner):
-        return pages_attention(q, (keys, values), owner, implementation="pallas", mesh=tpu)
+    def paged(q, keys, values, table):
+        pages = keys, values
+        return pages_attention(q, pages, SlotAttention("pallas", tpu).prepare(table, pages, 256), mesh=tpu)
 
     rows = ("data", "fsdp")
     args = [
         jax.ShapeDtypeStruct((64, 8, 4, 128), bf16, sharding=NamedSharding(tpu, P(rows, "tensor"))),
         jax.ShapeDtypeStruct((2, 300, 8, 128, 128), bf16, sharding=NamedSharding(tpu, P(rows, None, "tensor"))),
         jax.ShapeDtypeStruct((2, 300, 8, 128, 128), bf16, sharding=NamedSharding(tpu, P(rows, None, "tensor"))),
-        jax.ShapeDtypeStruct((2, 300), jnp.int32, sharding=NamedSharding(tpu, P(rows))),
+        PageTable(
+            # 64 slots of a chip at 20,480 + 2,048 tokens: what has to fit into its scalar memory
+            jax.ShapeDtypeStruct((2, 32, 176), jnp.int32, sharding=NamedSharding(tpu, P(rows))),
+            jax.ShapeDtypeStruct((2, 32), jnp.int32, sharding=NamedSharding(tpu, P(rows))),
+        ),
     ]
     compiled = jax.jit(paged).lower(*args).compile()
     assert "tpu_custom_call" in compiled.as_text()
@@ -308,8 +325,8 @@ def test_a_decoding_segment_compiles_for_a_tpu(tpu):
     rows = ("data", "fsdp")
     tails = jax.eval_shape(lambda: empty_tails(model, 32, engine.geometry.home + 128))
     keys = jax.ShapeDtypeStruct((2, 40, 4, 128, 128), jnp.bfloat16)
-    pool = Pool(((keys, keys),) * 2, jax.ShapeDtypeStruct((2, 40), jnp.int32))
-    pool = Pool(everywhere(pool.pages, P(rows, None, "tensor")), everywhere(pool.owner, P(rows)))
+    table = PageTable(jax.ShapeDtypeStruct((2, 16, 10), jnp.int32), jax.ShapeDtypeStruct((2, 16), jnp.int32))
+    pool = Pool(everywhere(((keys, keys),) * 2, P(rows, None, "tensor")), everywhere(table, P(rows)))
     slots = everywhere(Slots(*(jax.ShapeDtypeStruct((32,), jnp.int32),) * 6), P(rows))
     key = everywhere(jax.eval_shape(lambda: jax.random.key(0)), P())
     text = engine.on_device.decode_segment.lower(

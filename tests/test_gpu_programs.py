@@ -31,6 +31,7 @@ from tsopsd_jax.plan.planner import Means, make_plan
 from tsopsd_jax.plan.topologies import topology
 from tsopsd_jax.plan.traffic import FREE, Loop, loop_of, products
 from tsopsd_jax.rollout import Engine, Sampling
+from tsopsd_jax.rollout.schedule import PageTable
 from tsopsd_jax.rollout.segment import STEPS
 from tsopsd_jax.rollout.slot_attention import Seen, SlotAttention
 
@@ -163,11 +164,12 @@ def test_the_kernel_compiles_for_every_generation(place, dtype):
     seen = Seen(array(8, dtype=jnp.int32), array(dtype=jnp.int32), array(8, 128, dtype=jnp.bool_))
     attention = SlotAttention("triton", mesh)
 
-    def run(q, tail, seen, pages, owner):
-        return attention.attend(q, tail, seen, 64, pages, attention.prepare(owner, 8))
+    def run(q, tail, seen, pages, table):
+        return attention.attend(q, tail, seen, 64, pages, attention.prepare(table, pages, 128))
 
     with no_compilation_cache():
-        compiled = jax.jit(run).lower(q, tail, seen, pages, array(1, 300, dtype=jnp.int32)).compile()
+        table = PageTable(array(1, 8, 60, dtype=jnp.int32), array(1, 8, dtype=jnp.int32))
+        compiled = jax.jit(run).lower(q, tail, seen, pages, table).compile()
     assert compiled.as_text().count('name = "slot_attention"') == 1
     pool = 300 * 4 * 128 * 64 * jnp.dtype(dtype).itemsize
     assert compiled.memory_analysis().temp_size_in_bytes < 0.3 * pool

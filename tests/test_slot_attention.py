@@ -13,12 +13,29 @@ from jax.sharding import PartitionSpec as P
 from tsopsd_jax.distributed.sharding import make_mesh
 from tsopsd_jax.model import Qwen3
 from tsopsd_jax.rollout import Engine, Sampling, programs, triton_attention
+from tsopsd_jax.rollout.paged_attention import owners, walk
+from tsopsd_jax.rollout.schedule import PageTable
 from tsopsd_jax.rollout.slot_attention import Seen, SlotAttention
 from tsopsd_jax.types import Prompts
 
 S, B, K, G, H, R, HOME = 2, 3, 2, 3, 16, 16, 32
-# Slot 2 of the first shard and slot 1 of the second have no page.
-OWNER = np.array([[1, -1, 0, 1, 1, -1, 1, 0, 1], [0, 0, -1, 0, 2, -1, 0, 0, 0]])
+PAGES = 9
+# Slot 2 of the first shard and slot 1 of the second have no page; no page has two slots.
+ALONE = (((7, 2), (8, 0, 3, 6, 4), ()), ((1, 0, 3, 6, 8, 7), (), (4,)))
+# Pages 3 and 8 of the first shard, 6 and 0 of the second stand in several lists, at different places.
+TOGETHER = (((3, 8, 2), (8, 3, 0, 6, 4), (3,)), ((6, 0, 3), (), (1, 6, 0)))
+
+
+def table_of(lists) -> PageTable:
+    """Each slot's list of pages as a table, with junk behind it."""
+    count = np.array([[len(slot) for slot in shard] for shard in lists], np.int32)
+    page = np.full((*count.shape, count.max() + 1), 5, np.int32)
+    for shard, slots in enumerate(lists):
+        for slot, of in enumerate(slots):
+            page[shard, slot, : len(of)] = of
+    return PageTable(page, count)
+
+
 REST = np.array([0, 5, 31, 16, 1, 0])
 NEWEST = HOME + 3
 
@@ -32,16 +49,16 @@ def given():
     """Queries, tails and pages of S x B slots."""
     q = 2 * numbers(0, S * B, K * G, H)
     tail = numbers(1, S * B, K, H, HOME + R), numbers(2, S * B, K, HOME + R, H)
-    pages = numbers(3, S, OWNER.shape[1], K, H, R), numbers(4, S, OWNER.shape[1], K, R, H)
+    pages = numbers(3, S, PAGES, K, H, R), numbers(4, S, PAGES, K, R, H)
     return q, tail, pages
 
 
-def by_hand(q, tail, pages, shard_of, owner) -> np.ndarray:
+def by_hand(q, tail, pages, shard_of, lists) -> np.ndarray:
     """The softmax of each slot over the keys that are its own, in float64."""
     out = []
     for slot in range(len(q)):
         shard, local = divmod(slot, shard_of)
-        mine = [] if pages is None else np.flatnonzero(owner[shard] == local)
+        mine = () if pages is None else lists[shard][local]
         places = [*range(REST[slot]), *range(HOME, NEWEST + 1)]
         keys = [*(np.asarray(pages[0][shard, i]) for i in mine), np.asarray(tail[0][slot])[:, :, places]]
         values = [*(np.asarray(pages[1][shard, i]) for i in mine), np.asarray(tail[1][slot])[:, places]]
@@ -61,27 +78,30 @@ def seen() -> Seen:
 MESH = {"fsdp": 2, "tensor": 2}
 
 
-@pytest.mark.parametrize("paged", [True, False])
+@pytest.mark.parametrize("lists", [ALONE, TOGETHER, None], ids=["alone", "together", "no-pages"])
 @pytest.mark.parametrize("programs_wanted", [1, 16, 10_000])
 @pytest.mark.parametrize(("implementation", "mesh"), [("xla", None), ("pallas", MESH), ("triton", MESH)])
 def test_every_implementation_is_the_softmax_over_a_slots_own(
-    given, implementation, mesh, programs_wanted, paged, monkeypatch
+    given, implementation, mesh, programs_wanted, lists, monkeypatch
 ):
-    """Slots with five pages, two and none, whole or divided among two or eight programs (of which some get nothing)."""
+    """Slots with six pages, two and none, of their own or of several, whole or divided among programs (of which some get
+    nothing)."""
+    if implementation == "xla" and lists is TOGETHER:
+        pytest.skip("XLA's way gives a page to one slot")
     monkeypatch.setattr(triton_attention, "PROGRAMS", programs_wanted)
     q, tail, pages = given
-    pages = pages if paged else None
+    pages = pages if lists else None
     on = mesh and make_mesh(**mesh, devices=jax.devices()[:4])
     attention = SlotAttention(implementation, on, interpret=True)
 
     def run(q, tail, pages):
-        prepared = attention.prepare(OWNER, S * B) if paged else None
+        prepared = attention.prepare(table_of(lists), pages, HOME + R) if lists else None
         return attention.attend(q, tail, seen(), HOME, pages, prepared)
 
     if on is not None:
         put = NamedSharding(on, P(("data", "fsdp")))
         q, tail, pages = jax.tree.map(lambda x: jax.device_put(x, put), (q, tail, pages))
-    np.testing.assert_allclose(jax.jit(run)(q, tail, pages), by_hand(*given[:2], pages, B, OWNER), rtol=2e-5, atol=2e-6)
+    np.testing.assert_allclose(jax.jit(run)(q, tail, pages), by_hand(*given[:2], pages, B, lists), rtol=2e-5, atol=2e-6)
 
 
 def test_the_kernel_in_bfloat16_on_one_device(given):
@@ -92,21 +112,42 @@ def test_the_kernel_in_bfloat16_on_one_device(given):
     made = {}
     for name in ("xla", "triton"):
         attention = SlotAttention(name, None, interpret=True)
-        prepared = attention.prepare(OWNER[:1], B)
+        prepared = attention.prepare(table_of(ALONE[:1]), pages, HOME + R)
         made[name] = attention.attend(q, tail, some, HOME, pages, prepared)
         assert made[name].dtype == jnp.bfloat16
     apart = np.abs(np.asarray(made["xla"], np.float32) - np.asarray(made["triton"], np.float32))
     assert apart.max() <= 2**-7 * 4  # a unit of the last place at the largest values
     np.testing.assert_allclose(
-        np.asarray(made["triton"], np.float32), by_hand(q, tail, pages, B, OWNER[:1]), rtol=0.02, atol=0.02
+        np.asarray(made["triton"], np.float32), by_hand(q, tail, pages, B, ALONE[:1]), rtol=0.02, atol=0.02
     )
 
 
-def test_a_walk_visits_each_page_of_a_slot_once():
-    """By hand: pages 2 and 7 are slot 0's, 0, 3, 4, 6, 8 slot 1's, slot 2 has none; 1 and 5 are free."""
-    found = triton_attention.walk(OWNER[0], 3)
-    assert found.page.tolist() == [2, 7, 0, 3, 4, 6, 8, 1, 5]
-    assert (found.first.tolist(), found.count.tolist()) == ([0, 2, 7], [2, 5, 0])
+def test_a_table_is_turned_around_and_walked():
+    """By hand, the first shard: a page's one slot, and the pages slot by slot, the last again behind the end."""
+    assert owners(table_of(ALONE), PAGES).slot[0].tolist() == [1, -1, 0, 1, 1, -1, 1, 0, 1]
+    found = walk(PageTable(*(x[0] for x in table_of(TOGETHER))))
+    assert found.count == 9
+    assert found.page.tolist() == [3, 8, 2, 8, 3, 0, 6, 4, 3] + [3] * 9
+    assert found.slot.tolist() == [0, 0, 0, 1, 1, 1, 1, 1, 2] + [2] * 9
+
+
+def test_only_kernels_share_pages():
+    """... and a shape that the kernel does not take falls back to XLA, without sharing."""
+    assert SlotAttention("pallas").shares(96, 25, 24)
+    assert SlotAttention("triton").shares(128, 128, 64)
+    assert not SlotAttention("triton").shares(96, 128, 64)
+    assert not SlotAttention("triton").shares(128, 128, 24)
+    assert not SlotAttention("xla").shares(128, 128, 64)
+
+
+def test_a_pool_too_large_for_the_kernel_is_refused(given, monkeypatch):
+    """Its pages may have several slots, which nothing else reads. Heads are counted on a device."""
+    monkeypatch.setattr(triton_attention, "LARGEST", PAGES * K * H * R)
+    keys = given[2]
+    with pytest.raises(ValueError, match="a pool of 4608 elements is too large .* decode fewer rows at once"):
+        SlotAttention("triton").prepare(table_of(ALONE), keys, HOME + R)
+    halved = SlotAttention("triton", make_mesh(**MESH, devices=jax.devices()[:4]))
+    assert isinstance(halved.prepare(table_of(ALONE), keys, HOME + R), PageTable)
 
 
 @pytest.mark.parametrize(
@@ -139,9 +180,9 @@ def test_an_unknown_implementation_is_refused(given):
         SlotAttention("cuda").attend(q, tail, seen(), HOME, None, None)
 
 
-def test_the_sampler_draws_the_same_tokens_with_the_kernel(monkeypatch):
-    """Continuous batching over pages with prompts of more than one page: tokens equal, log-probabilities to
-    rounding."""
+def test_the_sampler_draws_the_same_tokens_with_the_kernels(monkeypatch):
+    """Continuous batching over pages, prompts of more than one page that their rows copy or share: tokens equal,
+    log-probabilities to rounding."""
     mesh = make_mesh(devices=jax.devices()[:1])
     model = Qwen3(dataclasses.replace(TINY, head_dim=16), mesh=mesh)
     params = jax.tree.map(lambda x: 4 * x, model.init(jax.random.key(5)))
@@ -157,7 +198,7 @@ def test_the_sampler_draws_the_same_tokens_with_the_kernel(monkeypatch):
         return asked[-1]
 
     monkeypatch.setattr(triton_attention, "refuses", noted)
-    for name in ("xla", "triton"):
+    for name in ("xla", "triton", "pallas"):
         attention = SlotAttention(name, None, interpret=True)
         monkeypatch.setattr(programs, "SlotAttention", lambda *_, chosen=attention: chosen)
         engine = Engine(
@@ -170,9 +211,11 @@ def test_the_sampler_draws_the_same_tokens_with_the_kernel(monkeypatch):
             slots=4,
             segment=16,
         )
+        assert engine.on_device.shares == (name != "xla")
         drawn[name] = engine.run(engine.view(params), prompts, jax.random.key(1), group=2)
     assert asked
     assert set(asked) == {""}
-    np.testing.assert_array_equal(drawn["xla"].tokens, drawn["triton"].tokens)
-    np.testing.assert_allclose(drawn["xla"].logp, drawn["triton"].logp, atol=2e-5)
+    for name in ("triton", "pallas"):
+        np.testing.assert_array_equal(drawn["xla"].tokens, drawn[name].tokens)
+        np.testing.assert_allclose(drawn["xla"].logp, drawn[name].logp, atol=2e-5)
     assert np.max(np.asarray(drawn["xla"].length) - length) > 3 * 16  # pages of drawn tokens too

@@ -66,7 +66,9 @@ def pieces(admitted: Sequence[Admitted], group: Sequence[int], carried: list[int
 def placement(piece: Piece, *, slots: int, pool: int, r: int) -> Placement:
     """Work out where a piece's cache goes; a shard has `slots` slots and `pool` pages of `r` tokens."""
     shards = len(piece.new)
-    pages = [[(p, prompt, j) for e, prompt in mine for j, p in enumerate(e.pages.tolist())] for mine in piece.entries]
+    pages = [
+        [(p, prompt, j) for e, prompt in mine if e.new for j, p in enumerate(e.pages.tolist())] for mine in piece.entries
+    ]
     longest = max(map(len, pages))
     home, start = np.full((shards, slots), -1, np.int32), np.zeros((shards, slots), np.int32)
     table, keep = np.zeros((shards, 3, longest and power_of_two(longest)), np.int32), np.zeros(shards, np.int32)

@@ -16,7 +16,7 @@ from tsopsd_jax.model.qwen3 import Qwen3
 from tsopsd_jax.rollout.admission import Piece, pieces, placement
 from tsopsd_jax.rollout.distribution import Sampling, checked_temperature
 from tsopsd_jax.rollout.programs import Programs
-from tsopsd_jax.rollout.schedule import Admitted, Geometry, Schedule
+from tsopsd_jax.rollout.schedule import Admitted, Geometry, PageTable, Schedule
 from tsopsd_jax.rollout.segment import Pool, Segment, Slots
 from tsopsd_jax.types import Prompts, PyTree, Rollout
 
@@ -223,11 +223,17 @@ class _Rollout:
         self.group = np.arange(len(prompts.length)) // group if isinstance(group, int) else group
         self.geometry = engine.geometry
         self.length = np.asarray(prompts.length, np.int32)
-        self.schedule = Schedule(self.length, slots=engine.slots, geometry=self.geometry, group=self.group)
+        self.schedule = Schedule(
+            self.length,
+            slots=engine.slots,
+            geometry=self.geometry,
+            group=self.group,
+            shares=self.on_device.shares,
+        )
         self.width = self.geometry.prefill_width(int(self.length.max()) - 1)
         slots = self.schedule.row.size
         self.tails = self.on_device.empty_tails(slots)
-        self.pages = self.on_device.empty_pages(self.schedule.owner.shape[1])
+        self.pages = self.on_device.empty_pages(self.schedule.pool)
         # The cache and the group of the last prompt on each shard: its rows may not all have found a slot.
         self.carry: tuple[LayerCache, ...] | None = None
         self.carried = [-1] * engine.shards
@@ -280,7 +286,7 @@ class _Rollout:
             left=np.where(live, self.engine.limit - drawn, 0),
         )
         slots = Slots(*(self.on_device.put(x if x.dtype == np.uint32 else x.astype(np.int32)) for x in slots))
-        pool = None if self.pages is None else Pool(self.pages, self.on_device.put(schedule.owner))
+        pool = None if self.pages is None else Pool(self.pages, PageTable(*map(self.on_device.put, schedule.table)))
         segment, self.tails = self.on_device.decode_segment(view, self.tails, pool, slots, key, sampling_temperature)
         return self.on_device.gather(segment)
 
@@ -320,7 +326,7 @@ class _Rollout:
             self.carry = self.on_device.empty_prompts(self.width)
         for piece in pieces(admitted, self.schedule.group, self.carried, self.geometry.prefill_most(self.width)):
             store = self._prefill(view, piece) if piece.rows else self.carry
-            to = placement(piece, slots=each, pool=self.schedule.owner.shape[1], r=r)
+            to = placement(piece, slots=each, pool=self.schedule.pool, r=r)
             arrays = (self.on_device.put(x) for x in to)
             self.tails, self.pages, self.carry = self.on_device.place(
                 self.tails, self.pages, self.carry, store, *arrays

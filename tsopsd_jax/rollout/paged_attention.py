@@ -1,14 +1,12 @@
-"""Attention of one query per slot over the pages that the slot owns.
+"""Attention of one query per slot over the slot's pages.
 
-| name | where | what it is |
+| by | where | what it is |
 |---|---|---|
-| `xla` | everywhere | every page of the pool is read once, in place; partial softmaxes are joined by slot |
-| `pallas` | TPU | a kernel that walks pages in the order of their owners; free ones are never read |
+| `Owners` | everywhere | every page of the pool is read once by XLA, in place, for its one slot; partial softmaxes are joined |
+| `Walk` | TPU | a kernel that walks the pages slot by slot; free ones are never read, shared ones once for each slot |
 """
 
-import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import einops
 import jax
@@ -20,9 +18,39 @@ from jaxtyping import Array, Float, Int
 
 from tsopsd_jax.distributed.sharding import ROW_AXES
 from tsopsd_jax.model.decoding import LayerCache
-from tsopsd_jax.types import AnyArray
+from tsopsd_jax.rollout.schedule import PageTable
 
-PAGED_ATTENTION = ("xla", "pallas")
+class Owners(NamedTuple):
+    """The slot of each page, which no two slots share; -1 for a free one."""
+
+    slot: Int[Array, "S Q"]
+
+
+class Walk(NamedTuple):
+    """The steps of a walk through a shard's slots: the page of each and its slot, from `count` on those of the last."""
+
+    page: Int[Array, " E"]
+    slot: Int[Array, " E"]
+    count: Int[Array, ""]
+
+
+def owners(table: PageTable, pages: int) -> Owners:
+    """Turn the table around: the slot of each of `pages` pages a shard."""
+    each = table.page.shape[1:]
+    slot = jnp.broadcast_to(jnp.arange(each[0], dtype=jnp.int32)[:, None], each)
+    page = jnp.where(jnp.arange(each[1])[None, None, :] < table.count[..., None], table.page, pages)
+    free = jnp.full((pages,), -1, jnp.int32)
+    return Owners(jax.vmap(lambda at: free.at[at].set(slot, mode="drop"))(page))
+
+
+def walk(table: PageTable) -> Walk:
+    """List the pages of a shard's slots, slot by slot."""
+    slots, most = table.page.shape
+    mine = (jnp.arange(most)[None, :] < table.count[:, None]).reshape(-1)
+    count = jnp.sum(mine, dtype=jnp.int32)
+    order = jnp.argsort(~mine, stable=True).astype(jnp.int32)
+    order = order[jnp.minimum(jnp.arange(slots * most), jnp.maximum(count - 1, 0))]
+    return Walk(table.page.reshape(-1)[order], order // most, count)
 
 
 class Partial(NamedTuple):
@@ -36,9 +64,8 @@ class Partial(NamedTuple):
 def pages_attention(
     q_BKGH: Array,
     pages: LayerCache,
-    owner: Int[AnyArray, "S Q"],
+    by: Owners | Walk,
     *,
-    implementation: str = "xla",
     mesh: Mesh | None = None,
     interpret: bool = False,
 ) -> Partial:
@@ -47,32 +74,25 @@ def pages_attention(
     Args:
         q_BKGH: queries; scores are scaled by H^-0.5; slots are divided evenly over the S shards, in order.
         pages: keys [S, Q, K, H, R] and values [S, Q, K, R, H].
-        owner: slot within the shard, -1 for a free page.
-        implementation: `xla` or `pallas`.
+        by: the way in which they are read; a walk's arrays have a first axis S.
         mesh: over which the kernel is run, shards over data x fsdp and heads over tensor; None: one device.
         interpret: run the kernel without its device (tests).
-
-    Raises:
-        ValueError: for an implementation that is unknown.
     """
-    if implementation not in PAGED_ATTENTION:
-        raise ValueError(f"paged attention: expected one of {', '.join(PAGED_ATTENTION)}, got {implementation!r}")
-    owner = jnp.asarray(owner)
-    shard: Callable[..., Any] = functools.partial(_pallas, interpret=interpret) if implementation == "pallas" else _xla
-    q_SBKGH = einops.rearrange(q_BKGH, "(S B) K G H -> S B K G H", S=owner.shape[0])
-    if implementation == "xla":
-        parts = jax.vmap(shard)(q_SBKGH, *pages, owner)
+    q_SBKGH = einops.rearrange(q_BKGH, "(S B) K G H -> S B K G H", S=pages[0].shape[0])
+    if isinstance(by, Owners):
+        parts = jax.vmap(_xla)(q_SBKGH, *pages, by.slot)
     else:
 
         def local(*shards):
-            return jax.tree.map(lambda x: x[None], shard(*(x[0] for x in shards)))
+            part = _pallas(*jax.tree.map(lambda x: x[0], shards), interpret=interpret)
+            return jax.tree.map(lambda x: x[None], part)
 
         run = local
         if mesh is not None:
             heads = P(ROW_AXES, None, "tensor")
             specs = (heads, heads, heads, P(ROW_AXES))
             run = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=heads, check_vma=False)
-        parts = run(q_SBKGH, *pages, owner)
+        parts = run(q_SBKGH, *pages, by)
     return Partial(*(einops.rearrange(x, "S B ... -> (S B) ...") for x in parts))
 
 
@@ -92,38 +112,31 @@ def _xla(q_BKGH: Array, keys_QKHR: Array, values_QKRH: Array, owner_Q: Array) ->
     return Partial(top_BKG, total_BKG, jax.ops.segment_sum(out, mine_Q, num_segments=b + 1)[:b])
 
 
-def _pallas(q_BKGH: Array, keys_QKHR: Array, values_QKRH: Array, owner_Q: Array, *, interpret: bool) -> Partial:
+def _pallas(q_BKGH: Array, keys_QKHR: Array, values_QKRH: Array, by: Walk, *, interpret: bool) -> Partial:
     """Walk over the pages with one grid step each.
 
-    The pages of a slot follow each other, so that its query and its sums stay on the chip; the free ones come last and
-    name the page before them, which is then not fetched again.
+    The pages of a slot follow each other, so that its query and its sums stay on the chip.
     """
     from jax.experimental.pallas import tpu as pltpu
 
     b, kv, g, h = q_BKGH.shape
-    pages, _, _, r = keys_QKHR.shape
-    mine_Q = jnp.where(owner_Q < 0, b, owner_Q).astype(jnp.int32)
-    order_Q = jnp.argsort(mine_Q, stable=True).astype(jnp.int32)
-    sorted_Q = mine_Q[order_Q]
-    last = jnp.maximum(jnp.sum(owner_Q >= 0, dtype=jnp.int32) - 1, 0)
-    order_Q = jnp.where(sorted_Q == b, order_Q[last], order_Q)
-    q = jnp.pad(q_BKGH, ((0, 1), (0, 0), (0, 0), (0, 0)))  # slot b takes what free pages give
+    r = keys_QKHR.shape[-1]
 
-    def of_slot(i, order, slot):
-        del order
+    def of_slot(i, page, slot):
+        del page
         return slot[i], 0, 0, 0
 
-    def of_page(i, order, slot):
+    def of_page(i, page, slot):
         del slot
-        return order[i], 0, 0, 0
+        return page[i], 0, 0, 0
 
-    shapes = ((b + 1, kv, g, 1), (b + 1, kv, g, 1), (b + 1, kv, g, h))
+    shapes = ((b, kv, g, 1), (b, kv, g, 1), (b, kv, g, h))
     top, total, out = pl.pallas_call(
         _page_kernel,
         out_shape=[jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes],
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
-            grid=(pages,),
+            grid=(jnp.maximum(by.count, 1),),
             in_specs=[
                 pl.BlockSpec((1, kv, g, h), of_slot),
                 pl.BlockSpec((1, kv, h, r), of_page),
@@ -132,19 +145,20 @@ def _pallas(q_BKGH: Array, keys_QKHR: Array, values_QKRH: Array, owner_Q: Array,
             out_specs=[pl.BlockSpec((1, *shape[1:]), of_slot) for shape in shapes],
         ),
         interpret=interpret,
-    )(order_Q, sorted_Q, q, keys_QKHR, values_QKRH)
+    )(by.page, by.slot, q_BKGH, keys_QKHR, values_QKRH)
     # A slot without pages was never visited: its sums hold anything.
-    paged_B = jnp.any(mine_Q[None, :] == jnp.arange(b, dtype=jnp.int32)[:, None], axis=1)[:, None, None]
+    step = jnp.arange(by.slot.shape[0], dtype=jnp.int32) < by.count
+    paged_B = jnp.zeros(b, bool).at[by.slot].max(step)[:, None, None]
     return Partial(
-        jnp.where(paged_B, top[:b, ..., 0], -jnp.inf),
-        jnp.where(paged_B, total[:b, ..., 0], 0.0),
-        jnp.where(paged_B[..., None], out[:b], 0.0),
+        jnp.where(paged_B, top[..., 0], -jnp.inf),
+        jnp.where(paged_B, total[..., 0], 0.0),
+        jnp.where(paged_B[..., None], out, 0.0),
     )
 
 
-def _page_kernel(order, slot, q_ref, keys_ref, values_ref, top_ref, total_ref, out_ref):
+def _page_kernel(page, slot, q_ref, keys_ref, values_ref, top_ref, total_ref, out_ref):
     """Join one page to the running softmax of its slot."""
-    del order
+    del page
     i = pl.program_id(0)
 
     @pl.when((i == 0) | (slot[i] != slot[jnp.maximum(i - 1, 0)]))

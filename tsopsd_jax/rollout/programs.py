@@ -18,7 +18,7 @@ from tsopsd_jax.model.decoding import LayerCache, prefill, rollout_view, view_ax
 from tsopsd_jax.model.qwen3 import Qwen3
 from tsopsd_jax.rollout.cache import commit, empty_pages, grow, place, shrink_pages, shrink_tails
 from tsopsd_jax.rollout.distribution import Sampling
-from tsopsd_jax.rollout.schedule import Geometry
+from tsopsd_jax.rollout.schedule import Geometry, PageTable
 from tsopsd_jax.rollout.segment import Pool, Slots, decode_segment, empty_tails
 from tsopsd_jax.rollout.slot_attention import SlotAttention
 from tsopsd_jax.types import AnyArray, PyTree
@@ -44,6 +44,7 @@ class Programs:
         decode_segment: view, tails, pool, slots, key, sampling temperature -> (Segment, tails); consumes the tails. The
             temperature is None where the settings' own holds.
         gather: a Segment -> the same on every device, so that every host sees every row.
+        shares: whether a page may belong to several slots.
     """
 
     def __init__(
@@ -68,6 +69,8 @@ class Programs:
         causal = functools.partial(causal_attention, implementation=attention, mesh=mesh)
         self.prefill = jax.jit(functools.partial(prefill, model, attention=causal), out_shardings=self._heads)
         best = {"tpu": "pallas", "gpu": "triton", "cuda": "triton"}.get(mesh.devices.flat[0].platform, "xla")
+        of_slots = SlotAttention(best if attention == "auto" else "xla", mesh)
+        self.shares = of_slots.shares(model.config.head_dim, geometry.home + geometry.segment_tokens, geometry.segment_tokens)
         self.decode_segment = jax.jit(
             functools.partial(
                 decode_segment,
@@ -75,7 +78,7 @@ class Programs:
                 sampling=sampling,
                 steps=geometry.segment_tokens,
                 stop_ids=stop_ids,
-                attention=SlotAttention(best if attention == "auto" else "xla", mesh),
+                attention=of_slots,
                 entropy=entropy,
             ),
             donate_argnums=1,
@@ -171,8 +174,9 @@ class Programs:
         if not size:
             return tails, None
         pages = _abstract(jax.eval_shape(lambda: self.empty_pages(size)), self._paged)
-        owner: Any = jax.ShapeDtypeStruct((self._geometry.shards, size), np.int32, sharding=self._rows)
-        return tails, Pool(pages, owner)
+        slots = (self._geometry.shards, self._slots // self._geometry.shards)
+        table: Any = PageTable(np.zeros((*slots, self._geometry.row_pages), np.int32), np.zeros(slots, np.int32))
+        return tails, Pool(pages, _abstract(table, self._rows))
 
 
 def _abstract(tree: PyTree, sharding: NamedSharding) -> Any:

@@ -1,4 +1,4 @@
-"""The host's half of continuous batching: which row sits in which slot, and which slot owns which pages.
+"""The host's half of continuous batching: which row sits in which slot, and which pages hold a slot's tokens.
 
 Everything here follows from lengths; nothing looks at a clock or at tokens. So a rollout can be repeated bit for bit,
 and the schedule can be simulated without a model (`benchmarks/rollout.py` does).
@@ -10,6 +10,9 @@ from collections import deque
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Int
+
+from tsopsd_jax.types import AnyArray
 
 PAGES_GROWTH = 1.5
 """Ratio of neighbouring pool sizes: no pool is larger than it must be by more, and few programs are compiled."""
@@ -23,16 +26,21 @@ SMALLEST_SHARE = 16
 """At the end of a rollout the slots are halved as rows run out, down to this fraction of them."""
 
 
-NO_PAGES = np.zeros(0, np.int64)
-
-
 class Admitted(NamedTuple):
-    """A row that takes a slot, and the pages that its prompt gets."""
+    """A row that takes a slot, and the pages that hold its prompt."""
 
     row: int
     shard: int
     slot: int  # within the shard
     pages: np.ndarray
+    new: bool = True  # whether they are to be written; otherwise another row of the group has brought them
+
+
+class PageTable(NamedTuple):
+    """The pages that hold a slot's tokens, in their order; a page may stand in several slots' lists."""
+
+    page: Int[AnyArray, "S B P"]  # from `count` on: anything
+    count: Int[AnyArray, "S B"]
 
 
 class Shrink(NamedTuple):
@@ -111,23 +119,35 @@ class Schedule:
         slots: at most this many rows at a time, over all shards; a multiple of the shards.
         geometry: sizes.
         group: [N], rows with the same number have the same prompt and stand side by side; None: each row has its own.
+        shares: whether the rows of a group in a shard have their prompt's pages in common; otherwise each has a copy.
 
     Attributes:
         row: [S, b] the row in each slot, -1 where idle.
         drawn: [S, b] its response tokens so far.
-        owner: [S, Q] the slot (within the shard) that owns each page, -1 where free.
+        table: the pages of each slot, [S, b, P] and how many of them, [S, b].
+        uses: [S, Q] how many slots each page belongs to, 0 where it is free.
         slot_steps, kept_tokens: steps that slots were decoded for, and tokens that came of them.
     """
 
-    def __init__(self, prompt_length: np.ndarray, *, slots: int, geometry: Geometry, group: np.ndarray | None = None):
-        self.prompt_length, self.geometry = [int(n) for n in prompt_length], geometry
+    def __init__(
+        self,
+        prompt_length: np.ndarray,
+        *,
+        slots: int,
+        geometry: Geometry,
+        group: np.ndarray | None = None,
+        shares: bool = False,
+    ):
+        self.prompt_length, self.geometry, self.shares = [int(n) for n in prompt_length], geometry, shares
         self.group: list[int] = np.arange(len(prompt_length)).tolist() if group is None else group.tolist()
         each = min(slots, len(prompt_length)) + geometry.shards - 1
         each //= geometry.shards
         self.smallest = max(1, each // SMALLEST_SHARE)
         self.row = np.full((geometry.shards, each), -1, np.int32)
         self.drawn = np.zeros((geometry.shards, each), np.int32)
-        self.owner = np.full((geometry.shards, geometry.pool_sizes(each)[0]), -1, np.int32)
+        self.table = PageTable(np.zeros((*self.row.shape, geometry.row_pages), np.int32), np.zeros_like(self.drawn))
+        self.uses = np.zeros((geometry.shards, geometry.pool_sizes(each)[0]), np.int32)
+        self.shared: dict[tuple[int, int], np.ndarray] = {}  # (shard, group): the pages of a prompt that is in use
         self.waiting = 0  # the next row without a slot
         self.filled = 0  # the shard that the row before it went to
         self.slot_steps = self.kept_tokens = 0
@@ -142,8 +162,13 @@ class Schedule:
         """Whether every row has ended."""
         return self.waiting == len(self.prompt_length) and not self.live.any()
 
+    @property
+    def pool(self) -> int:
+        """Q, the pages of a shard, free ones included."""
+        return self.uses.shape[1]
+
     def advance(self, count: np.ndarray, stopped: np.ndarray) -> list[tuple[int, int, bool]]:
-        """Take in a segment's counts and stops [S, b]; free the slots and pages of rows that ended.
+        """Take in a segment's counts and stops [S, b]; free the slots of rows that ended, and pages that nobody uses.
 
         Returns:
             (row, slot, stopped) of each row that ended, slots numbered over all shards.
@@ -155,11 +180,9 @@ class Schedule:
         finished = []
         for shard, slot in np.argwhere(ended).tolist():
             finished.append((int(self.row[shard, slot]), self._number(shard, slot), bool(stopped[shard, slot])))
-        for shard, gone in enumerate(ended):
-            free = self.owner[shard] >= 0
-            free[free] = gone[self.owner[shard][free]]
-            self.owner[shard, free] = -1
-        self.row[ended], self.drawn[ended] = -1, 0
+            self.uses[shard, self._pages(shard, slot)] -= 1
+        self.shared = {key: pages for key, pages in self.shared.items() if self.uses[key[0], pages[0]]}
+        self.row[ended], self.drawn[ended], self.table.count[ended] = -1, 0, 0
         return finished
 
     def grow(self) -> int | None:
@@ -167,21 +190,27 @@ class Schedule:
         if self.geometry.row_pages == 0:
             return None
         need = self.live.sum(axis=1)  # each takes a page of what it has just drawn
+        there = set(self.shared)
         for row, (shard, _) in self._coming():
-            need[shard] += self.geometry.prompt_pages(self.prompt_length[row])
-        used = (self.owner >= 0).sum(axis=1)
-        size = self.owner.shape[1]
-        if (used + need).max() <= size:
+            if (shard, self.group[row]) not in there:
+                need[shard] += self.geometry.prompt_pages(self.prompt_length[row])
+            if self.shares:
+                there.add((shard, self.group[row]))
+        used = (self.uses > 0).sum(axis=1)
+        if (used + need).max() <= self.pool:
             return None
         size = next(s for s in self.geometry.pool_sizes(self.row.shape[1]) if s >= (used + need).max())
-        self.owner = np.pad(self.owner, ((0, 0), (0, size - self.owner.shape[1])), constant_values=-1)
+        self.uses = np.pad(self.uses, ((0, 0), (0, size - self.pool)))
         return size
 
     def commit(self) -> np.ndarray:
         """Take a page for what each row drew in the last segment: [S, b], the pool's size where nothing is kept."""
-        page = np.full(self.row.shape, self.owner.shape[1], np.int32)
-        for shard, slot in np.argwhere(self.live).tolist():
-            page[shard, slot] = self._take(shard, slot, 1)[0]
+        page = np.full(self.row.shape, self.pool, np.int32)
+        for shard, live in enumerate(self.live):
+            slots = np.flatnonzero(live)
+            page[shard, slots] = self._take(shard, len(slots))
+            self.table.page[shard, slots, self.table.count[shard, slots]] = page[shard, slots]
+            self.table.count[shard, slots] += 1
         return page
 
     def shrink(self) -> Shrink | None:
@@ -194,21 +223,26 @@ class Schedule:
             each //= 2
         if each == old:
             return None
-        used = int((self.owner >= 0).sum(axis=1).max())
+        used = int((self.uses > 0).sum(axis=1).max())
         sizes = self.geometry.pool_sizes(each)
         # Room for the pages of one more segment, so that shrinking is not followed by growing.
         size = next((s for s in sizes if s >= used + most), sizes[-1])
         slot_source = np.zeros((shards, each), np.int32)
         page_source = np.zeros((shards, size), np.int32)
         row, drawn = np.full((shards, each), -1, np.int32), np.zeros((shards, each), np.int32)
-        owner = np.full((shards, size), -1, np.int32)
+        table, uses = PageTable(*(x[:, :each].copy() for x in self.table)), np.zeros((shards, size), np.int32)
+        table.count[:] = 0
         for shard in range(shards):
             stay = np.flatnonzero(self.live[shard])
-            pages = np.flatnonzero(self.owner[shard] >= 0)
+            pages = np.flatnonzero(self.uses[shard])
             slot_source[shard, : len(stay)], page_source[shard, : len(pages)] = stay, pages
             row[shard, : len(stay)], drawn[shard, : len(stay)] = self.row[shard, stay], self.drawn[shard, stay]
-            owner[shard, : len(pages)] = np.searchsorted(stay, self.owner[shard, pages])
-        self.row, self.drawn, self.owner = row, drawn, owner
+            table.page[shard, : len(stay)] = np.searchsorted(pages, self.table.page[shard, stay])
+            table.count[shard, : len(stay)] = self.table.count[shard, stay]
+            uses[shard, : len(pages)] = self.uses[shard, pages]
+            mine = {key: np.searchsorted(pages, at) for key, at in self.shared.items() if key[0] == shard}
+            self.shared |= mine
+        self.row, self.drawn, self.table, self.uses = row, drawn, table, uses
         return Shrink(slot_source, page_source)
 
     def admit(self) -> list[Admitted]:
@@ -216,8 +250,9 @@ class Schedule:
         admitted = []
         for row, (shard, slot) in self._coming():
             self.row[shard, slot], self.drawn[shard, slot] = row, 0
-            pages = self._take(shard, slot, self.geometry.prompt_pages(self.prompt_length[row]))
-            admitted.append(Admitted(row, shard, slot, pages))
+            pages, new = self._prompt(row, shard)
+            self.table.page[shard, slot, : len(pages)], self.table.count[shard, slot] = pages, len(pages)
+            admitted.append(Admitted(row, shard, slot, pages, new))
             self.filled = shard
         self.waiting += len(admitted)
         return admitted
@@ -237,10 +272,22 @@ class Schedule:
     def _number(self, shard: int, slot: int) -> int:
         return shard * self.row.shape[1] + slot
 
-    def _take(self, shard: int, slot: int, count: int) -> np.ndarray:
-        if count == 0:
-            return NO_PAGES
-        pages = np.flatnonzero(self.owner[shard] < 0)[:count]
+    def _pages(self, shard: int, slot: int) -> np.ndarray:
+        return self.table.page[shard, slot, : self.table.count[shard, slot]]
+
+    def _prompt(self, row: int, shard: int) -> tuple[np.ndarray, bool]:
+        """Return the pages of a row's prompt, and whether they are new."""
+        key = (shard, self.group[row])
+        if key in self.shared:
+            self.uses[shard, self.shared[key]] += 1
+            return self.shared[key], False
+        pages = self._take(shard, self.geometry.prompt_pages(self.prompt_length[row]))
+        if self.shares and len(pages):
+            self.shared[key] = pages
+        return pages, True
+
+    def _take(self, shard: int, count: int) -> np.ndarray:
+        pages = np.flatnonzero(self.uses[shard] == 0)[:count]
         assert len(pages) == count, "the pool was not grown before pages were taken"
-        self.owner[shard, pages] = slot
+        self.uses[shard, pages] = 1
         return pages

@@ -17,6 +17,7 @@ from tsopsd_jax import losses
 from tsopsd_jax.model.decoding import LayerCache, decode, prefill, rollout_view
 from tsopsd_jax.model.qwen3 import Qwen3
 from tsopsd_jax.rollout.distribution import Sampling, draw
+from tsopsd_jax.rollout.schedule import PageTable
 from tsopsd_jax.rollout.slot_attention import BY_XLA, Seen, SlotAttention
 from tsopsd_jax.types import AnyArray, Prompts, PyTree, Rollout
 
@@ -36,10 +37,10 @@ class Slots(NamedTuple):
 
 
 class Pool(NamedTuple):
-    """The pages of S shards and their owners; of each layer keys [S, Q, K, H, R] and values [S, Q, K, R, H]."""
+    """The pages of S shards, of each layer keys [S, Q, K, H, R] and values [S, Q, K, R, H], and who reads which."""
 
     pages: tuple[LayerCache, ...]
-    owner: Int[AnyArray, "S Q"]  # the slot within the shard; -1: nobody's
+    table: PageTable
 
 
 class Segment(NamedTuple):
@@ -100,7 +101,7 @@ def decode_segment(
     b, places = slots.token.shape[0], tails[0][0].shape[-1]
     home = places - steps
     pages = (None,) * len(tails) if pool is None else pool.pages
-    prepared = None if pool is None else attention.prepare(pool.owner, b)
+    prepared = None if pool is None else attention.prepare(pool.table, pool.pages[0], places)
     place_C = jnp.arange(places, dtype=jnp.int32)
     in_home_BC = (place_C[None, :] < home) & (place_C[None, :] < slots.tail[:, None])
 

@@ -2,12 +2,11 @@
 
 | name | where | what it is |
 |---|---|---|
-| `xla` | everywhere | the tail by XLA; the pool read once in place, its partial softmaxes joined by slot |
-| `pallas` | TPU | the tail by XLA; a kernel that walks the pages in the order of their owners |
+| `xla` | everywhere | the tail by XLA; the pool read once in place, its partial softmaxes joined by slot; no page is shared |
+| `pallas` | TPU | the tail by XLA; a kernel that walks the pages slot by slot |
 | `triton` | GPU | one kernel for both; `xla` for the shapes that `triton_attention.refuses` names |
 """
 
-import functools
 from typing import Any, NamedTuple
 
 import einops
@@ -20,8 +19,8 @@ from jaxtyping import Array, Bool, Float, Int
 from tsopsd_jax.distributed.sharding import ROW_AXES
 from tsopsd_jax.model.decoding import LayerCache
 from tsopsd_jax.rollout import triton_attention
-from tsopsd_jax.rollout.paged_attention import pages_attention
-from tsopsd_jax.rollout.triton_attention import Walk
+from tsopsd_jax.rollout.paged_attention import Owners, Walk, owners, pages_attention, walk
+from tsopsd_jax.rollout.schedule import PageTable
 from tsopsd_jax.types import AnyArray
 
 IMPLEMENTATIONS = ("xla", "pallas", "triton")
@@ -42,12 +41,37 @@ class SlotAttention(NamedTuple):
     mesh: Mesh | None = None
     interpret: bool = False
 
-    def prepare(self, owner_SQ: AnyArray, slots: int) -> tuple[AnyArray, Walk | None]:
-        """Derive from the pages' owners what every step of a segment needs: the owners, and the order of a walk."""
+    def shares(self, head_dim: int, places: int, page_tokens: int) -> bool:
+        """Return whether a page may belong to several slots: kernels read a slot's pages one by one. XLA reads the pool
+        in place, each page for one slot; for several it would copy the pages, which is what sharing saves."""
+        return self.implementation == "pallas" or not self._refuses(head_dim, places, (1, 1, head_dim, page_tokens))
+
+    def prepare(self, table: PageTable, pages: LayerCache, places: int) -> Owners | Walk | PageTable:
+        """Derive from the table what every step of a segment needs.
+
+        Args:
+            table: the pages of each slot.
+            pages: as `attend` takes them.
+            places: C, of a tail.
+
+        Raises:
+            ValueError: where the pool is too large for a kernel that alone reads pages of several slots.
+        """
+        table, shape = PageTable(*map(jnp.asarray, table)), pages[0].shape[1:]
+        if self.implementation == "pallas":
+            return jax.vmap(walk)(table)
+        refused = self._refuses(shape[-2], places, shape)
+        if refused and self.shares(shape[-2], places, shape[-1]):
+            raise ValueError(f"attention of slots: {refused}; decode fewer rows at once, or on more devices")
+        return owners(table, shape[0]) if refused else table
+
+    def _refuses(self, head_dim: int, places: int, page: tuple[int, ...] | None) -> str:
+        """Say why the kernel for GPUs is not taken; empty where it is. `page`: of a shard, its heads on all devices."""
         if self.implementation != "triton":
-            return owner_SQ, None
-        each = slots // owner_SQ.shape[0]
-        return owner_SQ, jax.vmap(functools.partial(triton_attention.walk, slots=each))(jnp.asarray(owner_SQ))
+            return f"the implementation is {self.implementation}"
+        if page is not None and self.mesh is not None:
+            page = (page[0], -(-page[1] // self.mesh.shape["tensor"]), *page[2:])
+        return triton_attention.refuses(head_dim, places, page)
 
     def attend(
         self, q_BNH: Array, tail: LayerCache, seen: Seen, home: int, pages: LayerCache | None, prepared: Any
@@ -60,7 +84,7 @@ class SlotAttention(NamedTuple):
             seen: the tails' places that hold a token.
             home: places of a tail before the segment's.
             pages: keys [S, Q, K, H, R] and values [S, Q, K, R, H]; None: no slot has any.
-            prepared: what `prepare` made of the pages' owners; None without pages.
+            prepared: what `prepare` made of the table of pages; None without pages.
 
         Raises:
             ValueError: for an implementation that is unknown.
@@ -71,9 +95,7 @@ class SlotAttention(NamedTuple):
             )
         q_BKGH = einops.rearrange(q_BNH, "B (K G) H -> B K G H", K=tail[0].shape[1])
         of_shard = None if pages is None else pages[0].shape[1:]
-        if self.implementation == "triton" and not triton_attention.refuses(
-            q_BNH.shape[-1], len(seen.mask_BC[0]), of_shard
-        ):
+        if not self._refuses(q_BNH.shape[-1], len(seen.mask_BC[0]), of_shard):
             out_BKGH = self._triton(q_BKGH, tail, seen, home, pages, prepared)
         else:
             out_BKGH = self._joined(q_BKGH, tail, seen.mask_BC, pages, prepared)
@@ -88,14 +110,7 @@ class SlotAttention(NamedTuple):
         scores = jnp.where(seen_BC[:, None, None, :], scores * q_BKGH.shape[-1] ** -0.5, -jnp.inf)
         top, part = jnp.max(scores, axis=-1), None
         if pages is not None:
-            part = pages_attention(
-                q_BKGH,
-                pages,
-                prepared[0],
-                implementation="pallas" if self.implementation == "pallas" else "xla",
-                mesh=self.mesh,
-                interpret=self.interpret,
-            )
+            part = pages_attention(q_BKGH, pages, prepared, mesh=self.mesh, interpret=self.interpret)
             top = jnp.maximum(top, part.top)
         weight = jnp.exp(scores - top[..., None])
         total = jnp.sum(weight, axis=-1)
@@ -111,19 +126,18 @@ class SlotAttention(NamedTuple):
         self, q_BKGH: Array, tail: LayerCache, seen: Seen, home: int, pages: LayerCache | None, prepared: Any
     ) -> Array:
         """The kernel on each device's own slots and heads."""
-        order = None if pages is None else prepared[1]
 
-        def local(q_BKGH, tail, rest_B, newest, pages, order):
-            pages, order = jax.tree.map(lambda x: x[0], (pages, order))  # a device has one shard
+        def local(q_BKGH, tail, rest_B, newest, pages, table):
+            pages, table = jax.tree.map(lambda x: x[0], (pages, table))  # a device has one shard
             return triton_attention.attend(
-                q_BKGH, tail, rest_B, newest, pages, order, home=home, interpret=self.interpret
+                q_BKGH, tail, rest_B, newest, pages, table, home=home, interpret=self.interpret
             )
 
         if self.mesh is not None:
             heads, rows = P(ROW_AXES, "tensor"), P(ROW_AXES)
             specs = (heads, heads, rows, P(), P(ROW_AXES, None, "tensor"), rows)
             local = jax.shard_map(local, mesh=self.mesh, in_specs=specs, out_specs=heads, check_vma=False)
-        return local(q_BKGH, tail, jnp.asarray(seen.rest_B, jnp.int32), seen.newest, pages, order)
+        return local(q_BKGH, tail, jnp.asarray(seen.rest_B, jnp.int32), seen.newest, pages, prepared)
 
 
 BY_XLA = SlotAttention()

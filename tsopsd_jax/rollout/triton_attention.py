@@ -1,13 +1,13 @@
 """A decoding step's attention on a GPU as one kernel: a slot's query over its pages and its tail.
 
 XLA's own way takes some fifteen kernels a layer and adds up the sums of pages with atomics. Here a program of the grid
-takes a slot, a head of keys and a share of the slot's pages; it reads nothing that is not the slot's, and no sum
-depends on the order in which programs run.
+takes a slot, a head of keys and a share of the slot's pages; it reads nothing but what the slot's table names, and
+no sum depends on the order in which programs run.
 """
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
 from tsopsd_jax.model.decoding import LayerCache
+from tsopsd_jax.rollout.schedule import PageTable
 from tsopsd_jax.types import AnyArray
 
 TILE_ROWS = 16
@@ -26,23 +27,6 @@ PROGRAMS = 256
 MOST_SPLITS = 16
 LARGEST = 2**31
 """Elements of an array whose places a 32-bit integer can count."""
-
-
-class Walk(NamedTuple):
-    """The pages of a shard in the order of their owners."""
-
-    page: Int[Array, " Q"]
-    first: Int[Array, " B"]  # where a slot's pages begin in `page`
-    count: Int[Array, " B"]
-
-
-def walk(owner_Q: AnyArray, slots: int) -> Walk:
-    """Sort a shard's pages by owner; free ones (-1) come last, and no slot counts them."""
-    mine_Q = jnp.where(owner_Q < 0, slots, owner_Q).astype(jnp.int32)
-    slot_B = jnp.arange(slots, dtype=jnp.int32)[:, None]
-    count_B = jnp.sum(mine_Q[None, :] == slot_B, axis=1, dtype=jnp.int32)
-    page_Q = jnp.argsort(mine_Q, stable=True).astype(jnp.int32)
-    return Walk(page_Q, jnp.cumsum(count_B, dtype=jnp.int32) - count_B, count_B)
 
 
 def refuses(head_dim: int, places: int, page: tuple[int, ...] | None) -> str:
@@ -76,7 +60,7 @@ def attend(
     rest_B: Int[AnyArray, " B"],
     newest: Int[AnyArray, ""],
     pages: LayerCache | None,
-    order: Walk | None,
+    table: PageTable | None,
     *,
     home: int,
     interpret: bool = False,
@@ -89,7 +73,7 @@ def attend(
         rest_B: places of the tail from 0 on that hold the prompt's rest.
         newest: the place of the newest token; from `home` to there the places hold the segment's tokens.
         pages: keys [Q, K, H, R] and values [Q, K, R, H]; None: no slot has any.
-        order: their `walk`.
+        table: of the slots [B, P], [B].
         home: places of a tail before the segment's.
         interpret: run without a GPU (tests).
 
@@ -102,7 +86,7 @@ def attend(
     rows = max(TILE_ROWS, 1 << (g - 1).bit_length())
     q = jnp.pad(q_BKGH, ((0, 0), (0, 0), (0, rows - g), (0, 0)))
     splits = 1 if pages is None else splits_of(b, k, pages[0].shape[0])
-    paged: tuple[Any, ...] = () if pages is None or order is None else (*pages, *order)
+    paged: tuple[Any, ...] = () if pages is None or table is None else (*pages, *table)
     shapes = ((b, k, splits, rows), (b, k, splits, rows), (b, k, splits, rows, h))
     top, total, out = pl.pallas_call(
         functools.partial(_kernel, home=home, splits=splits),
@@ -131,12 +115,12 @@ def _kernel(q_ref, tail_keys, tail_values, rest_ref, newest_ref, *refs, home: in
     )
 
     if paged:
-        keys_ref, values_ref, page_ref, first_ref, count_ref = paged
-        first, count = first_ref[slot], count_ref[slot]
+        keys_ref, values_ref, page_ref, count_ref = paged
+        count = count_ref[slot]
         share = (count + splits - 1) // splits
 
         def page(i, sums):
-            at = page_ref[first + i]
+            at = page_ref[slot, i]
             return _join(q, keys_ref[at, head], values_ref[at, head], None, sums)
 
         sums = jax.lax.fori_loop(split * share, jnp.minimum((split + 1) * share, count), page, sums)
