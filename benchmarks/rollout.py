@@ -1,13 +1,14 @@
 """Sampling against its peers and its floor: one run, one table, one JSON file.
 
     python benchmarks/rollout.py --out benchmarks/results/rollout_cpu.json [--shapes demo-64,demo-512,small,0.6b]
-        [--tunix-python PATH] [--rounds 5] [--parts peers,slots,floor,gap,start]
+        [--tunix-python PATH] [--rounds 5] [--parts peers,slots,sharing,floor,gap,start]
 
 peers   tokens/s of this sampler, of transformers' `generate` (torch) and of Tunix's `Sampler` on equal shapes: random
         weights, temperature 1, top-p 1, no early stop. Each is a process of its own that waits for its turn; rounds are
         interleaved. Beside each stands its library's own matrix-product rate.
 slots   share of decoded slot-steps that give a kept token, and peak cache bytes, for log-normal response lengths; a
         static batch beside it. Follows from lengths alone: no model is run.
+sharing the most pages in use, with a copy of its prompt's for each row and with one for a group of 8. No model either.
 floor   a decoding step's time against the time to read weights and live cache once at the machine's measured rate.
 gap     |sampler's - learner's log-probability| of the same tokens, of the packaged pretrained model.
 start   seconds to the first tokens and programs compiled, without and with the persistent compilation cache.
@@ -20,6 +21,7 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +89,45 @@ def peers(shapes: list[str], rounds: int, tunix_python: str | None) -> list[dict
     return rows
 
 
+def turns(schedule: Any, lengths: np.ndarray) -> Iterator[int]:
+    """Run a schedule to its end with given response lengths; after each admission yields the size that the pool had
+    before it was changed, 0 where it was not."""
+    r = schedule.geometry.segment_tokens
+    while not schedule.over:
+        before = schedule.pool
+        grown = schedule.grow()
+        if schedule.live.any():
+            schedule.commit()
+        changed = schedule.shrink() is not None or grown is not None
+        schedule.admit()
+        yield before if changed else 0
+        left = np.where(schedule.live, lengths[schedule.row] - schedule.drawn, 0)
+        schedule.advance(np.minimum(left, r), schedule.live & (left <= r))
+
+
+def sharing(rows: int = 2048, at_once: int = 128, group: int = 8) -> list[dict[str, Any]]:
+    """The most pages in use at once, prompts' pages copied for each row and shared by a group's, by mean lengths."""
+    from tsopsd_jax.rollout.schedule import Geometry, Schedule
+
+    found = []
+    for prompt, response in ((120, 1000), (120, 6000), (600, 2000), (1500, 2000), (4000, 500)):
+        rng = np.random.default_rng(0)
+        limit, longest = 4 * response, 2 * prompt
+        lengths = np.clip(rng.lognormal(np.log(response) - 0.5, 1.0, rows).astype(int), 1, limit)
+        of_group = rng.integers(prompt // 2, 3 * prompt // 2, rows // group)
+        most = {}
+        for shares in (False, True):
+            settings = {"slots": at_once, "geometry": Geometry(64, longest, limit), "shares": shares}
+            schedule = Schedule(np.repeat(of_group, group), group=np.arange(rows) // group, **settings)
+            most[shares] = max(int((schedule.uses > 0).sum()) for _ in turns(schedule, lengths))
+        saved = 1 - most[True] / most[False]
+        found.append(
+            {"prompt_tokens": prompt, "response_tokens": response, "copied": most[False], "shared": most[True]}
+        )
+        print(f"sharing   prompts of {prompt}, responses of {response} tokens: {saved:.1%} fewer pages", flush=True)
+    return found
+
+
 def slots(rows: int = 4096, at_once: int = 256, limit: int = 8192, mean: int = 1000) -> dict[str, Any]:
     """Log-normal lengths (sigma 1) cut at the limit, prompts of 20 to 512 tokens."""
     from tsopsd_jax.rollout.schedule import Geometry, Schedule
@@ -97,21 +138,12 @@ def slots(rows: int = 4096, at_once: int = 256, limit: int = 8192, mean: int = 1
     geometry = Geometry(64, 512, limit)
     schedule = Schedule(prompts, slots=at_once, geometry=geometry)
     peak, programs = 0, set()
-    while not schedule.over:
-        before = schedule.pool
-        grown = schedule.grow()
-        if schedule.live.any():
-            schedule.commit()
-        if schedule.shrink() is None and grown is None:
-            before = 0
-        schedule.admit()
+    for before in turns(schedule, lengths):
         size = schedule.pool
         # While it is copied, one of the pool's layers exists twice: of 36, say.
         tails = schedule.row.size * (geometry.home + geometry.segment_tokens)
         peak = max(peak, (max(size, before) + min(size, before) / 36) * geometry.segment_tokens + tails)
         programs.add((schedule.row.size, size))
-        left = np.where(schedule.live, lengths[schedule.row] - schedule.drawn, 0)
-        schedule.advance(np.minimum(left, geometry.segment_tokens), schedule.live & (left <= geometry.segment_tokens))
     # A static batch: every slot waits for the longest row of its batch.
     static = lengths.sum() / (lengths.reshape(-1, at_once).max(axis=1) * at_once).sum()
     result = {
@@ -269,7 +301,7 @@ def start(shapes: list[str]) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", default="demo-64,demo-512,small")
-    parser.add_argument("--parts", default="peers,slots,floor,gap,start")
+    parser.add_argument("--parts", default="peers,slots,sharing,floor,gap,start")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tunix-python", help="python of an environment with google-tunix")
     parser.add_argument("--out", type=Path)
@@ -280,6 +312,8 @@ def main() -> None:
         result["peers"] = peers(shapes, args.rounds, args.tunix_python)
     if "slots" in parts:
         result["slots"] = slots()
+    if "sharing" in parts:
+        result["sharing"] = sharing()
     if "floor" in parts:
         import jax
 

@@ -366,9 +366,7 @@ def test_the_schedule_keeps_its_books(slots, segment, shards, shares):
 
 def test_rows_of_a_group_share_the_pages_of_their_prompt():
     """By hand: prompts of two pages, R 4; three rows of one group, one of another, three slots."""
-    schedule = Schedule(
-        np.full(4, 9), slots=3, geometry=Geometry(4, 9, 8), group=np.array([0, 0, 0, 1]), shares=True
-    )
+    schedule = Schedule(np.full(4, 9), slots=3, geometry=Geometry(4, 9, 8), group=np.array([0, 0, 0, 1]), shares=True)
     assert schedule.grow() == schedule.pool == 2, "two pages are enough for three rows"
     first = schedule.admit()
     assert [entry.pages.tolist() for entry in first] == [[0, 1]] * 3

@@ -84,7 +84,7 @@ MESH = {"fsdp": 2, "tensor": 2}
 def test_every_implementation_is_the_softmax_over_a_slots_own(
     given, implementation, mesh, programs_wanted, lists, monkeypatch
 ):
-    """Slots with six pages, two and none, of their own or of several, whole or divided among programs (of which some get
+    """Slots with six pages, two and none, of their own or of several, whole or divided among programs (some of which get
     nothing)."""
     if implementation == "xla" and lists is TOGETHER:
         pytest.skip("XLA's way gives a page to one slot")

@@ -67,7 +67,8 @@ def placement(piece: Piece, *, slots: int, pool: int, r: int) -> Placement:
     """Work out where a piece's cache goes; a shard has `slots` slots and `pool` pages of `r` tokens."""
     shards = len(piece.new)
     pages = [
-        [(p, prompt, j) for e, prompt in mine if e.new for j, p in enumerate(e.pages.tolist())] for mine in piece.entries
+        [(p, prompt, j) for e, prompt in mine if e.new for j, p in enumerate(e.pages.tolist())]
+        for mine in piece.entries
     ]
     longest = max(map(len, pages))
     home, start = np.full((shards, slots), -1, np.int32), np.zeros((shards, slots), np.int32)

@@ -2,7 +2,7 @@
 
 | by | where | what it is |
 |---|---|---|
-| `Owners` | everywhere | every page of the pool is read once by XLA, in place, for its one slot; partial softmaxes are joined |
+| `Owners` | everywhere | XLA reads every page of the pool once, in place, for its one slot; partial softmaxes are joined |
 | `Walk` | TPU | a kernel that walks the pages slot by slot; free ones are never read, shared ones once for each slot |
 """
 
@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 from tsopsd_jax.distributed.sharding import ROW_AXES
 from tsopsd_jax.model.decoding import LayerCache
 from tsopsd_jax.rollout.schedule import PageTable
+
 
 class Owners(NamedTuple):
     """The slot of each page, which no two slots share; -1 for a free one."""

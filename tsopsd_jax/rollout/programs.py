@@ -70,7 +70,9 @@ class Programs:
         self.prefill = jax.jit(functools.partial(prefill, model, attention=causal), out_shardings=self._heads)
         best = {"tpu": "pallas", "gpu": "triton", "cuda": "triton"}.get(mesh.devices.flat[0].platform, "xla")
         of_slots = SlotAttention(best if attention == "auto" else "xla", mesh)
-        self.shares = of_slots.shares(model.config.head_dim, geometry.home + geometry.segment_tokens, geometry.segment_tokens)
+        self.shares = of_slots.shares(
+            model.config.head_dim, geometry.home + geometry.segment_tokens, geometry.segment_tokens
+        )
         self.decode_segment = jax.jit(
             functools.partial(
                 decode_segment,

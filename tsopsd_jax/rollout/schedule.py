@@ -273,7 +273,7 @@ class Schedule:
         return shard * self.row.shape[1] + slot
 
     def _pages(self, shard: int, slot: int) -> np.ndarray:
-        return self.table.page[shard, slot, : self.table.count[shard, slot]]
+        return np.asarray(self.table.page)[shard, slot, : self.table.count[shard, slot]]
 
     def _prompt(self, row: int, shard: int) -> tuple[np.ndarray, bool]:
         """Return the pages of a row's prompt, and whether they are new."""

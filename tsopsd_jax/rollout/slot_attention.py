@@ -2,7 +2,7 @@
 
 | name | where | what it is |
 |---|---|---|
-| `xla` | everywhere | the tail by XLA; the pool read once in place, its partial softmaxes joined by slot; no page is shared |
+| `xla` | everywhere | the pool read once in place, partial softmaxes joined by slot; no page is shared |
 | `pallas` | TPU | the tail by XLA; a kernel that walks the pages slot by slot |
 | `triton` | GPU | one kernel for both; `xla` for the shapes that `triton_attention.refuses` names |
 """
