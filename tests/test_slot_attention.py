@@ -84,8 +84,8 @@ MESH = {"fsdp": 2, "tensor": 2}
 def test_every_implementation_is_the_softmax_over_a_slots_own(
     given, implementation, mesh, programs_wanted, lists, monkeypatch
 ):
-    """Slots with six pages, two and none, of their own or of several, whole or divided among programs (some of which get
-    nothing)."""
+    """Slots with six pages, two and none, of their own or of several, whole or divided among programs (some with
+    nothing to do)."""
     if implementation == "xla" and lists is TOGETHER:
         pytest.skip("XLA's way gives a page to one slot")
     monkeypatch.setattr(triton_attention, "PROGRAMS", programs_wanted)

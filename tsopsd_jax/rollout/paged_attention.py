@@ -2,7 +2,7 @@
 
 | by | where | what it is |
 |---|---|---|
-| `Owners` | everywhere | XLA reads every page of the pool once, in place, for its one slot; partial softmaxes are joined |
+| `Owners` | everywhere | XLA reads every page once, in place, for its one slot; partial softmaxes are joined |
 | `Walk` | TPU | a kernel that walks the pages slot by slot; free ones are never read, shared ones once for each slot |
 """
 
