@@ -2551,7 +2551,7 @@ MUTANTS = [
         "rollout/schedule.py",
         "for key, pages in self.shared.items() if self.uses[key[0], pages[0]]}",
         "for key, pages in self.shared.items()}",
-        "test_engine.py -k books",
+        "test_engine.py -k nobody_reads",
     ),
     Mutant(
         "no room is made for the pages of a prompt that comes",

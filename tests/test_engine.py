@@ -383,6 +383,20 @@ def test_rows_of_a_group_share_the_pages_of_their_prompt():
     assert schedule.uses[0, :2].tolist() == [0, 0], "nobody reads them any more"
 
 
+def test_a_prompt_that_nobody_reads_any_more_is_written_anew():
+    """By hand: the first two rows of the second group end together; a page of their prompt is taken by the other row
+    before the third one comes."""
+    schedule = Schedule(np.full(4, 9), slots=3, geometry=Geometry(4, 9, 8), group=np.array([0, 1, 1, 1]), shares=True)
+    schedule.grow()
+    assert [entry.pages.tolist() for entry in schedule.admit()] == [[0, 1], [2, 3], [2, 3]]
+    schedule.advance(np.full((1, 3), 4), np.array([[False, True, True]]))
+    schedule.grow()
+    assert schedule.commit()[0, 0] == 2
+    (last,) = schedule.admit()
+    assert last.new
+    assert set(last.pages.tolist()).isdisjoint({0, 1, 2})
+
+
 def test_sharing_saves_what_copies_of_prompts_take():
     """Groups of 16 with prompts of 1,500 tokens and responses of about 1,000: the most pages in use fall by a third or
     more."""
