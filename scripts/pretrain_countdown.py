@@ -6,26 +6,31 @@ Everything follows from --seed. About five minutes on two CPU cores. It trains w
 supervised learning is one more `Objective`.
 
     python scripts/pretrain_countdown.py --task runs/countdown-5 --numbers 5
+    python scripts/pretrain_countdown.py --task runs/worked --worked
 
-makes a harder task in the place of the packaged one: a model of its own (`--task DIR`: DIR/model), and problems beside
-it, DIR/train.jsonl and DIR/test.jsonl, for `scripts/reproduce_small.py --task DIR` or a configuration with data.name
-jsonl.
+make another task in the place of the packaged one, of more numbers, or with working shown and further tries
+(`small/worked.py`): a model of its own (`--task DIR`: DIR/model), problems beside it, DIR/train.jsonl and
+DIR/test.jsonl, and DIR/task.json, for `scripts/reproduce_small.py --task DIR` or a configuration with data.name jsonl.
 """
 
 import argparse
 import dataclasses
+import functools
 import json
 import shutil
 import tempfile
 import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from small import worked
 
-from tsopsd_jax.data.countdown import EOS, NUMBERS, distinct_problems, lengths, random_derivation, write_tokenizer
+from tsopsd_jax.data.countdown import EOS, NUMBERS, lengths, random_derivation, write_tokenizer
 from tsopsd_jax.data.tokenizer import Tokenizer
 from tsopsd_jax.learn.update import make_update
 from tsopsd_jax.losses import token_logp
@@ -47,6 +52,48 @@ CONFIG = Qwen3Config(
 )
 
 
+class Task(NamedTuple):
+    """What is learnt: lengths in tokens, the verifier by its name in configurations, a document, and words that the
+    packaged task does not know.
+
+    `document(rng, held_out=)` draws (prompt, response without the end token, gold answer).
+    """
+
+    max_prompt_tokens: int
+    max_response_tokens: int
+    verifier: str
+    document: Callable[..., tuple[str, str, str]]
+    more_words: Sequence[str] = ()
+    rows: Mapping[str, int] = {"train": 20_000, "test": 1_024}
+
+    def write(self, folder: Path) -> None:
+        """Write problems to train on and held-out ones, as JSON lines of problem and answer, and task.json."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for split, seed in (("train", 17), ("test", 18)):
+            rng, answers = np.random.default_rng(seed), {}
+            while len(answers) < self.rows[split]:
+                prompt, _, answer = self.document(rng, held_out=split == "test")
+                answers[prompt] = answer
+            lines = (json.dumps({"problem": prompt, "answer": answer}) + "\n" for prompt, answer in answers.items())
+            (folder / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
+        facts = {"max_prompt_tokens": self.max_prompt_tokens, "max_response_tokens": self.max_response_tokens}
+        (folder / "task.json").write_text(json.dumps(facts | {"verifier": self.verifier}) + "\n", encoding="utf-8")
+
+
+def countdown_of(numbers: int) -> Task:
+    """The packaged task, with so many numbers."""
+    return Task(*lengths(numbers), "countdown", functools.partial(random_derivation, numbers=numbers))
+
+
+WORKED = Task(
+    worked.MAX_PROMPT_TOKENS,
+    worked.MAX_RESPONSE_TOKENS,
+    f"{Path(worked.__file__).resolve()}:{worked.verify.__name__}",
+    worked.random_document,
+    (worked.REST, worked.AGAIN),
+)
+
+
 def cross_entropy() -> Objective:
     """Maximum likelihood of the response tokens."""
 
@@ -60,25 +107,17 @@ def cross_entropy() -> Objective:
     return Objective(stats, loss)
 
 
-def make_batch(rng: np.random.Generator, tokenizer: Tokenizer, rows: int, numbers: int) -> Batch:
+def make_batch(rng: np.random.Generator, tokenizer: Tokenizer, rows: int, task: Task) -> Batch:
     """Random derivations as a batch; loss on the response and its end token only."""
-    length = sum(lengths(numbers))
+    length = task.max_prompt_tokens + task.max_response_tokens
     tokens, mask = np.zeros((rows, length), np.int32), np.zeros((rows, length), bool)
     for row in range(rows):
-        prompt, response, _ = random_derivation(rng, numbers=numbers)
+        prompt, response, _ = task.document(rng)
         head, tail = tokenizer.encode(prompt), [*tokenizer.encode(response), tokenizer.stop_ids[0]]
         tokens[row, : len(head) + len(tail)] = head + tail
         mask[row, len(head) : len(head) + len(tail)] = True
     zeros = np.zeros(tokens.shape, np.float32)
     return Batch.of(tokens=tokens, mask=mask, advantage=zeros, old_logp=zeros)
-
-
-def write_problems(folder: Path, numbers: int) -> None:
-    """Write 20,000 problems to train on and 1,024 held-out ones, as JSON lines of problem and answer."""
-    for split, count, seed, held_out in (("train", 20_000, 17, False), ("test", 1_024, 18, True)):
-        rows = distinct_problems(count, seed=seed, held_out=held_out, numbers=numbers)
-        lines = (json.dumps({"problem": prompt, "answer": answer}) + "\n" for prompt, answer in rows)
-        (folder / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
 def main() -> None:
@@ -90,14 +129,15 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--rows", type=int, default=256)
-    parser.add_argument("--numbers", type=int, default=NUMBERS, help="of a problem")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--numbers", type=int, default=NUMBERS, help="of a problem")
+    kind.add_argument("--worked", action="store_true", help="working shown, further tries, three to five numbers")
     parser.add_argument("--layers", type=int, default=CONFIG.num_hidden_layers)
     parser.add_argument("--width", type=int, default=CONFIG.hidden_size, help="hidden size; the rest is in proportion")
     args = parser.parse_args()
-    out = args.out or args.task / "model"
+    out, task = args.out or args.task / "model", WORKED if args.worked else countdown_of(args.numbers)
     if args.task is not None:
-        args.task.mkdir(parents=True, exist_ok=True)
-        write_problems(args.task, args.numbers)
+        task.write(args.task)
 
     shape = dataclasses.replace(
         CONFIG,
@@ -112,13 +152,13 @@ def main() -> None:
     state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
     update = jax.jit(make_update(model, cross_entropy(), optimizer), donate_argnums=0)
     with tempfile.TemporaryDirectory() as folder:
-        write_tokenizer(folder, numbers=args.numbers)
+        write_tokenizer(folder, longest=task.max_prompt_tokens + task.max_response_tokens, more=task.more_words)
         # The model directory declares the end token as Hugging Face models do.
         end = Tokenizer.load(folder).backend.token_to_id(EOS)
         (Path(folder) / "generation_config.json").write_text(json.dumps({"eos_token_id": end}) + "\n")
         tokenizer, began = Tokenizer.load(folder), time.monotonic()
         for step in range(1, args.steps + 1):
-            state, output = update(state, make_batch(rng, tokenizer, args.rows, args.numbers))
+            state, output = update(state, make_batch(rng, tokenizer, args.rows, task))
             if step % 100 == 0 or step == 1:
                 loss = float(output.metrics["loss/total"])
                 print(f"step {step:5d}  cross-entropy {loss:.4f} nats  {time.monotonic() - began:.0f} s", flush=True)

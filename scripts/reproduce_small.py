@@ -56,7 +56,8 @@ class Settings(NamedTuple):
     def questions(self, point: str) -> measure.Questions:
         """Return what a policy is asked at a point."""
         config, problems = self.study.load_arm(COLLAPSE, 0), self.study.test_problems(self.problems)
-        return measure.Questions(problems, self.samples_at(point), config.phases[0].max_response_tokens)
+        length = config.phases[0].max_response_tokens
+        return measure.Questions(problems, self.samples_at(point), length, self.study.verifier())
 
     def file_of(self, seed: int, arm: str, point: str) -> Path:
         """Return the file of a policy's measures; the base model is the same for all seeds."""

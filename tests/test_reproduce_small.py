@@ -11,6 +11,7 @@ from project_scripts import ROOT, run_script, script
 from tsopsd_jax import cli
 from tsopsd_jax.config import load_config, strict
 from tsopsd_jax.config.build import make_phase
+from tsopsd_jax.rewards import verify_countdown
 from tsopsd_jax.rundir.log import read_metrics
 
 study, results, claims, page = (script(f"small.{name}") for name in ("study", "results", "claims", "page"))
@@ -85,14 +86,47 @@ def test_an_arm_may_have_another_rate():
 
 
 def test_a_task_of_ones_own_takes_the_place_of_the_packaged_one(tmp_path):
-    problems = '{"problem": "1 2 3 4 5 -> 15 :", "answer": "1 2 3 4 5 -> 15"}\n'
-    (tmp_path / "test.jsonl").write_text(problems)
+    pretrain = script("pretrain_countdown")
+    pretrain.countdown_of(5)._replace(rows={"train": 3, "test": 2}).write(tmp_path)
     made = STUDY._replace(task=tmp_path)
     config = made.load_arm("pr_fkl@1e-4", 7)
     assert (config.model.path, config.data.path) == (f"{tmp_path}/model", f"{tmp_path}/train.jsonl")
     assert config.data.max_prompt_tokens == 8
     assert [phase.max_response_tokens for phase in config.phases] == [25, 25, 25]
-    assert [problem.answer for problem in made.test_problems(1)] == ["1 2 3 4 5 -> 15"]
+    (problem,) = made.test_problems(1)
+    assert len(problem.answer.split(" ")) == 7
+    assert made.verifier() is STUDY.verifier() is verify_countdown
+
+
+def test_countdown_with_its_working_shown(tmp_path):
+    """By hand, and every document that is learnt from; only the last derivation counts, and its rests must be right."""
+    worked, pretrain = script("small.worked"), script("pretrain_countdown")
+    tried = "11 - 3 = 8 , 7 2 8 ; 7 * 2 = 14 , 8 14 ; 8 + 14 = 22"
+    right = "3 * 7 = 21 , 11 2 21 ; 11 + 2 = 13 , 21 13 ; 21 + 13 = 34"
+    gold = "3 7 11 2 -> 34"
+    for response in (right, f"{tried} no {right}", f"junk no {right}"):
+        assert worked.verify(response, gold) == 1.0
+    wrong = (
+        tried,
+        f"{right} no {tried}",
+        right.replace("11 2 21", "2 11 21"),
+        right.replace(" , 21 13", ""),
+        "",
+        right + " no ",
+    )
+    for response in wrong:
+        assert worked.verify(response, gold) == 0.0, response
+    assert worked.verify(right, "3 7 11 2") == 0.0
+    rng, made = np.random.default_rng(0), pretrain.WORKED
+    for _ in range(200):
+        prompt, response, answer = made.document(rng)
+        assert worked.verify(response, answer) == 1.0
+        assert len(prompt.split(" ")) <= made.max_prompt_tokens
+        assert len(response.split(" ")) < made.max_response_tokens
+    made._replace(rows={"train": 3, "test": 2}).write(tmp_path)
+    config = STUDY._replace(task=tmp_path).load_arm("dapo", 1)
+    assert [phase.max_response_tokens for phase in config.phases] == [77, 77]
+    assert STUDY._replace(task=tmp_path).verifier()(right, gold) == 1.0
 
 
 def test_the_papers_findings_ask_for_what_there_is(tmp_path):

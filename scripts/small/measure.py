@@ -6,7 +6,7 @@ their difference.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -17,7 +17,6 @@ from tsopsd_jax.analysis.distributions import OnMesh, compare_tokens
 from tsopsd_jax.data import Problem
 from tsopsd_jax.distributed.sharding import make_mesh, row_multiple
 from tsopsd_jax.policy import Policy, Sample
-from tsopsd_jax.rewards import verify_countdown
 from tsopsd_jax.rollout import Sampling
 
 WHOLE, NUCLEUS = Sampling(), Sampling(top_p=0.7)
@@ -39,6 +38,8 @@ class Questions(NamedTuple):
     samples: int
     max_tokens: int
     """Of a response, its end included."""
+    verify: Callable[[str, str], float]
+    """(response, gold answer) -> 1 or 0."""
 
 
 def draw(policy: Policy, questions: Questions, sampling: Sampling) -> list[list[Sample]]:
@@ -49,10 +50,10 @@ def draw(policy: Policy, questions: Questions, sampling: Sampling) -> list[list[
     )
 
 
-def right_of(drawn: Sequence[Sequence[Sample]], problems: Sequence[Problem]) -> list[int]:
+def right_of(drawn: Sequence[Sequence[Sample]], questions: Questions) -> list[int]:
     """Count the right responses to each problem."""
-    pairs = zip(drawn, problems, strict=True)
-    return [int(sum(verify_countdown(sample.text, problem.answer) for sample in each)) for each, problem in pairs]
+    pairs = zip(drawn, questions.problems, strict=True)
+    return [int(sum(questions.verify(sample.text, problem.answer) for sample in each)) for each, problem in pairs]
 
 
 def entropy_of(drawn: Sequence[Sequence[Sample]]) -> float:
@@ -75,8 +76,8 @@ def measure(policy: Policy, questions: Questions) -> dict[str, Any]:
     return {
         "problems": len(questions.problems),
         "samples": questions.samples,
-        "right": {name: right_of(of, questions.problems) for name, of in drawn.items()},
-        "greedy": right_of(draw(policy, questions._replace(samples=1), GREEDY), questions.problems),
+        "right": {name: right_of(of, questions) for name, of in drawn.items()},
+        "greedy": right_of(draw(policy, questions._replace(samples=1), GREEDY), questions),
         "entropy_nats": round(entropy_of(drawn["1"]), 5),
         "response_tokens": round(float(np.mean([len(sample.tokens) for sample in flat])), 3),
         "uncertain_fraction": round(float(np.mean(nats >= UNCERTAIN_NATS)), 5),

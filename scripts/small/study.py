@@ -11,17 +11,19 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tsopsd_jax.commands.train import open_trainer
 from tsopsd_jax.config import Config, load_config
 from tsopsd_jax.config.places import datasets_folder, model_folder
-from tsopsd_jax.data import Problem, countdown, load_problems
+from tsopsd_jax.data import Problem, load_problems
 from tsopsd_jax.display.live_table import LiveTable
+from tsopsd_jax.loading import load_function
 from tsopsd_jax.metric_names import ACCURACY, ENTROPY, TOKENS
 from tsopsd_jax.model import save_pretrained
+from tsopsd_jax.rewards.named import VERIFIERS
 from tsopsd_jax.rundir import files
 from tsopsd_jax.rundir.log import read_metrics
 from tsopsd_jax.train.signals import Interrupted
@@ -70,10 +72,12 @@ class Study(NamedTuple):
             turned = "reheat" if "reheat" in phases else phases[-1]
             settings.append(f"phases.{turned}.optimizer.learning_rate={rate}")
         if self.task is not None:
-            prompt, response = self._lengths()
-            data = f"{{name: jsonl, path: {self.task}/train.jsonl, verifier: countdown, max_prompt_tokens: {prompt}}}"
+            facts, rows = self._facts(), f"name: jsonl, path: {self.task}/train.jsonl"
+            data = f"{{{rows}, verifier: {facts['verifier']}, max_prompt_tokens: {facts['max_prompt_tokens']}}}"
             settings += [f"model.path={self.task}/model", f"data={data}"]
-            settings += [f"phases.{phase}.max_response_tokens={response}" for phase in phases]
+            # One to spare, as the demo has it.
+            length = facts["max_response_tokens"] + 1
+            settings += [f"phases.{phase}.max_response_tokens={length}" for phase in phases]
         return load_config(file, settings)
 
     def test_problems(self, first: int) -> Sequence[Problem]:
@@ -82,11 +86,15 @@ class Study(NamedTuple):
             return load_problems("jsonl", path=self.task / "test.jsonl", first=first)
         return load_problems("countdown", split="test", directory=datasets_folder(None), first=first)
 
-    def _lengths(self) -> tuple[int, int]:
-        """Tokens of the task's prompts, and of its responses with one to spare, as the demo has it."""
+    def verifier(self) -> Callable[[str, str], float]:
+        """Return what judges a response to a problem: (response, gold answer) -> 1 or 0."""
+        name = "countdown" if self.task is None else self._facts()["verifier"]
+        return VERIFIERS[name] if name in VERIFIERS else load_function(name, what="verifier")
+
+    def _facts(self) -> dict[str, Any]:
+        """Read what `scripts/pretrain_countdown.py --task` says of its task."""
         assert self.task is not None
-        prompt, response = countdown.lengths(len(self.test_problems(1)[0].answer.split(" ")) - 2)
-        return prompt, response + 1
+        return json.loads((self.task / "task.json").read_text(encoding="utf-8"))
 
     def run_dir(self, seed: int, arm: str) -> Path:
         """Return the run directory of an arm."""

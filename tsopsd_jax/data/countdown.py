@@ -11,6 +11,7 @@ collapse and reheat a policy on a laptop, with many right answers per prompt. Th
 
 import json
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -93,25 +94,29 @@ def is_held_out(numbers: list[int], target: int) -> bool:
     return zlib.crc32(key.encode()) % _HELD_OUT_ONE_IN == 0
 
 
-def distinct_problems(count: int, *, seed: int, held_out: bool, numbers: int = NUMBERS) -> list[tuple[str, str]]:
+def distinct_problems(count: int, *, seed: int, held_out: bool) -> list[tuple[str, str]]:
     """Draw `count` different problems as (prompt, gold answer); the arguments decide them, on every machine."""
     rng = np.random.default_rng(seed)
     problems: dict[str, str] = {}
     while len(problems) < count:
-        prompt, _, answer = random_derivation(rng, held_out=held_out, numbers=numbers)
+        prompt, _, answer = random_derivation(rng, held_out=held_out)
         problems[prompt] = answer
     return list(problems.items())
 
 
-def write_tokenizer(directory: str | Path, *, numbers: int = NUMBERS) -> None:
+def write_tokenizer(directory: str | Path, *, longest: int = sum(lengths(NUMBERS)), more: Sequence[str] = ()) -> None:
     """Write the task's tokenizer as Hugging Face files: one token per word of `VOCABULARY`.
 
     Makes `directory` if needed; adds tokenizer.json, tokenizer_config.json and special_tokens_map.json to it.
+
+    Args:
+        longest: tokens of a prompt and a response together, at most.
+        more: words of a task that is built on this one; their tokens follow.
     """
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     # No unknown-word token: a word outside the task is an error, not a silent substitute.
-    tokenizer = Tokenizer(models.WordLevel({word: at for at, word in enumerate(VOCABULARY)}))
+    tokenizer = Tokenizer(models.WordLevel({word: at for at, word in enumerate((*VOCABULARY, *more))}))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.add_special_tokens([PAD, EOS])
     folder = Path(directory)
@@ -122,7 +127,7 @@ def write_tokenizer(directory: str | Path, *, numbers: int = NUMBERS) -> None:
         "tokenizer_class": "PreTrainedTokenizerFast",
         **special,
         "clean_up_tokenization_spaces": False,
-        "model_max_length": sum(lengths(numbers)),
+        "model_max_length": longest,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=2) + "\n", encoding="utf-8")
