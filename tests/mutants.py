@@ -2533,6 +2533,20 @@ MUTANTS = [
         "test_engine.py -k share_a_shard",
     ),
     Mutant(
+        "inside a program sequences of a row lie on top of each other",
+        "learn/packing.py",
+        "jnp.where(before, length[None, :], 0)",
+        "jnp.where(before, 0, 0)",
+        "test_packing.py -k alike_inside",
+    ),
+    Mutant(
+        "the reheater's one program does not pack",
+        "train/phase_update.py",
+        "packs = self.packs and self.width >= LEAST_WIDTH",
+        "packs = False",
+        "test_trainer.py -k one_program_packs",
+    ),
+    Mutant(
         "pages are never freed",
         "rollout/schedule.py",
         "self.uses[shard, self._pages(shard, slot)] -= 1",

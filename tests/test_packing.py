@@ -1,13 +1,16 @@
 """Packing: every token once, in its row's order; few rows; and how an update is cut to fit a device."""
 
+import dataclasses
+import functools
 import types
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tsopsd_jax.learn.micro_batches import TOKENS_PER_DEVICE, choose_micro_batches, exhausted_bytes, needed_bytes
-from tsopsd_jax.learn.packing import fill_rows, pack, useful_fraction
+from tsopsd_jax.learn.packing import fill_rows, pack, pack_in_program, useful_fraction
 from tsopsd_jax.model.qwen3 import segment_starts
 from tsopsd_jax.types import Batch
 
@@ -61,6 +64,22 @@ def test_every_token_once_in_order_with_its_segment():
     assert useful_fraction(packed, length, micro_batches=3) == 24 / 32  # two of three micro-batches of two rows of 8
     assert useful_fraction(batch, length, micro_batches=3) == 24 / 48
     assert useful_fraction(batch, length, micro_batches=1) == 24 / 48
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_rows_are_packed_alike_inside_a_program(seed):
+    """Long sequences and short ones, more than a row may hold; the batch keeps its knobs."""
+    rng = np.random.default_rng(seed)
+    length = np.clip(rng.lognormal(2, 1.2, 48).astype(np.int32), 2, 64)
+    length[:4] = 2, 2, 64, 64
+    batch = batch_of(length, 64 if seed else 200)
+    want = pack(batch, length, micro_batches=6)
+    given = dataclasses.replace(batch, knobs={"coefficient": np.float32(3)})
+    got = jax.jit(functools.partial(pack_in_program, micro_batches=6))(given, length)
+    assert got.knobs["coefficient"] == 3
+    for name in ("tokens", "mask", "advantage", "old_logp", "segment"):
+        np.testing.assert_array_equal(vars(got)[name], vars(want)[name], err_msg=name)
+    assert want.segment.max() > 2
 
 
 def test_positions_count_from_zero_in_every_segment():

@@ -48,6 +48,7 @@ from tsopsd_jax.rewards import RewardError, Rewards
 from tsopsd_jax.rewards.math import WORKERS
 from tsopsd_jax.rundir.checkpoints import SaveError
 from tsopsd_jax.rundir.log import read_evaluations, read_metrics, read_samples
+from tsopsd_jax.train import phase_update
 from tsopsd_jax.train.phase import Guard, GuardError
 from tsopsd_jax.train.phase_step import PhaseStep
 from tsopsd_jax.train.signals import Interrupted
@@ -692,6 +693,23 @@ def test_reheating_in_stages_is_the_same_step(trainer_in, tmp_path):
             np.testing.assert_allclose(a[name], b[name], rtol=1e-4, err_msg=name)
         assert 0.3 < b["rollout/slot_use_fraction"] <= 1
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), whole.params, stages.params)
+
+
+def test_reheating_in_one_program_packs_its_rows(trainer_in, tmp_path, monkeypatch):
+    """Where rows are wide: the same step as unpacked, to rounding, and the program has segments."""
+    monkeypatch.setattr(phase_update, "LEAST_WIDTH", 1)
+    runs, texts = {}, {}
+    for pack in (True, False):
+        trainer = trainer_in(tmp_path / str(pack), phases=(reheat_phase(pack=pack, micro_batches=2),))
+        (lowered,) = trainer.steps.of(0).lowered()
+        texts[pack] = lowered.as_text()
+        runs[pack] = finish(trainer), facts(tmp_path / str(pack))
+    for a, b in zip(runs[True][1], runs[False][1], strict=True):
+        assert a["rollout/tokens"] == b["rollout/tokens"]
+        for name in ("policy/entropy_nats", "loss/total"):
+            np.testing.assert_allclose(a[name], b[name], rtol=1e-4, err_msg=name)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), runs[True][0].params, runs[False][0].params)
+    assert texts[True].count("scatter") > texts[False].count("scatter"), "one of them packs"
 
 
 def test_prompts_that_are_too_long_are_named(tokenizer):

@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from tsopsd_jax.head import batch_loss
+from tsopsd_jax.learn.packing import pack_in_program
 from tsopsd_jax.learn.update import (
     ENTROPY,
     decay_mask,
@@ -296,6 +297,35 @@ def test_fused_reheating_equals_its_stages(tiny, optimizer, fresh, prompts, samp
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), a.params, b.params)
     assert int(a.step) == 2
     assert not np.array_equal(*entropies), "each step draws with its own key"
+
+
+def test_fused_reheating_packs_its_rows(tiny, optimizer, fresh, prompts, sampler):
+    """Rows with room for two sequences: half of the micro-batches, the same step."""
+    heat = make_update(tiny[0], OBJECTIVES["ts_opsd"](), optimizer, micro_batches=len(prompts.length) // 2)
+    seen = []
+
+    def arrange(batch, length):
+        batch = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, x.shape[1]))), batch)
+        packed = pack_in_program(batch, length, micro_batches=len(prompts.length) // 2)
+        jax.debug.callback(
+            lambda *masks: seen.append([int(np.sum(mask.any(1))) for mask in masks]), batch.mask, packed.mask
+        )
+        return packed
+
+    found = {}
+    for name, more in (("padded", []), ("packed", [arrange])):
+        step = jax.jit(make_reheat_step(sampler, heat, *more))
+        found[name] = step(fresh(), prompts, jax.random.key(2), INF)
+    jax.effects_barrier()
+    ((padded, packed),) = seen
+    assert packed <= padded / 2 + 1, "rows are shared"
+    state, out, rollout = found["packed"]
+    np.testing.assert_array_equal(rollout.tokens, found["padded"][2].tokens)
+    np.testing.assert_allclose(out.metrics["loss/total"], found["padded"][1].metrics["loss/total"], rtol=1e-5)
+    np.testing.assert_allclose(out.metrics[ENTROPY], found["padded"][1].metrics[ENTROPY], rtol=1e-5)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), state.params, found["padded"][0].params
+    )
 
 
 # Forward and reverse heat with T > 1; T < 1 cools.

@@ -3,10 +3,15 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Int
 
 from tsopsd_jax.model.attention import MOST_SEGMENTS
 from tsopsd_jax.types import Batch
+
+LEAST_WIDTH = 256
+"""Rows of fewer tokens stay as they are inside a program: short responses fill most of their rows."""
 
 
 def fill_rows(length: np.ndarray, width: int) -> np.ndarray:
@@ -62,6 +67,40 @@ def pack(batch: Batch, length: np.ndarray, *, micro_batches: int) -> Batch:
     segment = np.zeros((b, width), np.int32)
     segment[row[i], place[i] + j] = number[i]
     return dataclasses.replace(jax.tree.map(move, batch), segment=segment)
+
+
+def fill_rows_in_program(length: Int[Array, " B"], width: int) -> Int[Array, " B"]:
+    """Choose the row of each sequence as `fill_rows` does, under jit: a loop over the sequences. None may be longer
+    than a row."""
+    rows = jnp.arange(length.shape[0], dtype=length.dtype)
+
+    def one(carry, n):
+        room, held = carry
+        row = jnp.argmax((room >= n) & (held < MOST_SEGMENTS)).astype(length.dtype)
+        taken = rows == row
+        return (room - jnp.where(taken, n, 0), held + taken.astype(length.dtype)), row
+
+    longest = jnp.argsort(-length, stable=True)
+    full = jnp.full(length.shape, width, length.dtype)
+    _, row = jax.lax.scan(one, (full, jnp.zeros_like(length)), length[longest])
+    return jnp.zeros_like(length).at[longest].set(row)
+
+
+def pack_in_program(batch: Batch, length: Int[Array, " B"], *, micro_batches: int) -> Batch:
+    """Do what `pack` does, under jit: the same rows in the same places, whatever the lengths."""
+    b, width = batch.tokens.shape
+    row = fill_rows_in_program(length, width)
+    row = (row % (b // micro_batches)) * micro_batches + row // (b // micro_batches)
+    before = (row[:, None] == row[None, :]) & (jnp.arange(b)[None, :] < jnp.arange(b)[:, None])
+    place = jnp.sum(jnp.where(before, length[None, :], 0), axis=1)
+    at = jnp.arange(width, dtype=length.dtype)[None, :]
+    to = jnp.broadcast_to(row[:, None], (b, width)), jnp.where(at < length[:, None], place[:, None] + at, width)
+
+    def move(x: Array) -> Array:
+        return jnp.zeros_like(x).at[to].set(x, mode="drop")
+
+    number = jnp.broadcast_to(1 + jnp.sum(before, axis=1, dtype=jnp.int32)[:, None], (b, width))
+    return dataclasses.replace(jax.tree.map(move, batch.bare), segment=move(number), knobs=batch.knobs)
 
 
 def useful_fraction(batch: Batch, length: np.ndarray, *, micro_batches: int) -> float:

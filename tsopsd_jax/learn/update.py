@@ -354,7 +354,9 @@ def distillation_batch(rollout: Rollout) -> Batch:
 
 
 def make_reheat_step(
-    sample: Callable[..., Rollout], update: Update
+    sample: Callable[..., Rollout],
+    update: Update,
+    arrange: Callable[[Batch, Array], Batch] | None = None,
 ) -> Callable[..., tuple[TrainState, UpdateOut, Rollout]]:
     """Make the reheater's whole step one function of (state, prompts, run key, hold_above_nats, knobs, reference), to
     be jitted with a donated state: sample on-policy, self-teacher, full-vocabulary KL, update. No host round trip.
@@ -363,6 +365,8 @@ def make_reheat_step(
         sample: (params, prompts, key) -> Rollout; where there is the knob `sampling_temperature`, it is a fourth
             argument.
         update: from `make_update`.
+        arrange: (batch of one sequence a row, their lengths [B]) -> the batch that is learnt from, such as
+            `packing.pack_in_program` makes; None: as it is.
     """
 
     def reheat_step(
@@ -376,7 +380,10 @@ def make_reheat_step(
         key, temperature = jax.random.fold_in(run_key, state.step), (knobs or {}).get(SAMPLING_TEMPERATURE)
         given = () if temperature is None else (temperature,)
         rollout = sample(state.params, prompts, key, *given)
-        state, out = update(state, distillation_batch(rollout), hold_above_nats, knobs, reference)
+        batch = distillation_batch(rollout)
+        if arrange is not None:
+            batch = arrange(batch, jnp.asarray(rollout.length))
+        state, out = update(state, batch, hold_above_nats, knobs, reference)
         return state, out, rollout
 
     return reheat_step

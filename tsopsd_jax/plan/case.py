@@ -23,6 +23,7 @@ from tsopsd_jax.hardware.work import (
     update_work,
     view_work,
 )
+from tsopsd_jax.learn.packing import LEAST_WIDTH
 from tsopsd_jax.learn.reference import abstract_reference
 from tsopsd_jax.learn.update import abstract_state
 from tsopsd_jax.model import Qwen3
@@ -183,7 +184,8 @@ class Case:
         """One update, its batch cut into `micro_batches`: packed rows fill the first of them."""
         phase, rows = self.phase, self.phase.update_rows
         each = rows // micro_batches
-        packed = phase.pack and phase.objective.tokenwise and micro_batches > 1 and not self.one_program
+        packed = phase.pack and phase.objective.tokenwise and micro_batches > 1
+        packed = packed and (self.width >= LEAST_WIDTH or not self.one_program)
         length = sum(self.lengths) if packed else self.width
         used = min(micro_batches, -(-rows * length // (each * self.width)))
         return UpdateShape(

@@ -13,7 +13,7 @@ from tsopsd_jax.distributed.sharding import put, replicated, row_multiple, row_s
 from tsopsd_jax.hardware.tiles import head_tile_on
 from tsopsd_jax.learn.micro_batches import TOKENS_PER_CPU, TOKENS_PER_DEVICE, choose_micro_batches, compile_within
 from tsopsd_jax.learn.nonfinite import NonFinite, locate
-from tsopsd_jax.learn.packing import pack, useful_fraction
+from tsopsd_jax.learn.packing import LEAST_WIDTH, pack, pack_in_program, useful_fraction
 from tsopsd_jax.learn.reference import abstract_reference
 from tsopsd_jax.learn.update import (
     ReferencePolicy,
@@ -152,7 +152,9 @@ class Updater:
             stop_ids=stop_ids,
             group=self.phase.responses_per_prompt,
         )
-        step = make_reheat_step(draw, self.update)
+        packs = self.packs and self.width >= LEAST_WIDTH
+        arrange = functools.partial(pack_in_program, micro_batches=self.micro_batches) if packs else None
+        step = make_reheat_step(draw, self.update, arrange)
         everywhere = replicated(self.mesh)
         return jax.jit(step, donate_argnums=0, out_shardings=(self._layout, everywhere, everywhere))
 
