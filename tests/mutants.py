@@ -855,8 +855,8 @@ MUTANTS = [
     Mutant(
         "packing: a row of more sequences than attention counts",
         "learn/packing.py",
-        " & (held < MOST_SEGMENTS)",
-        "",
+        "(room >= length[i]) & (held < MOST_SEGMENTS)",
+        "room >= length[i]",
         "test_packing.py -k so_many",
     ),
     Mutant(
