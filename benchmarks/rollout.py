@@ -1,7 +1,7 @@
 """Sampling against its peers and its floor: one run, one table, one JSON file.
 
     python benchmarks/rollout.py --out benchmarks/results/rollout_cpu.json [--shapes demo-64,demo-512,small,0.6b]
-        [--tunix-python PATH] [--rounds 5] [--parts peers,slots,sharing,floor,gap,start]
+        [--tunix-python PATH] [--rounds 5] [--parts peers,slots,sharing,ragged,floor,gap,start]
 
 peers   tokens/s of this sampler, of transformers' `generate` (torch) and of Tunix's `Sampler` on equal shapes: random
         weights, temperature 1, top-p 1, no early stop. Each is a process of its own that waits for its turn; rounds are
@@ -9,6 +9,7 @@ peers   tokens/s of this sampler, of transformers' `generate` (torch) and of Tun
 slots   share of decoded slot-steps that give a kept token, and peak cache bytes, for log-normal response lengths; a
         static batch beside it. Follows from lengths alone: no model is run.
 sharing the most pages in use, with a copy of its prompt's for each row and with one for a group of 8. No model either.
+ragged  cache read and steps taken by the TPU kernel and by jax's ragged paged attention, counted. No model either.
 floor   a decoding step's time against the time to read weights and live cache once at the machine's measured rate.
 gap     |sampler's - learner's log-probability| of the same tokens, of the packaged pretrained model.
 start   seconds to the first tokens and programs compiled, without and with the persistent compilation cache.
@@ -125,6 +126,42 @@ def sharing(rows: int = 2048, at_once: int = 128, group: int = 8) -> list[dict[s
             {"prompt_tokens": prompt, "response_tokens": response, "copied": most[False], "shared": most[True]}
         )
         print(f"sharing   prompts of {prompt}, responses of {response} tokens: {saved:.1%} fewer pages", flush=True)
+    return found
+
+
+def ragged(rows: int = 1024, at_once: int = 64) -> list[dict[str, Any]]:
+    """What attention reads at a decoding step, means over a rollout, with pages of 128 tokens.
+
+    Ours for TPUs: exact pages, a grid step each, and every place of a tail by XLA. jax's ragged_paged_attention: blocks
+    of pages, of which the last of a row is fetched whole; 4 or 8 pages are the sizes in its table for 32 heads of
+    queries and 8 of keys, 128 wide.
+    """
+    from tsopsd_jax.rollout.schedule import Geometry, Schedule
+
+    r, found = 128, []
+    for prompt, response in ((120, 1000), (120, 6000), (1500, 2000)):
+        rng = np.random.default_rng(0)
+        limit = 4 * response
+        geometry = Geometry(r, 2 * prompt, limit)
+        lengths = np.clip(rng.lognormal(np.log(response) - 0.5, 1.0, rows).astype(int), 1, limit)
+        of_row = rng.integers(prompt // 2, 3 * prompt // 2, rows)
+        schedule, seen = Schedule(of_row, slots=at_once, geometry=geometry), []
+        for _ in turns(schedule, lengths):
+            live = schedule.live
+            tokens = of_row[schedule.row[live]] + schedule.drawn[live] + r // 2  # halfway through the segment
+            pages = schedule.table.count[live].sum()
+            blocks = [(-(-tokens // (r * size))).sum() for size in (4, 8)]
+            seen.append((tokens.sum(), pages * r + live.size * (geometry.home + r), pages, *blocks))
+        live, ours, steps, *blocks = (float(x) for x in np.mean(seen, axis=0))
+        row = {"prompt_tokens": prompt, "response_tokens": response, "slots": at_once}
+        row["ours"] = {"read_of_live": ours / live, "grid_steps": steps}
+        said = f"ours reads {ours / live:.2f} of the live cache in {steps:.0f} steps"
+        for size, count in zip((4, 8), blocks, strict=True):
+            share = count * size * r / live
+            row[f"jax_{size}_pages"] = {"read_of_live": share, "blocks": count, "copies": count * size}
+            said += f"; jax's, {size} pages, {share:.2f} in {count:.0f} blocks of {count * size:.0f} copies"
+        found.append(row)
+        print(f"ragged    prompts of {prompt}, responses of {response} tokens: {said}", flush=True)
     return found
 
 
@@ -301,7 +338,7 @@ def start(shapes: list[str]) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", default="demo-64,demo-512,small")
-    parser.add_argument("--parts", default="peers,slots,sharing,floor,gap,start")
+    parser.add_argument("--parts", default="peers,slots,sharing,ragged,floor,gap,start")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tunix-python", help="python of an environment with google-tunix")
     parser.add_argument("--out", type=Path)
@@ -312,6 +349,8 @@ def main() -> None:
         result["peers"] = peers(shapes, args.rounds, args.tunix_python)
     if "slots" in parts:
         result["slots"] = slots()
+    if "ragged" in parts:
+        result["ragged"] = ragged()
     if "sharing" in parts:
         result["sharing"] = sharing()
     if "floor" in parts:
