@@ -132,10 +132,11 @@ def sharing(rows: int = 2048, at_once: int = 128, group: int = 8) -> list[dict[s
 def ragged(rows: int = 1024, at_once: int = 64) -> list[dict[str, Any]]:
     """What attention reads at a decoding step, means over a rollout, with pages of 128 tokens.
 
-    Ours for TPUs: exact pages, a grid step each, and every place of a tail by XLA. jax's ragged_paged_attention: blocks
-    of pages, of which the last of a row is fetched whole; 4 or 8 pages are the sizes in its table for 32 heads of
+    Ours for TPUs: exact pages, some to a grid step, and every place of a tail by XLA. jax's ragged_paged_attention:
+    blocks of pages, of which the last of a row is fetched whole; 4 or 8 pages are the sizes in its table for 32 heads of
     queries and 8 of keys, 128 wide.
     """
+    from tsopsd_jax.rollout.paged_attention import PAGES_PER_STEP
     from tsopsd_jax.rollout.schedule import Geometry, Schedule
 
     r, found = 128, []
@@ -149,9 +150,10 @@ def ragged(rows: int = 1024, at_once: int = 64) -> list[dict[str, Any]]:
         for _ in turns(schedule, lengths):
             live = schedule.live
             tokens = of_row[schedule.row[live]] + schedule.drawn[live] + r // 2  # halfway through the segment
-            pages = schedule.table.count[live].sum()
+            count = schedule.table.count[live]
             blocks = [(-(-tokens // (r * size))).sum() for size in (4, 8)]
-            seen.append((tokens.sum(), pages * r + live.size * (geometry.home + r), pages, *blocks))
+            read = count.sum() * r + live.size * (geometry.home + r)
+            seen.append((tokens.sum(), read, (-(-count // PAGES_PER_STEP)).sum(), *blocks))
         live, ours, steps, *blocks = (float(x) for x in np.mean(seen, axis=0))
         row = {"prompt_tokens": prompt, "response_tokens": response, "slots": at_once}
         row["ours"] = {"read_of_live": ours / live, "grid_steps": steps}

@@ -2652,6 +2652,20 @@ MUTANTS = [
         "test_slot_attention.py -k turned_around",
     ),
     Mutant(
+        "the TPU kernel sees what a step's empty places hold",
+        "rollout/paged_attention.py",
+        "jnp.where(j < pages[i], scores",
+        "jnp.where(j < 4, scores",
+        "test_slot_attention.py -k every_implementation",
+    ),
+    Mutant(
+        "a step's empty places name any page",
+        "rollout/paged_attention.py",
+        "jnp.where(here, jnp.arange(len(order), dtype=jnp.int32)[:, None], -1)",
+        "jnp.where(here | ~here, jnp.arange(len(order), dtype=jnp.int32)[:, None], -1)",
+        "test_slot_attention.py -k turned_around",
+    ),
+    Mutant(
         "XLA shares pages",
         "rollout/slot_attention.py",
         'return self.implementation == "pallas" or not',

@@ -6,6 +6,7 @@
 | `Walk` | TPU | a kernel that walks the pages slot by slot; free ones are never read, shared ones once for each slot |
 """
 
+import functools
 from typing import NamedTuple
 
 import einops
@@ -27,10 +28,15 @@ class Owners(NamedTuple):
     slot: Int[Array, "S Q"]
 
 
-class Walk(NamedTuple):
-    """The steps of a walk through a shard's slots: the page of each and its slot, from `count` on those of the last."""
+PAGES_PER_STEP = 4
+"""Pages of a slot that the kernel takes at once: a grid step costs about as long as reading a page."""
 
-    page: Int[Array, " E"]
+
+class Walk(NamedTuple):
+    """The steps of a walk through a shard's slots, of which `count` are taken: each a slot and some of its pages."""
+
+    page: Int[Array, "E N"]  # where a step has fewer, that of the step before, which is not fetched again
+    pages: Int[Array, " E"]  # how many of them are the step's
     slot: Int[Array, " E"]
     count: Int[Array, ""]
 
@@ -45,13 +51,20 @@ def owners(table: PageTable, pages: int) -> Owners:
 
 
 def walk(table: PageTable) -> Walk:
-    """List the pages of a shard's slots, slot by slot."""
-    slots, most = table.page.shape
-    mine = (jnp.arange(most)[None, :] < table.count[:, None]).reshape(-1)
-    count = jnp.sum(mine, dtype=jnp.int32)
+    """List the pages of a shard's slots, slot by slot, `PAGES_PER_STEP` at a time."""
+    n, most = PAGES_PER_STEP, table.page.shape[1]
+    each = -(-most // n)
+    mine = (jnp.arange(each)[None, :] * n < table.count[:, None]).reshape(-1)
     order = jnp.argsort(~mine, stable=True).astype(jnp.int32)
-    order = order[jnp.minimum(jnp.arange(slots * most), jnp.maximum(count - 1, 0))]
-    return Walk(table.page.reshape(-1)[order], order // most, count)
+    slot, first = order // each, order % each * n
+    pages = jnp.clip(table.count[slot] - first, 0, n)
+    j = jnp.arange(n, dtype=jnp.int32)[None, :]
+    here, at = j < pages[:, None], jnp.minimum(first[:, None] + j, most - 1)
+    page = table.page[slot[:, None], at]
+    # The last step before this one, or this one itself, that has a page in the same place.
+    last = jax.lax.cummax(jnp.where(here, jnp.arange(len(order), dtype=jnp.int32)[:, None], -1))
+    page = jnp.where(last < 0, 0, jnp.take_along_axis(page, jnp.maximum(last, 0), axis=0))
+    return Walk(page, pages, slot, jnp.sum(mine, dtype=jnp.int32))
 
 
 class Partial(NamedTuple):
@@ -114,42 +127,39 @@ def _xla(q_BKGH: Array, keys_QKHR: Array, values_QKRH: Array, owner_Q: Array) ->
 
 
 def _pallas(q_BKGH: Array, keys_QKHR: Array, values_QKRH: Array, by: Walk, *, interpret: bool) -> Partial:
-    """Walk over the pages with one grid step each.
-
-    The pages of a slot follow each other, so that its query and its sums stay on the chip.
-    """
+    """Take a grid step for each of the walk's; those of a slot follow each other, so that its query and its sums stay
+    on the chip."""
     from jax.experimental.pallas import tpu as pltpu
 
     b, kv, g, h = q_BKGH.shape
-    r = keys_QKHR.shape[-1]
+    r, n = keys_QKHR.shape[-1], by.page.shape[1]
 
-    def of_slot(i, page, slot):
-        del page
+    def of_slot(i, page, pages, slot):
+        del page, pages
         return slot[i], 0, 0, 0
 
-    def of_page(i, page, slot):
-        del slot
-        return page[i], 0, 0, 0
+    def of_page(j, i, page, pages, slot):
+        del pages, slot
+        return page[i * n + j], 0, 0, 0
 
     shapes = ((b, kv, g, 1), (b, kv, g, 1), (b, kv, g, h))
     top, total, out = pl.pallas_call(
         _page_kernel,
         out_shape=[jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes],
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2,
+            num_scalar_prefetch=3,
             grid=(jnp.maximum(by.count, 1),),
             in_specs=[
                 pl.BlockSpec((1, kv, g, h), of_slot),
-                pl.BlockSpec((1, kv, h, r), of_page),
-                pl.BlockSpec((1, kv, r, h), of_page),
+                *(pl.BlockSpec((1, kv, h, r), functools.partial(of_page, j)) for j in range(n)),
+                *(pl.BlockSpec((1, kv, r, h), functools.partial(of_page, j)) for j in range(n)),
             ],
             out_specs=[pl.BlockSpec((1, *shape[1:]), of_slot) for shape in shapes],
         ),
         interpret=interpret,
-    )(by.page, by.slot, q_BKGH, keys_QKHR, values_QKRH)
+    )(by.page.reshape(-1), by.pages, by.slot, q_BKGH, *(keys_QKHR,) * n, *(values_QKRH,) * n)
     # A slot without pages was never visited: its sums hold anything.
-    step = jnp.arange(by.slot.shape[0], dtype=jnp.int32) < by.count
-    paged_B = jnp.zeros(b, bool).at[by.slot].max(step)[:, None, None]
+    paged_B = jnp.zeros(b, bool).at[by.slot].max(by.pages > 0)[:, None, None]
     return Partial(
         jnp.where(paged_B, top[..., 0], -jnp.inf),
         jnp.where(paged_B, total[..., 0], 0.0),
@@ -157,10 +167,12 @@ def _pallas(q_BKGH: Array, keys_QKHR: Array, values_QKRH: Array, by: Walk, *, in
     )
 
 
-def _page_kernel(page, slot, q_ref, keys_ref, values_ref, top_ref, total_ref, out_ref):
-    """Join one page to the running softmax of its slot."""
+def _page_kernel(page, pages, slot, q_ref, *refs):
+    """Join the pages of a step to the running softmax of its slot."""
     del page
-    i = pl.program_id(0)
+    *paged, top_ref, total_ref, out_ref = refs
+    n, i = len(paged) // 2, pl.program_id(0)
+    all_keys, all_values = paged[:n], paged[n:]
 
     @pl.when((i == 0) | (slot[i] != slot[jnp.maximum(i - 1, 0)]))
     def _():
@@ -168,13 +180,20 @@ def _page_kernel(page, slot, q_ref, keys_ref, values_ref, top_ref, total_ref, ou
         total_ref[...] = jnp.zeros(total_ref.shape, jnp.float32)
         out_ref[...] = jnp.zeros(out_ref.shape, jnp.float32)
 
+    def scores_of(head, j):
+        scores = jnp.dot(q_ref[0, head], all_keys[j][0, head], preferred_element_type=jnp.float32)
+        return jnp.where(j < pages[i], scores * q_ref.shape[-1] ** -0.5, -jnp.inf)
+
     for head in range(q_ref.shape[1]):
-        scores = jnp.dot(q_ref[0, head], keys_ref[0, head], preferred_element_type=jnp.float32)
-        scores = scores * q_ref.shape[-1] ** -0.5
+        scores = [scores_of(head, j) for j in range(n)]
         before = top_ref[0, head]
-        top = jnp.maximum(before, jnp.max(scores, axis=-1, keepdims=True))
-        scale, weight = jnp.exp(before - top), jnp.exp(scores - top)
-        value = jnp.dot(weight.astype(values_ref.dtype), values_ref[0, head], preferred_element_type=jnp.float32)
+        top = functools.reduce(jnp.maximum, [jnp.max(s, axis=-1, keepdims=True) for s in scores], before)
+        scale, weight = jnp.exp(before - top), [jnp.exp(s - top) for s in scores]
+        values = (values_ref[0, head] for values_ref in all_values)
+        found = [
+            jnp.dot(w.astype(v.dtype), v, preferred_element_type=jnp.float32)
+            for w, v in zip(weight, values, strict=True)
+        ]
         top_ref[0, head] = top
-        total_ref[0, head] = total_ref[0, head] * scale + jnp.sum(weight, axis=-1, keepdims=True)
-        out_ref[0, head] = out_ref[0, head] * scale + value
+        total_ref[0, head] = total_ref[0, head] * scale + sum(jnp.sum(w, axis=-1, keepdims=True) for w in weight)
+        out_ref[0, head] = out_ref[0, head] * scale + sum(found)
