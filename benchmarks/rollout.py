@@ -133,8 +133,8 @@ def ragged(rows: int = 1024, at_once: int = 64) -> list[dict[str, Any]]:
     """What attention reads at a decoding step, means over a rollout, with pages of 128 tokens.
 
     Ours for TPUs: exact pages, some to a grid step, and every place of a tail by XLA. jax's ragged_paged_attention:
-    blocks of pages, of which the last of a row is fetched whole; 4 or 8 pages are the sizes in its table for 32 heads of
-    queries and 8 of keys, 128 wide.
+    blocks of pages, of which the last of a row is fetched whole; 4 or 8 pages are the sizes in its table for 32 heads
+    of queries and 8 of keys, 128 wide.
     """
     from tsopsd_jax.rollout.paged_attention import PAGES_PER_STEP
     from tsopsd_jax.rollout.schedule import Geometry, Schedule

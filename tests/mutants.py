@@ -2607,7 +2607,7 @@ MUTANTS = [
         "rollout/paged_attention.py",
         "total_ref[0, head] * scale",
         "total_ref[0, head]",
-        "test_attention.py -k paged",
+        "test_slot_attention.py -k every_implementation",
     ),
     Mutant(
         "kernel joins the pages of neighbours",
