@@ -155,7 +155,7 @@ def ragged(rows: int = 1024, at_once: int = 64) -> list[dict[str, Any]]:
             read = count.sum() * r + live.size * (geometry.home + r)
             seen.append((tokens.sum(), read, (-(-count // PAGES_PER_STEP)).sum(), *blocks))
         live, ours, steps, *blocks = (float(x) for x in np.mean(seen, axis=0))
-        row = {"prompt_tokens": prompt, "response_tokens": response, "slots": at_once}
+        row: dict[str, Any] = {"prompt_tokens": prompt, "response_tokens": response, "slots": at_once}
         row["ours"] = {"read_of_live": ours / live, "grid_steps": steps}
         said = f"ours reads {ours / live:.2f} of the live cache in {steps:.0f} steps"
         for size, count in zip((4, 8), blocks, strict=True):
