@@ -129,6 +129,8 @@ def test_a_table_is_turned_around_and_walked():
     assert found.count == 4
     assert found.slot[:4].tolist() == [0, 1, 1, 2]
     assert found.pages[:4].tolist() == [3, 4, 1, 1]
+    assert found.paged.all()
+    assert walk(PageTable(*(x[0] for x in table_of(ALONE)))).paged.tolist() == [True, True, False]
     # A place without a page keeps that of the step before, where there is one.
     assert found.page[:4].tolist() == [[3, 8, 2, 0], [8, 3, 0, 6], [4, 3, 0, 6], [3, 3, 0, 6]]
     assert found.page.max() < PAGES

@@ -3,8 +3,9 @@ move, kernels that it launches.
 
 An instruction reads its operands and writes its results. Where a fusion takes slices of an operand alone, it reads the
 slices; where it writes into an operand in place, it writes the update. A kernel (a custom call) whose grid visits
-every block once reads its operands once; one that walks pages reads no more than the pool. What lies in a memory on the
-chip (a TPU's `S(1)`) is free. Results without a buffer of their own, such as tuples, move nothing.
+every block once reads its operands once; one that walks pages reads no more than the pool, if no page is shared. What
+lies in a memory on the chip (a TPU's `S(1)`) is free. Results without a buffer of their own, such as tuples, move
+nothing.
 """
 
 import math
@@ -91,8 +92,14 @@ def products(computations: Mapping[str, list[Instruction]]) -> list[Product]:
 
 def bytes_by_instruction(body: list[Instruction], computations: Mapping[str, list[Instruction]]) -> dict[str, int]:
     """Count what each instruction of `body` reads and writes, {name: bytes}; loops inside it count once."""
-    shapes = {i.name: i.shape for i in body}
+    shapes, by_name = {i.name: i.shape for i in body}, {i.name: i for i in body}
     found: dict[str, int] = {}
+
+    def origin(name: str) -> str:
+        while name in by_name and by_name[name].op == "bitcast":
+            name = operands(by_name[name])[0]
+        return name
+
     for i in body:
         if i.op in FREE or i.op.endswith("-done"):
             continue
@@ -111,7 +118,9 @@ def bytes_by_instruction(body: list[Instruction], computations: Mapping[str, lis
         elif i.op == "dynamic-update-slice":
             found[i.name] = 2 * size(shapes[operands(i)[1]])
         else:
-            found[i.name] = size(i.shape) + sum(size(shapes[name]) for name in operands(i) if name in shapes)
+            # What a kernel is given several times, to take different blocks of it, is counted once.
+            read = {origin(name): size(shapes[name]) for name in operands(i) if name in shapes}
+            found[i.name] = size(i.shape) + sum(read.values())
     return found
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from tsopsd_jax.distributed.sharding import ROW_AXES
 from tsopsd_jax.model.decoding import LayerCache
@@ -39,6 +39,7 @@ class Walk(NamedTuple):
     pages: Int[Array, " E"]  # how many of them are the step's
     slot: Int[Array, " E"]
     count: Int[Array, ""]
+    paged: Bool[Array, " B"]  # the slots that have pages
 
 
 def owners(table: PageTable, pages: int) -> Owners:
@@ -64,7 +65,7 @@ def walk(table: PageTable) -> Walk:
     # The last step before this one, or this one itself, that has a page in the same place.
     last = jax.lax.cummax(jnp.where(here, jnp.arange(len(order), dtype=jnp.int32)[:, None], -1))
     page = jnp.where(last < 0, 0, jnp.take_along_axis(page, jnp.maximum(last, 0), axis=0))
-    return Walk(page, pages, slot, jnp.sum(mine, dtype=jnp.int32))
+    return Walk(page, pages, slot, jnp.sum(mine, dtype=jnp.int32), jnp.asarray(table.count > 0))
 
 
 class Partial(NamedTuple):
@@ -159,7 +160,7 @@ def _pallas(q_BKGH: Array, keys_QKHR: Array, values_QKRH: Array, by: Walk, *, in
         interpret=interpret,
     )(by.page.reshape(-1), by.pages, by.slot, q_BKGH, *(keys_QKHR,) * n, *(values_QKRH,) * n)
     # A slot without pages was never visited: its sums hold anything.
-    paged_B = jnp.zeros(b, bool).at[by.slot].max(by.pages > 0)[:, None, None]
+    paged_B = by.paged[:, None, None]
     return Partial(
         jnp.where(paged_B, top[..., 0], -jnp.inf),
         jnp.where(paged_B, total[..., 0], 0.0),
