@@ -124,17 +124,39 @@ def run_unit(settings: Settings, seed: int, arm: str) -> None:
 
 
 def collect(settings: Settings, seed: int) -> None:
-    """Write what is measured of a seed to its file of results."""
+    """Write what is measured of a seed to its file of results; arms that stand there and are not in this WORK stay,
+    if they went on from the same collapsed policy."""
     files = sorted((settings.study.work / f"seed-{seed}" / "measures").glob("*/*.json"))
     if not files:
         return
     base = settings.file_of(seed, BASE, BASE)
     policies = [json.loads(file.read_text()) for file in (*files, *([base] if base.is_file() else []))]
     arms = [arm for arm in dict.fromkeys(policy["arm"] for policy in policies) if arm != BASE]
-    with writing_json(settings.results / f"seed-{seed}.json") as found:
+    results = settings.results / f"seed-{seed}.json"
+    earlier, courses = _of_other_arms(results, policies)
+    with writing_json(results) as found:
         found["seed"] = seed
-        found["policies"] = sorted(policies, key=lambda p: (p["arm"], p["tokens"], p["step"]))
-        found["courses"] = {arm: course(settings.study, seed, arm) for arm in arms}
+        found["policies"] = sorted([*policies, *earlier], key=lambda p: (p["arm"], p["tokens"], p["step"]))
+        found["courses"] = courses | {arm: course(settings.study, seed, arm) for arm in arms}
+
+
+def _of_other_arms(file: Path, policies: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Return policies and courses of a file's arms that are not among these policies.
+
+    Raises:
+        ValueError: they went on from another collapsed policy.
+    """
+    if not file.is_file():
+        return [], {}
+    old, arms = json.loads(file.read_text(encoding="utf-8")), {policy["arm"] for policy in policies}
+    kept = [policy for policy in old["policies"] if policy["arm"] not in arms]
+    collapsed = [[p for p in each if p["arm"] == COLLAPSE] for each in (policies, old["policies"])]
+    if all(collapsed) and collapsed[0] != collapsed[1] and {policy["arm"] for policy in kept} - {BASE}:
+        raise ValueError(
+            f"{file} holds arms {sorted({policy['arm'] for policy in kept})} that went on from another collapsed "
+            "policy than those of WORK; choose another folder by --results, or move the file away"
+        )
+    return kept, {arm: of for arm, of in old["courses"].items() if arm not in arms}
 
 
 # ---------------------------------------------------------------- many units
@@ -241,7 +263,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.minutes is not None:
         signal.signal(signal.SIGALRM, lambda *_: sys.exit("time is over; the same command goes on"))
         signal.alarm(max(1, round(60 * args.minutes)))
-    failed = run_all(units_of(args.seeds, args.arms), arguments, settings, args.parallel)
+    try:
+        failed = run_all(units_of(args.seeds, args.arms), arguments, settings, args.parallel)
+    except ValueError as reason:
+        sys.exit(f"reproduce_small: {reason}")
     print(page.write(results, None))
     return 1 if failed else 0
 
