@@ -33,12 +33,11 @@ LAST_STEPS = 5
 """Steps over which the table's entropy and accuracy are means: one batch is noise."""
 
 
-def overrides(config_file: Path, steps: int | None) -> list[str]:
-    """Let every phase of a file take `steps` steps and no more, whatever the entropy that it starts with; None: no
-    change."""
-    if steps is None:
-        return []
-    settings = (f"stop={{steps: {steps}}}", "guard.max_start_entropy_nats=null")
+def overrides(config_file: Path, steps: int | None, prompts: int | None = None) -> list[str]:
+    """Let every phase of a file take `steps` steps and no more, whatever the entropy that it starts with, on `prompts`
+    prompts each; None: no change."""
+    settings = [] if steps is None else [f"stop={{steps: {steps}}}", "guard.max_start_entropy_nats=null"]
+    settings += [] if prompts is None else [f"prompts_per_step={prompts}"]
     return [f"phases.{phase.name}.{each}" for phase in load_config(config_file, []).phases for each in settings]
 
 
@@ -104,6 +103,7 @@ def main(arguments: list[str] | None = None) -> None:
         "--minutes", type=float, help="of processor time for each arm; default: 2, or no limit with --steps"
     )
     parser.add_argument("--steps", type=int, help="steps of each phase, in the place of its stop rules")
+    parser.add_argument("--prompts", type=int, help="prompts of each step of each phase, in the place of its own")
     parser.add_argument("--set", action="append", default=[], metavar="a.b=VALUE", help="override one setting of all")
     parser.add_argument("--out", type=Path, default=Path("runs/arms"))
     args = parser.parse_args(arguments)
@@ -113,7 +113,7 @@ def main(arguments: list[str] | None = None) -> None:
     titles = ["arm", "steps", "phase", "entropy, nats", "accuracy", "avg@k / pass@k, %", "evaluated", "ended"]
     table = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for name in args.arms or known:
-        settings = [*overrides(ARMS / f"{name}.yaml", args.steps), *args.set]
+        settings = [*overrides(ARMS / f"{name}.yaml", args.steps, args.prompts), *args.set]
         try:
             ended = run_arm(name, args.out / name, minutes=minutes, settings=settings)
         except Interrupted as reason:

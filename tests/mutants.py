@@ -2659,6 +2659,27 @@ MUTANTS = [
         "test_slot_attention.py -k every_implementation",
     ),
     Mutant(
+        "the TPU kernel multiplies what a step's empty places hold by nothing",
+        "rollout/paged_attention.py",
+        "jnp.where(j < pages[i], jnp.dot(",
+        "jnp.where(j < 4, jnp.dot(",
+        "test_slot_attention.py -k no_number",
+    ),
+    Mutant(
+        "a TPU's pages are fetched into one buffer",
+        "rollout/paged_attention.py",
+        "LANES, BUFFERS = 128, 2",
+        "LANES, BUFFERS = 128, 1",
+        "test_slot_attention.py -k fast_memory",
+    ),
+    Mutant(
+        "the TPU kernel's page has the heads of all devices",
+        "rollout/slot_attention.py",
+        'kv if self.mesh is None else -(-kv // self.mesh.shape["tensor"])',
+        "kv",
+        "test_slot_attention.py -k one_by_one",
+    ),
+    Mutant(
         "a step's empty places name any page",
         "rollout/paged_attention.py",
         "jnp.where(here, jnp.arange(len(order), dtype=jnp.int32)[:, None], -1)",
@@ -2668,8 +2689,8 @@ MUTANTS = [
     Mutant(
         "XLA shares pages",
         "rollout/slot_attention.py",
-        'return self.implementation == "pallas" or not',
-        "return True or not",
+        "return not self._refuses(page[1], places",
+        "return True or not self._refuses(page[1], places",
         "test_slot_attention.py -k only_kernels",
     ),
     Mutant(

@@ -215,6 +215,8 @@ def test_three_steps_of_every_arm(tmp_path):
         str(ROOT / "scripts" / "arms.py"),
         "--steps",
         "3",
+        "--prompts",
+        "8",
         "--out",
         str(tmp_path / "arms"),
         *small,

@@ -12,8 +12,8 @@ from jax.sharding import PartitionSpec as P
 
 from tsopsd_jax.distributed.sharding import make_mesh
 from tsopsd_jax.model import Qwen3
-from tsopsd_jax.rollout import Engine, Sampling, programs, triton_attention
-from tsopsd_jax.rollout.paged_attention import owners, walk
+from tsopsd_jax.rollout import Engine, Sampling, paged_attention, programs, triton_attention
+from tsopsd_jax.rollout.paged_attention import Owners, Walk, owners, pages_per_step, walk
 from tsopsd_jax.rollout.schedule import PageTable
 from tsopsd_jax.rollout.slot_attention import Seen, SlotAttention
 from tsopsd_jax.types import Prompts
@@ -125,12 +125,12 @@ def test_the_kernel_in_bfloat16_on_one_device(given):
 def test_a_table_is_turned_around_and_walked():
     """By hand, the first shard: a page's one slot, and the pages slot by slot, the last again behind the end."""
     assert owners(table_of(ALONE), PAGES).slot[0].tolist() == [1, -1, 0, 1, 1, -1, 1, 0, 1]
-    found = walk(PageTable(*(x[0] for x in table_of(TOGETHER))))
+    found = walk(PageTable(*(x[0] for x in table_of(TOGETHER))), 4)
     assert found.count == 4
     assert found.slot[:4].tolist() == [0, 1, 1, 2]
     assert found.pages[:4].tolist() == [3, 4, 1, 1]
     assert found.paged.all()
-    assert walk(PageTable(*(x[0] for x in table_of(ALONE)))).paged.tolist() == [True, True, False]
+    assert walk(PageTable(*(x[0] for x in table_of(ALONE))), 4).paged.tolist() == [True, True, False]
     # A place without a page keeps that of the step before, where there is one.
     assert found.page[:4].tolist() == [[3, 8, 2, 0], [8, 3, 0, 6], [4, 3, 0, 6], [3, 3, 0, 6]]
     assert found.page.max() < PAGES
@@ -139,11 +139,59 @@ def test_a_table_is_turned_around_and_walked():
 
 def test_only_kernels_share_pages():
     """... and a shape that the kernel does not take falls back to XLA, without sharing."""
-    assert SlotAttention("pallas").shares(96, 25, 24)
-    assert SlotAttention("triton").shares(128, 128, 64)
-    assert not SlotAttention("triton").shares(96, 128, 64)
-    assert not SlotAttention("triton").shares(128, 128, 24)
-    assert not SlotAttention("xla").shares(128, 128, 64)
+    assert SlotAttention("pallas").shares((8, 96, 24), 25, 2)
+    assert SlotAttention("triton").shares((8, 128, 64), 128, 2)
+    assert not SlotAttention("triton").shares((8, 96, 64), 128, 2)
+    assert not SlotAttention("triton").shares((8, 128, 24), 128, 2)
+    assert not SlotAttention("xla").shares((8, 128, 64), 128, 2)
+
+
+@pytest.mark.parametrize(
+    ("page", "item_bytes", "pages"),
+    [
+        ((8, 128, 128), 4, 4),  # Qwen3
+        ((32, 64, 128), 2, 4),  # SmolLM2 1.7B: values take whole lanes of 128
+        ((32, 64, 128), 4, 2),
+        ((32, 128, 128), 2, 2),
+        ((32, 128, 128), 4, 1),
+        ((64, 128, 128), 4, 0),
+    ],
+)
+def test_the_tpu_kernel_takes_as_many_pages_as_fit_into_fast_memory(page, item_bytes, pages):
+    assert pages_per_step(page, item_bytes) == pages
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 4])
+def test_pages_that_are_large_are_taken_one_by_one_or_by_xla(given, n, monkeypatch):
+    """Heads are counted on a device. What takes no kernel shares no page."""
+    q, tail, pages = given
+    on = make_mesh(**MESH, devices=jax.devices()[:4])
+    local = 2 * (K // 2) * (H * 128 + R * 128) * 4
+    monkeypatch.setattr(paged_attention, "VMEM_BYTES", n * local)
+    attention = SlotAttention("pallas", on, interpret=True)
+    prepared = attention.prepare(table_of(ALONE), pages, HOME + R)
+    assert isinstance(prepared, Walk if n else Owners)
+    assert n == 0 or prepared.page.shape[-1] == n
+    assert attention.shares((K, H, R), HOME + R, 4) == (n > 0)
+    put = NamedSharding(on, P(("data", "fsdp")))
+    args = jax.tree.map(lambda x: jax.device_put(x, put), given)
+    run = jax.jit(lambda q, tail, pages: attention.attend(q, tail, seen(), HOME, pages, prepared))
+    np.testing.assert_allclose(run(*args), by_hand(q, tail, pages, B, ALONE), rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "pallas", "triton"])
+def test_what_is_no_number_stays_in_its_own_slot(given, implementation):
+    """A page of the first slot holds NaN; the others have fewer pages, whose places in a step hold that page."""
+    q, tail, (keys, values) = given
+    lists = (((7, 2), (8,), (0, 3, 6)), ((1, 0), (3,), (4,)))
+    for broken in ((keys.at[:, 2].set(jnp.nan), values), (keys, values.at[:, 2].set(jnp.nan))):
+        attention = SlotAttention(implementation, interpret=True)
+        one = jax.tree.map(lambda x: x[:B], (q, tail)), jax.tree.map(lambda x: x[:1], broken)
+        (q_B, tail_B), pages = one
+        of_slots = jax.tree.map(lambda x: x[:B] if x.ndim else x, seen())
+        prepared = attention.prepare(table_of(lists[:1]), pages, HOME + R)
+        out = np.asarray(attention.attend(q_B, tail_B, of_slots, HOME, pages, prepared))
+        assert np.isnan(out).any(axis=(1, 2)).tolist() == [True, False, False]
 
 
 def test_a_pool_too_large_for_the_kernel_is_refused(given, monkeypatch):

@@ -29,7 +29,11 @@ class Owners(NamedTuple):
 
 
 PAGES_PER_STEP = 4
-"""Pages of a slot that the kernel takes at once: a grid step costs about as long as reading a page."""
+"""Pages of a slot that the kernel takes at once where they fit: a grid step costs about as long as reading a page."""
+VMEM_BYTES = 12 * 2**20
+"""Fast memory of a TPU core for the pages of a step; the compiler gives a kernel 16 MiB in all."""
+LANES, BUFFERS = 128, 2
+"""What the last axis of a block is padded to; a step's pages are fetched while those before it are read."""
 
 
 class Walk(NamedTuple):
@@ -51,9 +55,22 @@ def owners(table: PageTable, pages: int) -> Owners:
     return Owners(jax.vmap(lambda at: free.at[at].set(slot, mode="drop"))(page))
 
 
-def walk(table: PageTable) -> Walk:
-    """List the pages of a shard's slots, slot by slot, `PAGES_PER_STEP` at a time."""
-    n, most = PAGES_PER_STEP, table.page.shape[1]
+def pages_per_step(page: tuple[int, int, int], item_bytes: int) -> int:
+    """Return how many pages the kernel takes at once: a power of two, `PAGES_PER_STEP` at most; 0: not even one fits.
+
+    Args:
+        page: K, H, R of a device's page.
+        item_bytes: of an element.
+    """
+    kv, h, r = page
+    lanes_h, lanes_r = (-(-width // LANES) * LANES for width in (h, r))
+    n = VMEM_BYTES // (BUFFERS * kv * (h * lanes_r + r * lanes_h) * item_bytes)
+    return min(PAGES_PER_STEP, 1 << n.bit_length() >> 1)
+
+
+def walk(table: PageTable, n: int) -> Walk:
+    """List the pages of a shard's slots, slot by slot, n at a time."""
+    most = table.page.shape[1]
     each = -(-most // n)
     mine = (jnp.arange(each)[None, :] * n < table.count[:, None]).reshape(-1)
     order = jnp.argsort(~mine, stable=True).astype(jnp.int32)
@@ -192,8 +209,9 @@ def _page_kernel(page, pages, slot, q_ref, *refs):
         scale, weight = jnp.exp(before - top), [jnp.exp(s - top) for s in scores]
         values = (values_ref[0, head] for values_ref in all_values)
         found = [
-            jnp.dot(w.astype(v.dtype), v, preferred_element_type=jnp.float32)
-            for w, v in zip(weight, values, strict=True)
+            # What stands in the place of an absent page may hold anything, also what is no number.
+            jnp.where(j < pages[i], jnp.dot(w.astype(v.dtype), v, preferred_element_type=jnp.float32), 0.0)
+            for j, (w, v) in enumerate(zip(weight, values, strict=True))
         ]
         top_ref[0, head] = top
         total_ref[0, head] = total_ref[0, head] * scale + sum(jnp.sum(w, axis=-1, keepdims=True) for w in weight)

@@ -70,9 +70,9 @@ class Programs:
         self.prefill = jax.jit(functools.partial(prefill, model, attention=causal), out_shardings=self._heads)
         best = {"tpu": "pallas", "gpu": "triton", "cuda": "triton"}.get(mesh.devices.flat[0].platform, "xla")
         of_slots = SlotAttention(best if attention == "auto" else "xla", mesh)
-        self.shares = of_slots.shares(
-            model.config.head_dim, geometry.home + geometry.segment_tokens, geometry.segment_tokens
-        )
+        page = model.config.num_key_value_heads, model.config.head_dim, geometry.segment_tokens
+        places, item_bytes = geometry.home + geometry.segment_tokens, np.dtype(model.compute_dtype).itemsize
+        self.shares = of_slots.shares(page, places, item_bytes)
         self.decode_segment = jax.jit(
             functools.partial(
                 decode_segment,

@@ -3,10 +3,11 @@
 | name | where | what it is |
 |---|---|---|
 | `xla` | everywhere | the pool read once in place, partial softmaxes joined by slot; no page is shared |
-| `pallas` | TPU | the tail by XLA; a kernel that walks the pages slot by slot |
+| `pallas` | TPU | the tail by XLA; a kernel that walks the pages slot by slot; `xla` for pages that are too large for it |
 | `triton` | GPU | one kernel for both; `xla` for the shapes that `triton_attention.refuses` names |
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import einops
@@ -19,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 from tsopsd_jax.distributed.sharding import ROW_AXES
 from tsopsd_jax.model.decoding import LayerCache
 from tsopsd_jax.rollout import triton_attention
-from tsopsd_jax.rollout.paged_attention import Owners, Walk, owners, pages_attention, walk
+from tsopsd_jax.rollout.paged_attention import Owners, Walk, owners, pages_attention, pages_per_step, walk
 from tsopsd_jax.rollout.schedule import PageTable
 from tsopsd_jax.types import AnyArray
 
@@ -41,10 +42,23 @@ class SlotAttention(NamedTuple):
     mesh: Mesh | None = None
     interpret: bool = False
 
-    def shares(self, head_dim: int, places: int, page_tokens: int) -> bool:
+    def shares(self, page: tuple[int, int, int], places: int, item_bytes: int) -> bool:
         """Return whether a page may belong to several slots: kernels read a slot's pages one by one. XLA reads the pool
-        in place, each page for one slot; for several it would copy the pages, which is what sharing saves."""
-        return self.implementation == "pallas" or not self._refuses(head_dim, places, (1, 1, head_dim, page_tokens))
+        in place, each page for one slot; for several it would copy the pages, which is what sharing saves.
+
+        Args:
+            page: K, H, R of a page, its heads on all devices.
+            places: C, of a tail.
+            item_bytes: of an element of the pages.
+        """
+        if self.implementation == "pallas":
+            return self._pages_per_step(page, item_bytes) > 0
+        return not self._refuses(page[1], places, (1, 1, *page[1:]))
+
+    def _pages_per_step(self, page: tuple[int, ...], item_bytes: int) -> int:
+        """What the kernel for TPUs takes at once; `page`: K, H, R, its heads on all devices."""
+        kv, h, r = page
+        return pages_per_step((kv if self.mesh is None else -(-kv // self.mesh.shape["tensor"]), h, r), item_bytes)
 
     def prepare(self, table: PageTable, pages: LayerCache, places: int) -> Owners | Walk | PageTable:
         """Derive from the table what every step of a segment needs.
@@ -58,10 +72,11 @@ class SlotAttention(NamedTuple):
             ValueError: where the pool is too large for a kernel that alone reads pages of several slots.
         """
         table, shape = PageTable(*map(jnp.asarray, table)), pages[0].shape[1:]
-        if self.implementation == "pallas":
-            return jax.vmap(walk)(table)
+        item_bytes = pages[0].dtype.itemsize
+        if self.implementation == "pallas" and (n := self._pages_per_step(shape[1:], item_bytes)):
+            return jax.vmap(functools.partial(walk, n=n))(table)
         refused = self._refuses(shape[-2], places, shape)
-        if refused and self.shares(shape[-2], places, shape[-1]):
+        if refused and self.shares(shape[1:], places, item_bytes):
             raise ValueError(f"attention of slots: {refused}; decode fewer rows at once, or on more devices")
         return owners(table, shape[0]) if refused else table
 
