@@ -3,7 +3,7 @@
 | name | where | what it is |
 |---|---|---|
 | `xla` | everywhere | the pool read once in place, partial softmaxes joined by slot; no page is shared |
-| `pallas` | TPU | the tail by XLA; a kernel that walks the pages slot by slot; `xla` for pages that are too large for it |
+| `pallas` | TPU | the tail by XLA; a kernel that walks the pages slot by slot; `xla` for pages too large for it |
 | `triton` | GPU | one kernel for both; `xla` for the shapes that `triton_attention.refuses` names |
 """
 
@@ -55,7 +55,7 @@ class SlotAttention(NamedTuple):
             return self._pages_per_step(page, item_bytes) > 0
         return not self._refuses(page[1], places, (1, 1, *page[1:]))
 
-    def _pages_per_step(self, page: tuple[int, ...], item_bytes: int) -> int:
+    def _pages_per_step(self, page: tuple[int, int, int], item_bytes: int) -> int:
         """What the kernel for TPUs takes at once; `page`: K, H, R, its heads on all devices."""
         kv, h, r = page
         return pages_per_step((kv if self.mesh is None else -(-kv // self.mesh.shape["tensor"]), h, r), item_bytes)
@@ -73,10 +73,11 @@ class SlotAttention(NamedTuple):
         """
         table, shape = PageTable(*map(jnp.asarray, table)), pages[0].shape[1:]
         item_bytes = pages[0].dtype.itemsize
-        if self.implementation == "pallas" and (n := self._pages_per_step(shape[1:], item_bytes)):
+        page = shape[1], shape[2], shape[3]
+        if self.implementation == "pallas" and (n := self._pages_per_step(page, item_bytes)):
             return jax.vmap(functools.partial(walk, n=n))(table)
         refused = self._refuses(shape[-2], places, shape)
-        if refused and self.shares(shape[1:], places, item_bytes):
+        if refused and self.shares(page, places, item_bytes):
             raise ValueError(f"attention of slots: {refused}; decode fewer rows at once, or on more devices")
         return owners(table, shape[0]) if refused else table
 
