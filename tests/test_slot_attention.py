@@ -171,7 +171,8 @@ def test_pages_that_are_large_are_taken_one_by_one_or_by_xla(given, n, monkeypat
     attention = SlotAttention("pallas", on, interpret=True)
     prepared = attention.prepare(table_of(ALONE), pages, HOME + R)
     assert isinstance(prepared, Walk if n else Owners)
-    assert n == 0 or prepared.page.shape[-1] == n
+    if isinstance(prepared, Walk):
+        assert prepared.page.shape[-1] == n
     assert attention.shares((K, H, R), HOME + R, 4) == (n > 0)
     put = NamedSharding(on, P(("data", "fsdp")))
     args = jax.tree.map(lambda x: jax.device_put(x, put), given)

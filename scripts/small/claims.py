@@ -117,12 +117,14 @@ def own_claims(results: Results) -> list[Claim]:
     """Judge what is not the paper's: the premise, the control, the frozen teacher."""
     held, reset = _last(results, ["held"], ["dapo"]), _last(results, ["dapo_reset"], ["dapo"])
     right_after = _points(results.difference([("pr_fkl_frozen", REHEATED)], [("pr_fkl", REHEATED)], accuracy()))
-    teachers = _last(results, ["pr_fkl_frozen"], ["pr_fkl"])
+    teachers, renewed = _last(results, ["pr_fkl_frozen"], ["pr_fkl"]), _last(results, ["pr_fkl"], ["dapo_reset"])
     return [
         Claim("exploration limits plain RL here (the premise)", "avg@8: held (from the start, equal tokens) - dapo, "
               "points", held, verdict(held), "a task on which it does"),
-        Claim("a new optimizer alone changes nothing", f"avg@8: dapo_reset - dapo, points; supported within "
+        Claim("a new optimizer alone changes little", f"avg@8: dapo_reset - dapo, points; supported within "
               f"{SAME_POINTS:g}", reset, verdict_within(reset, limit=SAME_POINTS), MORE),
+        Claim("PR-FKL beats plain continuation with a new optimizer", "avg@8: pr_fkl - dapo_reset, points", renewed,
+              verdict(renewed), MORE),
         Claim("a frozen teacher keeps more than the live one", "avg@8: pr_fkl_frozen - pr_fkl, both just reheated, "
               "points", right_after, verdict(right_after), MORE),
         kept(results, "pr_fkl_frozen", "accuracy holds under a frozen teacher"),
