@@ -45,10 +45,12 @@ def planted(folder: Path, seeds: int, gains: dict[str, float]) -> None:
         ideal = {key: collapsed[key] for key in ("samples", "right", "greedy")}
         reheated["reheating"] = {"temperature": 1.5, "ideal": ideal, "forward_kl_nats": 0.01, "top_10_mass": 0.999}
         reheated["reheating"] |= {"top_1_agreement": 0.95, "top_10_overlap": 0.97 + 0.001 * seed}
-        phases = [{"phase": "reheat", "steps": 10, "tokens": 90_000}]
+        rl = {"phase": "rl", "steps": 500, "tokens": 5_000_000}
+        phases = [rl, {"phase": "reheat", "steps": 10, "tokens": 90_000}]
         course = {"phases": phases, "reheating_nats": np.linspace(0.08, 0.12, 10).tolist()}
         course |= {"tokens": [5_000_000, 9_000_000], "entropy_nats": [0.1, 0.05]}
-        courses = {"pr_fkl": course, "collapse": {"tokens": [5_000_000], "entropy_nats": [0.1], "reheating_nats": []}}
+        courses = {"pr_fkl": course, "collapse": {"tokens": [5_000_000], "entropy_nats": [0.1]}}
+        courses["collapse"] |= {"reheating_nats": [], "phases": [rl]}
         content = {"seed": seed, "policies": [base, collapsed, *arms, reheated], "courses": courses}
         (folder / f"seed-{seed}.json").write_text(json.dumps(content))
 
@@ -145,6 +147,16 @@ def test_curves_begin_at_the_collapse():
     assert (grid[0], grid[-1]) == (0.0, 2.0)
     assert (nats[0], nats[-1]) == pytest.approx((0.08, 0.03))
     assert script("small.figure").drawable(results.Results({}, courses)) == [], "no collapsed policy was measured"
+
+
+def test_an_arm_from_the_start_has_no_curve_from_the_collapsed_policy(tmp_path):
+    planted(tmp_path, 2, GAINS | {"held": 0.0})
+    found, _ = results.read_folder(tmp_path)
+    for seed in (1, 2):
+        found.courses[seed, "held"] = found.courses[seed, "pr_fkl"] | {"phases": [{"phase": "rl", "tokens": 9_000_000}]}
+    figure = script("small.figure")
+    assert len(figure.accuracy_course(found, "held")[0]) + 1 == len(figure.accuracy_course(found, "dapo")[0])
+    assert figure.accuracy_course(found, "pr_fkl")[0][0] == 0.0 < figure.accuracy_course(found, "held")[0][0]
 
 
 def test_the_page_shows_what_the_results_say():

@@ -30,10 +30,18 @@ def entropy_course(results: Results, arm: str) -> tuple[np.ndarray, np.ndarray] 
     return grid, np.mean([np.interp(grid, *curve) for curve in curves], axis=0)
 
 
+def from_the_start(results: Results, arm: str) -> bool:
+    """Return whether an arm is a run of its own: its first phase is not the collapse's."""
+    first = {
+        key: [(phase["phase"], phase["tokens"]) for phase in of["phases"][:1]] for key, of in results.courses.items()
+    }
+    return any(name == arm and phases != first.get((seed, COLLAPSE)) for (seed, name), phases in first.items())
+
+
 def accuracy_course(results: Results, arm: str) -> tuple[list[float], list[float]]:
     """Average an arm's accuracy at the paper's sampling over the seeds of each of its points: (millions of tokens since
-    the collapse, percent), beginning with the collapsed policy."""
-    found = {0.0: 100 * results.mean(COLLAPSE, COLLAPSED, accuracy())}
+    the collapse, percent), beginning with the collapsed policy where the arm went on from it."""
+    found = {} if from_the_start(results, arm) else {0.0: 100 * results.mean(COLLAPSE, COLLAPSED, accuracy())}
     for point in {key.point for key in results.policies if key.arm == arm}:
         seeds = results.seeds((arm, point), (COLLAPSE, COLLAPSED))
         if seeds:
