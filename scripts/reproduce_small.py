@@ -151,9 +151,10 @@ def _of_other_arms(file: Path, policies: Sequence[dict[str, Any]]) -> tuple[list
     old, arms = json.loads(file.read_text(encoding="utf-8")), {policy["arm"] for policy in policies}
     kept = [policy for policy in old["policies"] if policy["arm"] not in arms]
     collapsed = [[p for p in each if p["arm"] == COLLAPSE] for each in (policies, old["policies"])]
-    if all(collapsed) and collapsed[0] != collapsed[1] and {policy["arm"] for policy in kept} - {BASE}:
+    went_on = sorted({policy["arm"] for policy in kept} - {BASE})
+    if went_on and all(collapsed) and collapsed[0] != collapsed[1]:
         raise ValueError(
-            f"{file} holds arms {sorted({policy['arm'] for policy in kept})} that went on from another collapsed "
+            f"{file} holds arms {went_on} that went on from another collapsed "
             "policy than those of WORK; choose another folder by --results, or move the file away"
         )
     return kept, {arm: of for arm, of in old["courses"].items() if arm not in arms}

@@ -2675,8 +2675,8 @@ MUTANTS = [
     Mutant(
         "the TPU kernel's page has the heads of all devices",
         "rollout/slot_attention.py",
-        'kv if self.mesh is None else -(-kv // self.mesh.shape["tensor"])',
-        "kv",
+        "pages_per_step((self._heads_on_a_device(page[0]), *page[1:])",
+        "pages_per_step((page[0], *page[1:])",
         "test_slot_attention.py -k one_by_one",
     ),
     Mutant(

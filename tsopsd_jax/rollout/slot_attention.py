@@ -57,8 +57,10 @@ class SlotAttention(NamedTuple):
 
     def _pages_per_step(self, page: tuple[int, int, int], item_bytes: int) -> int:
         """What the kernel for TPUs takes at once; `page`: K, H, R, its heads on all devices."""
-        kv, h, r = page
-        return pages_per_step((kv if self.mesh is None else -(-kv // self.mesh.shape["tensor"]), h, r), item_bytes)
+        return pages_per_step((self._heads_on_a_device(page[0]), *page[1:]), item_bytes)
+
+    def _heads_on_a_device(self, heads: int) -> int:
+        return heads if self.mesh is None else -(-heads // self.mesh.shape["tensor"])
 
     def prepare(self, table: PageTable, pages: LayerCache, places: int) -> Owners | Walk | PageTable:
         """Derive from the table what every step of a segment needs.
@@ -85,8 +87,8 @@ class SlotAttention(NamedTuple):
         """Say why the kernel for GPUs is not taken; empty where it is. `page`: of a shard, its heads on all devices."""
         if self.implementation != "triton":
             return f"the implementation is {self.implementation}"
-        if page is not None and self.mesh is not None:
-            page = (page[0], -(-page[1] // self.mesh.shape["tensor"]), *page[2:])
+        if page is not None:
+            page = (page[0], self._heads_on_a_device(page[1]), *page[2:])
         return triton_attention.refuses(head_dim, places, page)
 
     def attend(
